@@ -1,0 +1,51 @@
+# Two commands need nothing but Python 3.11+ and pip: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# With an NVIDIA GPU a CUDA build of torch is used as it is found (--system-site-packages), never replaced; without one the
+# version in constraints-cpu.txt is installed.
+HAS_CUDA := $(shell $(PYTHON) -c "import torch; print(int(torch.cuda.is_available()))" 2>/dev/null)
+ifeq ($(HAS_CUDA),1)
+VENV_FLAGS := --system-site-packages
+CONSTRAINTS :=
+else
+VENV_FLAGS :=
+CONSTRAINTS := -c constraints-cpu.txt
+endif
+
+.PHONY: help demo test lint format proto venv clean
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.server ## serve the bundled reward model and rank real answers with it, over gRPC
+	@$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev ## lint and every test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q
+
+format: $(VENV)/.dev ## format and sort imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+proto: $(VENV)/.dev ## compile protos/ into server/rewardserve/v1
+	PYTHON=$(BIN)/python protos/generate.sh
+
+venv: $(VENV)/.dev ## the environment for development, in .venv
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+
+$(VENV)/.server: pyproject.toml constraints-cpu.txt
+	@echo "installing the server into $(VENV) (once; about a minute)"
+	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; try make PYTHON=python3.12') if sys.version_info < (3, 11) else None"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[server]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.server
+	@echo "installing the development tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,3 @@
+"""rewardserve: a gRPC server for the reward models of RLHF. The client is in `rewardserve.client`."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,5 @@
+"""python -m rewardserve"""
+
+from rewardserve.cli.main import main
+
+main()

@@ -1,0 +1,142 @@
+"""Composition root: config -> every object wired; start, drain, stop. The only place that names concrete engines."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import prometheus_client
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from rewardserve.config import ServeConfig
+from rewardserve.engine.base import Engine
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.process import EngineProcess
+from rewardserve.metrics import Metrics
+from rewardserve.service.admission import Limits
+from rewardserve.service.registry import LiveModel, Registry
+from rewardserve.service.score import ScoringService
+from rewardserve.transport.grpc_server import MODELS, SCORING, DoorOptions, GrpcDoor
+from rewardserve.transport.health import Health
+
+log = logging.getLogger(__name__)
+
+MakeEngine = Callable[[str, str, str], Engine]  # name, source, dtype
+
+
+def native_options(config: ServeConfig, source: str, dtype: str) -> NativeOptions:
+    return NativeOptions(
+        source=source,
+        dtype=config.dtype if dtype == "auto" else dtype,
+        device=config.device,
+        max_length=config.max_length,
+        max_batch_tokens=config.max_batch_tokens,
+        max_batch_sequences=config.max_batch_sequences,
+        prefix_cache_bytes=config.prefix_cache_mb << 20,
+        compile=config.compile,
+        path=config.path,
+        num_threads=config.threads,
+    )
+
+
+class App:
+    """One server. `start` returns when every model is ready; `drain` finishes what is in flight; `stop` ends."""
+
+    def __init__(self, config: ServeConfig, make_engine: MakeEngine | None = None) -> None:
+        self._config = config
+        self._executor = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._health = Health()
+        self._changes: set[asyncio.Task[None]] = set()
+        self.metrics = Metrics(prometheus_client.CollectorRegistry())
+        limits = Limits(config.max_pairs_per_request, config.max_queued_requests, config.max_queued_tokens)
+        self.registry = Registry(
+            make_engine or self._make_engine, self.metrics, limits, self._executor, self._on_change
+        )
+        service = ScoringService(self.registry, self._executor)
+        options = DoorOptions(
+            config.allow_model_control, config.max_stream_requests, config.grace_s, config.log_requests, config.log_text
+        )
+        self._door = GrpcDoor(service, self.registry, options)
+        self._server: grpc.aio.Server | None = None
+        self._metrics_server: Any = None
+        self.port = 0
+        self.metrics_port = 0
+
+    async def start(self) -> None:
+        """Opens the ports, NOT_SERVING at first, and loads the models. Raises LoadFailed, OSError for a taken port."""
+        await self._health.update_server(self.registry)
+        self._server = grpc.aio.server(options=self._channel_options())
+        self._server.add_generic_rpc_handlers(self._door.handlers())
+        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
+        names = (SCORING, MODELS, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
+        reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
+        self.port = self._listen(self._server)
+        if self._config.metrics_port >= 0:
+            self._serve_metrics()
+        await self._server.start()
+        log.info("listening on %s:%d, metrics on port %s", self._config.host, self.port, self.metrics_port or "none")
+        for name, source in self._config.models.items():
+            await self.registry.load(name, source)
+
+    async def drain(self) -> None:
+        """Stops admitting and finishes what is in flight within the grace period."""
+        assert self._server is not None
+        in_flight = sum(model.admission.num_requests for model in self.registry.models)
+        log.info("draining: %d requests in flight, %.0f s of grace", in_flight, self._config.grace_s)
+        await self._health.drain()
+        self.registry.stop_admitting()
+        self._door.close()
+        await self.registry.drain(self._config.grace_s)
+        await self._server.stop(grace=1.0)  # what is answered by now still has to leave
+
+    async def stop(self) -> None:
+        """Ends everything; calls still open are cancelled."""
+        if self._server is not None:
+            await self._server.stop(grace=None)
+        await self.registry.stop()
+        if self._metrics_server is not None:
+            self._metrics_server.shutdown()
+            self._metrics_server.server_close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(*self._changes, return_exceptions=True)
+
+    def _listen(self, server: grpc.aio.Server) -> int:
+        address = f"{self._config.host}:{self._config.port}"
+        with contextlib.suppress(RuntimeError):
+            if port := server.add_insecure_port(address):
+                return port
+        raise OSError(f"cannot listen on {address}: is another server there? choose another with --port")
+
+    def _serve_metrics(self) -> None:
+        port, host = self._config.metrics_port, self._config.host
+        try:
+            self._metrics_server, _ = prometheus_client.start_http_server(port, host, self.metrics.registry)
+        except OSError as error:
+            raise OSError(
+                f"cannot serve metrics on {host}:{port} ({error}); choose another with --metrics-port"
+            ) from error
+        self.metrics_port = self._metrics_server.server_port
+
+    def _make_engine(self, name: str, source: str, dtype: str) -> Engine:
+        return EngineProcess(native_options(self._config, source, dtype), name, self._config.stall_timeout_s)
+
+    def _on_change(self, model: LiveModel) -> None:
+        task = asyncio.get_running_loop().create_task(self._health.update(self.registry, model))
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+
+    def _channel_options(self) -> list[tuple[str, int]]:
+        size = self._config.max_message_mb << 20
+        return [
+            ("grpc.max_receive_message_length", size),
+            ("grpc.max_send_message_length", size),
+            ("grpc.so_reuseport", 0),  # a taken port is an error, not a silent share of its traffic
+            # Rollout workers keep connections open for hours and ping them; the default is to hang up on them.
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_ping_strikes", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ]

@@ -1,0 +1,99 @@
+"""The engine's door: token ids in, raw scores out. Knows nothing of text, gRPC or calibration; loads no torch.
+
+Everything here is plain data, so that it may cross to another process (engine/process.py) as it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rewardserve.types import EncodedGroup, ItemFailure, TextSpec
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    request_id: str  # unique among the requests in flight
+    groups: tuple[EncodedGroup, ...]
+    priority: int = 0
+    deadline: float | None = None  # CLOCK_MONOTONIC, seconds
+    client: str = ""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(g.prompt) + sum(map(len, g.responses)) for g in self.groups) // 4
+
+
+@dataclass(frozen=True, slots=True)
+class EngineItem:
+    """Exactly one of `score` and `failure` is set."""
+
+    score: float | None
+    failure: ItemFailure | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineGroup:
+    items: tuple[EngineItem, ...]
+    num_cached_tokens: int  # prompt tokens found in the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResult:
+    groups: tuple[EngineGroup, ...]
+    queue_s: float  # from the engine's receipt to the first computed token
+    compute_s: float  # from the first computed token to the last score
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What was loaded."""
+
+    version: str
+    architecture: str
+    path: str  # "packed" or "padded"
+    path_reason: str
+    dtype: str
+    device: str
+    num_parameters: int
+    max_length: int  # prompt + response, tokens
+    vocab_size: int
+    canary_error: float
+    prefix_cache_tokens: int
+    text: TextSpec | None = None  # None: the checkpoint has no tokenizer, only ids are scored
+    text_missing_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """One finished forward, for the metrics."""
+
+    num_tokens: int  # computed
+    num_pairs: int
+    num_prompt_tokens: int  # of them, computed for prompts
+    num_cached_tokens: int  # prompt tokens found in the prefix cache instead
+    compute_s: float
+    queued_requests: int  # waiting in the scheduler when the batch ended
+    queued_tokens: int
+
+
+@dataclass(slots=True)
+class EngineListener:
+    """What an engine tells its owner besides results. Called on the owner's event loop."""
+
+    on_batch: Callable[[BatchReport], None] = field(default=lambda report: None)
+    on_down: Callable[[str], None] = field(default=lambda reason: None)  # it died, and is being restarted
+    on_up: Callable[[EngineInfo], None] = field(default=lambda info: None)
+    on_failed: Callable[[str], None] = field(default=lambda reason: None)  # it died for good
+
+
+class Engine(Protocol):
+    """Loads one model version and scores with it."""
+
+    async def start(self, listener: EngineListener) -> EngineInfo:
+        """Loads the model. Raises LoadFailed with what to do about it."""
+
+    async def score(self, request: EngineRequest) -> EngineResult:
+        """Scores every response, or raises DeadlineExceeded or Unavailable. Cancelling it drops the work not begun."""
+
+    async def stop(self) -> None:
+        """Ends at once. What is still in flight is failed with Unavailable."""

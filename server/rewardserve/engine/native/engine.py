@@ -1,0 +1,264 @@
+"""The loop: schedule, run, resolve. Two threads, so that the next forward is planned while one runs.
+
+Every request added comes back as exactly one Outcome, whatever happens: a forward that fails is split and tried again
+until the one item that cannot be computed is found; that one fails, the others are scored.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rewardserve.engine.base import BatchReport, EngineInfo, EngineListener, EngineRequest, EngineResult
+from rewardserve.engine.native.block_pool import BlockPool
+from rewardserve.engine.native.load import Loaded, load_runner
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.native.prefix_cache import PrefixCache
+from rewardserve.engine.native.runner import Runner
+from rewardserve.engine.native.scheduler import Outcome, Scheduler
+from rewardserve.engine.native.sequence import BatchPlan
+from rewardserve.errors import DeadlineExceeded, Unavailable
+from rewardserve.models.backbone import NotPackable
+from rewardserve.types import ItemCode, ItemFailure
+
+log = logging.getLogger(__name__)
+
+POISONED = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "an illegal memory access")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+
+
+class DevicePoisoned(RuntimeError):
+    """The device's context is beyond repair; only a new process can go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    plan: BatchPlan
+    inputs: object
+    epoch: int  # of the scheduler when planned; a later epoch means it was rolled back
+
+
+class EngineLoop:
+    """Owns the scheduler and the runner. `submit` and `cancel` may be called from any thread.
+
+    `on_outcome` and `on_batch` are called on the loop's threads, `on_poisoned` when the process must end.
+    """
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        max_batch_sequences: int,
+        on_outcome: Callable[[Outcome], None],
+        on_batch: Callable[[BatchReport], None],
+        on_info: Callable[[EngineInfo], None],
+        on_poisoned: Callable[[str], None],
+    ) -> None:
+        self._loaded = loaded
+        self._max_batch_sequences = max_batch_sequences
+        self._on_outcome, self._on_batch, self._on_info = on_outcome, on_batch, on_info
+        self._on_poisoned = on_poisoned
+        self._runner: Runner = loaded.runner
+        self._lock = threading.Condition()
+        self._scheduler = self._new_scheduler()
+        self._epoch = 0
+        self._stopping = False
+        self._ahead: queue.Queue[_Prepared | None] = queue.Queue(maxsize=1)
+        self._threads = [
+            threading.Thread(target=self._guard, args=(body,), name=name, daemon=True)
+            for name, body in (("planner", self._plan_forever), ("runner", self._run_forever))
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Ends both threads after the forward under way; what is left is not answered."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def submit(self, request: EngineRequest) -> None:
+        with self._lock:
+            self._scheduler.add(request)
+            self._lock.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        with self._lock:
+            self._scheduler.cancel(request_id)
+            self._deliver()
+
+    def _new_scheduler(self) -> Scheduler:
+        cache = PrefixCache(BlockPool(self._runner.num_blocks)) if self._runner.num_blocks else None
+        return Scheduler(cache, self._loaded.max_batch_tokens, self._max_batch_sequences)
+
+    def _guard(self, body: Callable[[], None]) -> None:
+        """No thread ends unnoticed: the callers it leaves behind would wait forever."""
+        try:
+            body()
+        except BaseException as error:
+            log.critical("the engine's %s thread died", threading.current_thread().name, exc_info=True)
+            self._on_poisoned(f"{type(error).__name__}: {error}")
+
+    # -- planner ---------------------------------------------------------------------------------------------------
+
+    def _plan_forever(self) -> None:
+        while (prepared := self._next_prepared()) is not None:
+            self._ahead.put(prepared)
+        self._ahead.put(None)
+
+    def _next_prepared(self) -> _Prepared | None:
+        """Waits for something to compute; None when stopping."""
+        with self._lock:
+            while not self._stopping:
+                plan = self._scheduler.schedule()
+                self._deliver()
+                if plan is not None:
+                    epoch = self._epoch
+                    break
+                if self._scheduler.idle:
+                    self._scheduler.check()
+                self._lock.wait(timeout=None if self._scheduler.idle else 0.05)
+            else:
+                return None
+        return _Prepared(plan, self._runner.prepare(plan), epoch)
+
+    # -- runner ----------------------------------------------------------------------------------------------------
+
+    def _run_forever(self) -> None:
+        while (prepared := self._ahead.get()) is not None:
+            with self._lock:
+                if prepared.epoch != self._epoch:
+                    continue
+                self._scheduler.begin(prepared.plan)
+            started = time.perf_counter()
+            try:
+                scores = self._runner.run(prepared.inputs)
+            except NotPackable as error:
+                self._fall_back(str(error))
+            except Exception as error:
+                self._recover(prepared.plan, error)
+            else:
+                self._complete(prepared.plan, scores, time.perf_counter() - started)
+
+    def _complete(self, plan: BatchPlan, scores: list[float], compute_s: float) -> None:
+        with self._lock:
+            self._scheduler.complete(plan, scores)
+            report = BatchReport(
+                num_tokens=plan.num_tokens,
+                num_pairs=plan.num_scored,
+                num_prompt_tokens=plan.num_prompt_tokens,
+                num_cached_tokens=plan.num_cached_tokens,
+                compute_s=compute_s,
+                queued_requests=self._scheduler.num_waiting_requests,
+                queued_tokens=self._scheduler.num_waiting_tokens,
+            )
+            self._deliver()
+            self._lock.notify_all()
+        self._on_batch(report)
+
+    def _recover(self, plan: BatchPlan, error: Exception) -> None:
+        """Splits what failed; fails it if it is down to one item."""
+        message = f"{type(error).__name__}: {error}".splitlines()[0]
+        out_of_memory = isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+        if not out_of_memory and any(text in str(error) for text in POISONED):
+            raise DevicePoisoned(message) from error
+        with self._lock:
+            self._rollback()
+            if self._scheduler.split(plan):
+                log.warning("a forward of %d tokens failed, trying smaller ones: %s", plan.num_tokens, message)
+                return
+            log.error("one item cannot be computed: %s", message, exc_info=not out_of_memory)
+            code = ItemCode.RESOURCE_EXHAUSTED if out_of_memory else ItemCode.INTERNAL
+            self._scheduler.fail(plan, ItemFailure(code, f"the forward failed: {message}"))
+            self._deliver()
+
+    def _fall_back(self, reason: str) -> None:
+        """A forward found out that packing is wrong for this model: from here on it is served padded."""
+        with self._lock:
+            self._rollback()
+            requests = self._scheduler.requests()
+            self._loaded = self._loaded.fall_back(reason)
+            self._runner = self._loaded.runner
+            self._scheduler = self._new_scheduler()
+            for request in requests:
+                self._scheduler.add(request)
+        self._on_info(self._loaded.info)
+
+    def _rollback(self) -> None:
+        self._epoch += 1
+        self._scheduler.rollback()
+        self._lock.notify_all()
+
+    def _deliver(self) -> None:
+        for outcome in self._scheduler.take_outcomes():
+            self._on_outcome(outcome)
+
+
+class NativeEngine:
+    """The Engine protocol in this process: for the offline CLI and for tests. A server runs it in a child instead."""
+
+    def __init__(self, options: NativeOptions) -> None:
+        self._options = options
+        self._pending: dict[str, asyncio.Future[EngineResult]] = {}
+        self._loop: EngineLoop | None = None
+
+    async def start(self, listener: EngineListener) -> EngineInfo:
+        events = asyncio.get_running_loop()
+        loaded = await asyncio.to_thread(load_runner, self._options)
+        self._loop = EngineLoop(
+            loaded,
+            self._options.max_batch_sequences,
+            on_outcome=lambda outcome: events.call_soon_threadsafe(self._resolve, outcome),
+            on_batch=lambda report: events.call_soon_threadsafe(listener.on_batch, report),
+            on_info=lambda info: events.call_soon_threadsafe(listener.on_up, info),
+            on_poisoned=lambda reason: events.call_soon_threadsafe(self._die, listener, reason),
+        )
+        self._loop.start()
+        return loaded.info
+
+    async def score(self, request: EngineRequest) -> EngineResult:
+        if self._loop is None:
+            raise Unavailable("the engine is not running")
+        future: asyncio.Future[EngineResult] = asyncio.get_running_loop().create_future()
+        self._pending[request.request_id] = future
+        try:
+            self._loop.submit(request)
+            return await future
+        except asyncio.CancelledError:
+            self._loop.cancel(request.request_id)
+            raise
+        finally:
+            self._pending.pop(request.request_id, None)
+
+    async def stop(self) -> None:
+        loop, self._loop = self._loop, None
+        if loop is not None:
+            await asyncio.to_thread(loop.stop)
+        self._fail_pending("the engine was stopped")
+
+    def _resolve(self, outcome: Outcome) -> None:
+        future = self._pending.get(outcome.request_id)
+        if future is None or future.done():
+            return
+        if outcome.result is not None:
+            future.set_result(outcome.result)
+        elif outcome.expired:
+            future.set_exception(DeadlineExceeded("the deadline passed while the request was queued"))
+        else:
+            future.set_exception(Unavailable("the request was cancelled"))
+
+    def _die(self, listener: EngineListener, reason: str) -> None:
+        self._loop = None
+        self._fail_pending(reason)
+        listener.on_failed(reason)
+
+    def _fail_pending(self, reason: str) -> None:
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(Unavailable(reason))

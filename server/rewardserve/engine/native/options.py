@@ -1,0 +1,17 @@
+"""How a native engine is to load and run a model. Plain data: it crosses to the engine's process as it is."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class NativeOptions:
+    source: str  # local folder or hub name
+    dtype: str = "auto"  # auto, float32, bfloat16, float16
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
+    max_length: int = 0  # tokens; 0: as the checkpoint says, as far as the prefix cache reaches
+    max_batch_tokens: int = 0  # 0: 2048 on a CPU, 8192 on a GPU
+    max_batch_sequences: int = 512
+    prefix_cache_bytes: int = 0  # 0: a tenth of free memory, 4 GiB at most, on a CPU; six tenths on a GPU
+    compile: str = "auto"  # auto (on a GPU), on, off
+    path: str = "auto"  # auto, packed (refuse what is not), padded
+    num_threads: int = 0  # of torch on a CPU; 0: as many as there are cores

@@ -1,0 +1,455 @@
+"""Waiting groups -> the next forward, within a token budget. Integers and bytes only; loads no torch.
+
+A group's prompt is computed once, from the first block the prefix cache does not have; its responses follow, as many as
+the budget holds, each whole unless it is longer than a whole forward. Forwards run in the order they were scheduled, so
+a block may be given to new work as soon as the last forward that reads it is *scheduled*: whoever writes it runs later.
+That is why everything a group holds is released when its last chunk is scheduled. When a forward fails, it and all
+scheduled after it are rolled back as if they had never been.
+"""
+
+import heapq
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rewardserve_kernels.ragged import BLOCK_TOKENS, ceil_block, floor_block
+
+from rewardserve.engine.base import EngineGroup, EngineItem, EngineRequest, EngineResult
+from rewardserve.engine.native.fair_queue import FairQueue
+from rewardserve.engine.native.prefix_cache import PrefixCache, block_keys
+from rewardserve.engine.native.sequence import BatchPlan, Chunk, Group, Sequence, Status
+from rewardserve.types import ItemCode, ItemFailure
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The one end of every request: a result, or None when it was dropped (expired or cancelled)."""
+
+    request_id: str
+    result: EngineResult | None
+    expired: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    request: EngineRequest
+    groups: list[Group]
+    received_at: float
+    started_at: float | None = None
+    num_unfinished: int = 0  # groups
+
+
+@dataclass(slots=True)
+class _Filling:
+    """A forward being filled, and what is left of its budget."""
+
+    tokens_left: int
+    chunks_left: int
+    chunks: list[Chunk] = field(default_factory=list)
+    published: list[int] = field(default_factory=list)
+    to_release: list[int] = field(default_factory=list)  # once the forward is planned
+    num_cached_tokens: int = 0
+    to_reserve: list[tuple[Group, int]] = field(default_factory=list)  # again, once those are released
+
+    @property
+    def full(self) -> bool:
+        return self.tokens_left <= 0 or self.chunks_left <= 0
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        self.tokens_left -= chunk.stop - chunk.start
+        self.chunks_left -= 1
+
+
+class Scheduler:
+    """Not thread-safe: its owner calls it under one lock.
+
+    Without a prefix cache nothing is shared or cut: every response is planned whole, together with its prompt.
+    """
+
+    def __init__(
+        self,
+        cache: PrefixCache | None,
+        max_batch_tokens: int,
+        max_batch_sequences: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cache = cache
+        self._max_tokens = max_batch_tokens
+        self._max_chunks = max_batch_sequences
+        self._token_limit = max_batch_tokens  # lower after a forward that failed
+        self._chunk_limit = max_batch_sequences
+        self._clock = clock
+        self._queue: FairQueue[Group] = FairQueue(quantum=max_batch_tokens)
+        self._jobs: dict[str, _Job] = {}
+        self._deadlines: list[tuple[float, str]] = []
+        self._started: dict[int, Group] = {}  # by id: in the queue, holding or reserving blocks
+        self._reserved = 0
+        self._outstanding: list[BatchPlan] = []  # scheduled, neither completed nor rolled back; oldest first
+        self._outcomes: list[Outcome] = []
+
+    # -- what comes in, what goes out ------------------------------------------------------------------------------
+
+    def add(self, request: EngineRequest) -> None:
+        """Queues a request. Its id must not be in flight already."""
+        assert request.request_id not in self._jobs
+        groups = [
+            Group.from_encoded(request.request_id, encoded, list(block_keys(encoded.prompt)) if self._cache else [])
+            for encoded in request.groups
+        ]
+        job = _Job(request, groups, self._clock(), num_unfinished=len(groups))
+        self._jobs[request.request_id] = job
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+        for group in groups:
+            self._enqueue(group)
+
+    def cancel(self, request_id: str) -> None:
+        """Drops what has not begun; unknown ids (already finished) are none of our business."""
+        if request_id in self._jobs:
+            self._drop(request_id, expired=False)
+
+    def take_outcomes(self) -> list[Outcome]:
+        """Requests that ended since the last call."""
+        outcomes, self._outcomes = self._outcomes, []
+        return outcomes
+
+    def requests(self) -> list[EngineRequest]:
+        """All requests in flight, in the order they came."""
+        return [job.request for job in self._jobs.values()]
+
+    @property
+    def num_waiting_requests(self) -> int:
+        return len({group.request_id for group in self._queue})
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return sum(group.num_tokens_left for group in self._queue)
+
+    @property
+    def idle(self) -> bool:
+        return not self._jobs and not self._outstanding
+
+    # -- planning --------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> BatchPlan | None:
+        """The next forward, or None if there is nothing to compute now."""
+        self._drop_expired()
+        filling = _Filling(self._token_limit, self._chunk_limit)
+        while not filling.full and (group := self._next_group()) is not None:
+            tokens_before, chunks_before = filling.tokens_left, len(filling.chunks)
+            done = self._serve(group, filling)
+            if done:
+                self._retire(group, filling)
+                continue
+            if len(filling.chunks) > chunks_before:
+                self._queue.charge(group, tokens_before - filling.tokens_left)
+            break  # it did not fit: the next forward begins with what is fair then
+        self._settle(filling)
+        if not filling.chunks:
+            return None
+        plan = BatchPlan(tuple(filling.chunks), tuple(filling.published), filling.num_cached_tokens)
+        self._outstanding.append(plan)
+        return plan
+
+    def _settle(self, filling: _Filling) -> None:
+        """The forward is planned: what it read last may be written by the next."""
+        if self._cache is None:
+            return
+        self._cache.release(filling.to_release)
+        for group, num_blocks in filling.to_reserve:
+            if group.started:
+                group.num_reserved += num_blocks
+                self._reserved += num_blocks
+
+    def _next_group(self) -> Group | None:
+        """What is fair next; but if there are no blocks to start it, what was started goes on to free some."""
+        group = self._queue.peek()
+        if group is None or group.started or self._start(group):
+            return group
+        return next(iter(self._started.values()), None)
+
+    def _start(self, group: Group) -> bool:
+        """Reserves the blocks the group needs at worst, so that groups under way can never block one another."""
+        if self._cache is None:
+            group.started = True
+            return True
+        need = _blocks_needed(group)
+        if self._cache.num_available - self._reserved < need:
+            assert self._started or self._cache.num_available < self._cache.pool.num_blocks, (
+                "pool too small for a group"
+            )
+            return False
+        group.started, group.num_reserved = True, need
+        self._reserved += need
+        self._started[id(group)] = group
+        return True
+
+    def _serve(self, group: Group, filling: _Filling) -> bool:
+        """Plans what fits of a started group. True if all of it is planned."""
+        if self._cache is None:
+            return self._serve_whole(group, filling)
+        self._serve_prompt(group, self._cache, filling)
+        if group.num_computed < group.prompt_length:
+            return False
+        for sequence in group.waiting:
+            if filling.full or not self._serve_response(group, sequence, self._cache, filling):
+                return False
+        return True
+
+    def _serve_whole(self, group: Group, filling: _Filling) -> bool:
+        for sequence in group.waiting:
+            tokens = group.prompt + sequence.tokens
+            length = len(tokens) // 4
+            if filling.full or (length > filling.tokens_left and filling.chunks):
+                return False
+            filling.add(Chunk(group, sequence, tokens, 0, length, (), store=False, scored=True))
+            sequence.status = Status.RUNNING
+        return True
+
+    def _serve_prompt(self, group: Group, cache: PrefixCache, filling: _Filling) -> None:
+        length = group.prompt_length
+        while group.num_computed < length:
+            start = group.num_computed
+            if start % BLOCK_TOKENS == 0:
+                block = cache.acquire(group.keys[start // BLOCK_TOKENS])
+                if block is not None:
+                    self._give(group, group.blocks, block)
+                    group.num_computed = min(length, start + BLOCK_TOKENS)
+                    group.num_cached += group.num_computed - start
+                    filling.num_cached_tokens += group.num_computed - start
+                    continue
+            if filling.full:
+                return
+            stop = _chunk_stop(start, length, filling.tokens_left)
+            self._extend(group, group.blocks, math.ceil(stop / BLOCK_TOKENS), cache)
+            tokens = group.prompt[4 * start : 4 * stop]
+            filling.add(Chunk(group, None, tokens, start, stop, tuple(group.blocks), store=True, scored=False))
+            group.num_computed = stop
+            whole = len(group.blocks) if stop == length else stop // BLOCK_TOKENS
+            for index in range(start // BLOCK_TOKENS, whole):
+                if cache.publish(group.keys[index], group.blocks[index]):
+                    filling.published.append(group.blocks[index])
+
+    def _serve_response(self, group: Group, sequence: Sequence, cache: PrefixCache, filling: _Filling) -> bool:
+        """True if the response's last token is planned."""
+        start, stop = group.prompt_length, group.prompt_length + sequence.num_tokens
+        if sequence.num_computed is None and sequence.num_tokens <= self._token_limit:
+            if sequence.num_tokens > filling.tokens_left:
+                return False
+            chunk = Chunk(group, sequence, sequence.tokens, start, stop, tuple(group.blocks), store=False, scored=True)
+            filling.add(chunk)
+            sequence.status = Status.RUNNING
+            return True
+        return self._serve_long_response(group, sequence, cache, filling, stop)
+
+    def _serve_long_response(
+        self, group: Group, sequence: Sequence, cache: PrefixCache, filling: _Filling, end: int
+    ) -> bool:
+        """One chunk of a response that no single forward holds."""
+        start = floor_block(group.prompt_length) if sequence.num_computed is None else sequence.num_computed
+        stop = _chunk_stop(start, end, filling.tokens_left)
+        last = stop == end
+        shared = group.blocks[: group.num_whole_blocks]
+        if not last:
+            num_own = math.ceil(stop / BLOCK_TOKENS) - len(shared)
+            if not self._extend(group, sequence.own_blocks, num_own, cache):
+                return False  # a sibling's blocks come free when this forward is planned
+        tokens = (group.prompt + sequence.tokens)[4 * start : 4 * stop]
+        blocks = (*shared, *sequence.own_blocks)
+        filling.add(Chunk(group, sequence, tokens, start, stop, blocks, store=not last, scored=last))
+        sequence.num_computed = stop
+        if last:
+            sequence.status = Status.RUNNING
+            self._take_back(group, sequence, filling)
+        return last
+
+    def _extend(self, group: Group, blocks: list[int], length: int, cache: PrefixCache) -> bool:
+        """Allocates until `blocks` has `length` of them. False if that is not possible now (long siblings only)."""
+        while len(blocks) < length and group.num_reserved:
+            block = cache.allocate()
+            assert block is not None, "reserved blocks are always available"
+            self._give(group, blocks, block)
+        return len(blocks) == length
+
+    def _give(self, group: Group, blocks: list[int], block: int) -> None:
+        blocks.append(block)
+        group.num_reserved -= 1
+        self._reserved -= 1
+
+    def _take_back(self, group: Group, sequence: Sequence, filling: _Filling) -> None:
+        """A long response is planned whole: its blocks become free, and the next one may use as many."""
+        filling.to_release += sequence.own_blocks
+        filling.to_reserve.append((group, len(sequence.own_blocks)))
+        sequence.own_blocks = []
+
+    def _retire(self, group: Group, filling: _Filling) -> None:
+        """All of a group is planned."""
+        self._queue.remove(group)
+        filling.to_release += self._leave_started(group)
+
+    def _leave_started(self, group: Group) -> list[int]:
+        """Ends the group's hold on blocks; returns those it held."""
+        held = group.blocks + [block for s in group.sequences for block in s.own_blocks]
+        self._started.pop(id(group), None)
+        self._reserved -= group.num_reserved
+        group.blocks, group.num_computed, group.num_reserved, group.started = [], 0, 0, False
+        for sequence in group.sequences:
+            sequence.own_blocks, sequence.num_computed = [], None
+        return held
+
+    # -- what became of it -----------------------------------------------------------------------------------------
+
+    def begin(self, plan: BatchPlan) -> None:
+        """The forward starts now: queueing ends for the requests in it."""
+        now = self._clock()
+        for chunk in plan.chunks:
+            job = self._jobs.get(chunk.group.request_id)
+            if job is not None and job.started_at is None:
+                job.started_at = now
+
+    def complete(self, plan: BatchPlan, scores: list[float]) -> None:
+        """The oldest forward under way is done; `scores` in the order of its scored chunks."""
+        assert self._outstanding and self._outstanding[0] is plan, "forwards complete in the order they were scheduled"
+        self._outstanding.pop(0)
+        self._token_limit = min(self._max_tokens, 2 * self._token_limit)
+        self._chunk_limit = min(self._max_chunks, 2 * self._chunk_limit)
+        scored = [chunk for chunk in plan.chunks if chunk.scored]
+        for chunk, score in zip(scored, scores, strict=True):
+            assert chunk.sequence is not None
+            chunk.sequence.status = Status.FINISHED
+            if math.isfinite(score):
+                chunk.sequence.score = score
+            else:
+                chunk.sequence.failure = ItemFailure(ItemCode.INTERNAL, f"the model's score is {score}, not a number")
+        for group in {id(chunk.group): chunk.group for chunk in scored}.values():
+            self._finish_if_done(group)
+
+    def rollback(self) -> None:
+        """The oldest forward under way failed: it and all scheduled after it have never been."""
+        plans, self._outstanding = self._outstanding, []
+        touched = {id(chunk.group): chunk.group for plan in plans for chunk in plan.chunks}
+        touched.update(self._started)
+        if self._cache is not None:
+            for block in {block for plan in plans for block in plan.published}:
+                self._cache.retract(block)
+        for group in touched.values():
+            if self._cache is not None:
+                self._cache.release(self._leave_started(group))
+            if not self._in_flight(group):
+                continue
+            if group.waiting:
+                self._queue.remove(group)
+            for sequence in group.sequences:
+                if sequence.status is Status.RUNNING:
+                    sequence.status = Status.WAITING
+            group.num_cached = 0
+            self._enqueue(group)
+
+    def split(self, plan: BatchPlan) -> bool:
+        """After a rollback: makes the next forwards smaller than `plan`. False if it cannot be split any further."""
+        if len(plan.chunks) == 1 and plan.num_tokens <= BLOCK_TOKENS:
+            return False
+        if self._cache is None and len(plan.chunks) == 1:
+            return False
+        self._token_limit = min(self._max_tokens, max(BLOCK_TOKENS, plan.num_tokens // 2))
+        self._chunk_limit = max(1, len(plan.chunks) // 2)
+        return True
+
+    def fail(self, plan: BatchPlan, failure: ItemFailure) -> None:
+        """After a rollback: what `plan` was about gets `failure` instead of a score."""
+        for chunk in plan.chunks:
+            group = chunk.group
+            if not self._in_flight(group):
+                continue
+            for sequence in group.waiting if chunk.sequence is None else [chunk.sequence]:
+                if sequence.status is Status.WAITING:
+                    sequence.status, sequence.failure = Status.FINISHED, failure
+            if not group.waiting:
+                self._remove(group)
+                self._finish_if_done(group)
+
+    def _in_flight(self, group: Group) -> bool:
+        job = self._jobs.get(group.request_id)
+        return job is not None and any(g is group for g in job.groups) and not group.finished
+
+    def _finish_if_done(self, group: Group) -> None:
+        job = self._jobs.get(group.request_id)
+        if job is None or not group.finished or not any(g is group for g in job.groups):
+            return
+        job.num_unfinished -= 1
+        if job.num_unfinished == 0:
+            del self._jobs[group.request_id]
+            self._outcomes.append(Outcome(group.request_id, self._result(job)))
+
+    def _result(self, job: _Job) -> EngineResult:
+        started = job.received_at if job.started_at is None else job.started_at
+        groups = tuple(
+            EngineGroup(tuple(EngineItem(s.score, s.failure) for s in group.sequences), group.num_cached)
+            for group in job.groups
+        )
+        return EngineResult(groups, queue_s=started - job.received_at, compute_s=self._clock() - started)
+
+    def _enqueue(self, group: Group) -> None:
+        request = self._jobs[group.request_id].request
+        self._queue.add(group, request.client, group.num_tokens, request.priority)
+
+    def _remove(self, group: Group) -> None:
+        """Takes a group out of the queue, planned or not, and frees what it holds."""
+        if group in self._queue:
+            self._queue.remove(group)
+        if self._cache is not None:
+            self._cache.release(self._leave_started(group))
+
+    def _drop(self, request_id: str, expired: bool) -> None:
+        job = self._jobs.pop(request_id)
+        for group in job.groups:
+            self._remove(group)
+        self._outcomes.append(Outcome(request_id, None, expired))
+
+    def _drop_expired(self) -> None:
+        now = self._clock()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, request_id = heapq.heappop(self._deadlines)
+            job = self._jobs.get(request_id)
+            if job is not None and job.request.deadline is not None and job.request.deadline <= now:
+                self._drop(request_id, expired=True)
+
+    # -- integrity -------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Asserts what must hold between calls: every block accounted for, every group where it belongs."""
+        in_queue = {id(group) for group in self._queue}
+        for request_id, job in self._jobs.items():
+            assert job.num_unfinished == sum(not group.finished for group in job.groups) > 0, request_id
+            for group in job.groups:
+                assert bool(group.waiting) == (id(group) in in_queue), "a group waits outside the queue, or in vain"
+        assert all(group.request_id in self._jobs for group in self._queue), "a dropped group is still queued"
+        assert all(key in in_queue for key in self._started)
+        if self._cache is None:
+            return
+        self._cache.check()
+        holds: dict[int, int] = {}
+        for group in self._started.values():
+            for block in group.blocks + [b for s in group.sequences for b in s.own_blocks]:
+                holds[block] = holds.get(block, 0) + 1
+        for block in range(self._cache.pool.num_blocks):
+            assert self._cache.pool.references(block) == holds.get(block, 0), f"block {block} is held by nobody known"
+        assert self._reserved == sum(group.num_reserved for group in self._started.values())
+        assert self._cache.num_available >= self._reserved >= 0, "more is reserved than there is"
+
+
+def _blocks_needed(group: Group) -> int:
+    """Blocks a group may hold at once: its prompt's, and those of its longest response, should that go in chunks."""
+    longest = max(sequence.num_tokens for sequence in group.sequences)
+    own = ceil_block(group.prompt_length + longest) // BLOCK_TOKENS - group.num_whole_blocks
+    return math.ceil(group.prompt_length / BLOCK_TOKENS) + own
+
+
+def _chunk_stop(start: int, end: int, tokens_left: int) -> int:
+    """Where a chunk that begins at `start` stops: at the end, else at a block's border if one is in reach."""
+    stop = start + tokens_left
+    if stop >= end:
+        return end
+    return floor_block(stop) if floor_block(stop) > start else stop

@@ -1,0 +1,114 @@
+"""What the scheduler moves: a group under way, its sequences, and the plan of one forward. Loads no torch."""
+
+import enum
+from dataclasses import dataclass, field
+
+from rewardserve_kernels.ragged import BLOCK_TOKENS
+
+from rewardserve.types import EncodedGroup, ItemFailure
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"  # not scheduled, or only in part
+    RUNNING = "running"  # its last token is in a plan
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One response to a group's prompt being scored."""
+
+    index: int  # in the group
+    tokens: bytes  # little-endian int32
+    status: Status = Status.WAITING
+    # A response too long for one forward goes in chunks, and keeps what it computed in blocks of its own. It starts at
+    # the prompt's last whole block, so that its blocks are full from the first slot on.
+    own_blocks: list[int] = field(default_factory=list)
+    num_computed: int | None = None  # absolute position reached; None until the first chunk is scheduled
+    score: float | None = None
+    failure: ItemFailure | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.tokens) // 4
+
+
+@dataclass(slots=True, eq=False)
+class Group:
+    """One prompt with its responses, on its way through the scheduler."""
+
+    request_id: str
+    prompt: bytes
+    sequences: list[Sequence]
+    keys: list[bytes]  # of the prompt's blocks
+    blocks: list[int] = field(default_factory=list)  # held; the first `num_computed` prompt tokens lie in them
+    num_computed: int = 0
+    num_cached: int = 0
+    num_reserved: int = 0  # blocks it may still allocate; kept free for it, so that a started group can always finish
+    started: bool = False
+
+    @classmethod
+    def from_encoded(cls, request_id: str, encoded: EncodedGroup, keys: list[bytes]) -> "Group":
+        sequences = [Sequence(index, tokens) for index, tokens in enumerate(encoded.responses)]
+        return cls(request_id, encoded.prompt, sequences, keys)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt) // 4
+
+    @property
+    def num_whole_blocks(self) -> int:
+        """Blocks of the prompt that are full."""
+        return self.prompt_length // BLOCK_TOKENS
+
+    @property
+    def num_tokens(self) -> int:
+        return (len(self.prompt) + sum(len(s.tokens) for s in self.sequences)) // 4
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens still to be planned, if no more of the prompt is found in the cache."""
+        return self.prompt_length - self.num_computed + sum(s.num_tokens for s in self.waiting)
+
+    @property
+    def waiting(self) -> list[Sequence]:
+        return [s for s in self.sequences if s.status is Status.WAITING]
+
+    @property
+    def finished(self) -> bool:
+        return all(s.status is Status.FINISHED for s in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Positions [start, stop) of one sequence in a forward: of the prompt, or of prompt + response."""
+
+    group: Group
+    sequence: Sequence | None  # None: of the prompt itself
+    tokens: bytes  # the token ids of these positions
+    start: int
+    stop: int
+    blocks: tuple[int, ...]  # what lies before `start`; with `store` reaches to `stop`
+    store: bool
+    scored: bool  # the last position is the sequence's last
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """One forward."""
+
+    chunks: tuple[Chunk, ...]
+    published: tuple[int, ...]  # blocks others may already rely on; retracted if the forward fails
+    num_cached_tokens: int  # prompt tokens it need not compute
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.stop - chunk.start for chunk in self.chunks)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(chunk.stop - chunk.start for chunk in self.chunks if chunk.sequence is None)
+
+    @property
+    def num_scored(self) -> int:
+        return sum(chunk.scored for chunk in self.chunks)

@@ -1,0 +1,91 @@
+"""Every Prometheus series the server has. The registry is passed in; children are bound once per model."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+SCORES = (-20, -10, -8, -6, -5, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
+STAGES = ("admission", "tokenization", "queue", "compute", "total")
+
+
+class Metrics:
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"rewardserve_{name}", text, ("model", *labels), registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"rewardserve_{name}", text, ("model", *labels), registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(f"rewardserve_{name}", text, ("model", *labels), buckets=buckets, registry=registry)
+
+        self.requests = counter("requests", "Requests answered, by gRPC status.", "status")
+        self.item_failures = counter("item_failures", "Responses without a score, by code.", "code")
+        self.rejections = counter("admission_rejections", "Requests refused before any work.", "reason")
+        self.pairs = counter("pairs", "Prompt/response pairs scored.")
+        self.tokens = counter("tokens", "Prompt and response tokens of the pairs scored.")
+        self.prefix_cache_tokens = counter("prefix_cache_tokens", "Prompt tokens looked up, by result.", "result")
+        self.restarts = counter("engine_restarts", "Times the engine process was restarted.")
+        self.in_flight = gauge("in_flight_requests", "Requests admitted and not yet answered.")
+        self.in_flight_tokens = gauge("in_flight_tokens", "Their tokens, prompts counted once per group.")
+        self.queued_requests = gauge("queued_requests", "Requests waiting in the scheduler after the last batch.")
+        self.queued_tokens = gauge("queued_tokens", "Their tokens.")
+        self.up = gauge("model_up", "1 if the model can score, else 0.")
+        self.info = gauge(
+            "model_info", "1, with the version that is served.", "version", "architecture", "path", "dtype"
+        )
+        self.batch_tokens = histogram("batch_tokens", "Tokens computed in one forward.", _powers_of_two(4, 17))
+        self.batch_pairs = histogram("batch_pairs", "Pairs scored in one forward.", _powers_of_two(0, 10))
+        self.stage_seconds = histogram("stage_seconds", "Where a request's time went.", SECONDS, "stage")
+        self.score = histogram("score", "Scores given out.", SCORES)
+
+
+class ModelMetrics:
+    """The series of one model, bound."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics, self._model = metrics, model
+        self._info_labels: tuple[str, ...] | None = None
+        self.pairs = metrics.pairs.labels(model)
+        self.tokens = metrics.tokens.labels(model)
+        self.cache_hits = metrics.prefix_cache_tokens.labels(model, "hit")
+        self.cache_misses = metrics.prefix_cache_tokens.labels(model, "miss")
+        self.restarts = metrics.restarts.labels(model)
+        self.in_flight = metrics.in_flight.labels(model)
+        self.in_flight_tokens = metrics.in_flight_tokens.labels(model)
+        self.queued_requests = metrics.queued_requests.labels(model)
+        self.queued_tokens = metrics.queued_tokens.labels(model)
+        self.up = metrics.up.labels(model)
+        self.batch_tokens = metrics.batch_tokens.labels(model)
+        self.batch_pairs = metrics.batch_pairs.labels(model)
+        self.stages = {stage: metrics.stage_seconds.labels(model, stage) for stage in STAGES}
+        self.score = metrics.score.labels(model)
+
+    def count_request(self, status: str) -> None:
+        self._metrics.requests.labels(self._model, status).inc()
+
+    def count_item_failure(self, code: str) -> None:
+        self._metrics.item_failures.labels(self._model, code).inc()
+
+    def count_rejection(self, reason: str) -> None:
+        self._metrics.rejections.labels(self._model, reason).inc()
+
+    def set_info(self, version: str, architecture: str, path: str, dtype: str) -> None:
+        """Replaces what was said before: one version is served at a time."""
+        labels = (self._model, version, architecture, path, dtype)
+        if self._info_labels not in (None, labels):
+            self._metrics.info.remove(*self._info_labels)
+        self._metrics.info.labels(*labels).set(1)
+        self._info_labels = labels
+
+    def forget(self) -> None:
+        """The model is gone: it is not up, and has no version."""
+        self.up.set(0)
+        if self._info_labels is not None:
+            self._metrics.info.remove(*self._info_labels)
+            self._info_labels = None
+
+
+def _powers_of_two(first: int, last: int) -> tuple[float, ...]:
+    return tuple(float(2**exponent) for exponent in range(first, last + 1))

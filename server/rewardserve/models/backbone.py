@@ -1,0 +1,301 @@
+"""An unmodified Hugging Face decoder run on packs: its attention is routed to ours, its last layer is cut short.
+
+Every decoder that calls transformers' attention interface runs here as it is. The interface hands over queries, keys
+and values after rotary embedding; we route them to one opaque operator, so that torch.compile sees a black box and one
+graph serves every layer. What the operator needs to know of the pack it reads from the calling thread's context: not
+every model family passes keyword arguments through.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rewardserve_kernels.attention.chunked import tree_attention
+from rewardserve_kernels.kv_cache.paged import store_segment
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from torch import nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+ATTENTION = "rewardserve"
+PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
+
+
+class NotPackable(Exception):
+    """This backbone does not run right on packs; the padded path must serve it. The message says why."""
+
+
+class KVPool:
+    """Keys and values of stored blocks, a pair of tensors [blocks, kv_heads, BLOCK_TOKENS, head_size] for each layer.
+
+    Layers are allocated when first met, because only the attention call knows their shapes.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pools of layer `index`, shaped for k and v [kv_heads, rows, head_size]."""
+        if index == len(self._layers):
+            shapes = [(self.num_blocks, t.shape[0], BLOCK_TOKENS, t.shape[2]) for t in (k, v)]
+            self._layers.append((k.new_zeros(shapes[0]), v.new_zeros(shapes[1])))
+        return self._layers[index]
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Over all layers met so far."""
+        return sum(t.nbytes for pair in self._layers for t in pair) // self.num_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """One forward: the tokens of all segments end to end."""
+
+    input_ids: torch.Tensor  # [rows] int64
+    position_ids: torch.Tensor  # [rows] int64
+    segments: tuple[Segment, ...]
+    pooled: tuple[int, ...]  # segments whose last row is scored
+    pooled_rows: torch.Tensor  # [len(pooled)] int64: the rows of those last tokens
+
+
+@dataclass(slots=True)
+class _Forward:
+    """State of the forward under way on one thread."""
+
+    pack: Pack
+    pool: KVPool
+    last_layer: int  # index of the pruned layer, -1 without pruning
+    num_calls: int = 0
+    capturing: bool = False
+    captured: tuple[torch.Tensor, torch.Tensor] | None = None
+    pooled_segments: tuple[Segment, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pooled_segments = tuple(self.pack.segments[i] for i in self.pack.pooled)
+
+
+_current = threading.local()
+
+
+class _KeysCaptured(Exception):
+    """Leaves the last layer once its keys and values are known: the rest of it is needed for scored rows only."""
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """q [1, heads, rows, head_size], k and v [1, kv_heads, rows, ...] -> [1, rows, heads, v_head_size]."""
+    forward: _Forward = _current.forward
+    layer = forward.num_calls
+    forward.num_calls += 1
+    options = (scale, window, softcap, sinks)
+    if forward.captured is not None:
+        keys, values = forward.captured
+        pools = forward.pool.layer(forward.last_layer, keys, values)
+        segments = forward.pooled_segments
+        return tree_attention(q[0], keys, values, *pools, segments, *options, last_rows_only=True)[None]
+    keys, values = k[0], v[0]
+    pools = forward.pool.layer(layer, keys, values)
+    for segment in forward.pack.segments:
+        if segment.store:
+            rows = slice(segment.row, segment.row + segment.num_rows)
+            store_segment(pools[0], keys[:, rows], segment)
+            store_segment(pools[1], values[:, rows], segment)
+    if forward.capturing:
+        forward.captured = (keys, values)
+        raise _KeysCaptured
+    return tree_attention(q[0], keys, values, *pools, forward.pack.segments, *options)[None]
+
+
+_library = torch.library.Library("rewardserve", "DEF")
+_library.define("attend(Tensor q, Tensor k, Tensor v, float scale, int window, float softcap, Tensor? sinks) -> Tensor")
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rewardserve::attend", lib=_library)
+def _attend_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def _attention_interface(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = torch.ops.rewardserve.attend(query, key, value, scale, sliding_window or 0, softcap or 0.0, s_aux)
+    return out, None
+
+
+AttentionInterface.register(ATTENTION, _attention_interface)
+
+
+class _PrunedLayer(nn.Module):
+    """The last decoder layer: keys and values of all rows, everything else of the scored rows only."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        """Models ask their layers for attributes (attention_type, ...); they are the wrapped layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        forward: _Forward | None = getattr(_current, "forward", None)
+        if forward is None:
+            return self.layer(hidden_states, *args, **kwargs)
+        forward.capturing = True
+        try:
+            self.layer(hidden_states, *args, **kwargs)
+        except _KeysCaptured:
+            forward.capturing = False
+        rows = forward.pack.pooled_rows
+        num_rows = hidden_states.shape[1]
+        if not len(rows):
+            return hidden_states[:, :0]
+        args, kwargs = _pick(args, rows, num_rows), _pick(kwargs, rows, num_rows)
+        return self.layer(hidden_states[:, rows], *args, **kwargs)
+
+
+def _pick(value: Any, rows: torch.Tensor, num_rows: int) -> Any:
+    """`value` with every tensor [_, num_rows, ...] in it reduced to `rows`."""
+    if isinstance(value, torch.Tensor):
+        return value[:, rows] if value.dim() >= 2 and value.shape[1] == num_rows else value
+    if isinstance(value, tuple | list):
+        return type(value)(_pick(v, rows, num_rows) for v in value)
+    if isinstance(value, dict):
+        return {k: _pick(v, rows, num_rows) for k, v in value.items()}
+    return value
+
+
+class _FullPrecisionNorm(nn.Module):
+    """The final norm in fp32, so that what the head reads was not rounded to the backbone's precision once more."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm.float()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden_states.float())
+
+
+def check_packable(config: PreTrainedConfig) -> None:
+    """Raises NotPackable for what is known to keep its mask, or a state, outside the attention interface.
+
+    Necessary, not sufficient: the calls are counted on every forward, and the canary compares scores at load.
+    """
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if not kinds <= PACKABLE_LAYERS:
+        raise NotPackable(f"it has layers of kind {', '.join(sorted(kinds - PACKABLE_LAYERS))}")
+    if getattr(text, "attention_chunk_size", None):
+        raise NotPackable("its attention is chunked by its mask")
+    if getattr(text, "use_bidirectional_attention", False) or getattr(text, "is_causal", True) is False:
+        raise NotPackable("its attention is not causal")
+
+
+class Backbone:
+    """A Hugging Face decoder without its head. Not safe for use by several threads at once."""
+
+    def __init__(self, module: PreTrainedModel) -> None:
+        self.module = module
+        self.config = module.config.get_text_config()
+        self.device = module.device
+        self._padded_attention = module.config._attn_implementation
+        self._layers = _decoder_layers(module, self.config.num_hidden_layers)
+        self._pruned = False
+        _widen_final_norm(module)
+
+    def prepare_packed(self, prune: bool, compile_layers: bool) -> None:
+        """Routes attention to ours and, with `prune`, cuts the last layer short. Raises NotPackable."""
+        check_packable(self.config)
+        self.module.set_attn_implementation(ATTENTION)
+        if self.module.config._attn_implementation != ATTENTION:
+            raise NotPackable("it does not take another attention implementation")
+        if self._layers is None:
+            return
+        if compile_layers:
+            for layer in self._layers[:-1]:
+                layer.compile(dynamic=True, fullgraph=True)
+        if prune:
+            self._layers[-1] = _PrunedLayer(self._layers[-1])
+            self._pruned = True
+
+    def prepare_padded(self) -> None:
+        """Back to the model as it was loaded."""
+        self.module.set_attn_implementation(self._padded_attention)
+        if self._pruned and self._layers is not None:
+            self._layers[-1] = self._layers[-1].layer
+            self._pruned = False
+
+    def run_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
+        """Final hidden states of the pooled rows, [len(pack.pooled), hidden_size].
+
+        Raises NotPackable if not every layer asked our attention exactly once: such a backbone's states are wrong.
+        """
+        last_layer = self.config.num_hidden_layers - 1 if self._pruned else -1
+        forward = _Forward(pack, pool, last_layer)
+        _current.forward = forward
+        try:
+            hidden = self.module(
+                input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False
+            ).last_hidden_state[0]
+        finally:
+            _current.forward = None
+        expected = self.config.num_hidden_layers + (1 if self._pruned and pack.pooled else 0)
+        if forward.num_calls != expected:
+            raise NotPackable(f"attention was called {forward.num_calls} times instead of {expected} in a forward")
+        return hidden if self._pruned else hidden[pack.pooled_rows]
+
+    def run_padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Final hidden states of the last token of each row, [len(rows), hidden_size], by a right-padded forward.
+
+        The last token is found by true length, never by looking for a pad id.
+        """
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        input_ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device)
+        mask = (torch.arange(input_ids.shape[1], device=self.device)[None] < lengths[:, None]).long()
+        hidden = self.module(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+
+
+def _decoder_layers(module: nn.Module, num_layers: int) -> nn.ModuleList | None:
+    """The list of decoder layers, or None where it cannot be told (then nothing is pruned or compiled)."""
+    lists = [m for m in module.children() if isinstance(m, nn.ModuleList) and len(m) == num_layers]
+    return lists[0] if len(lists) == 1 else None
+
+
+def _widen_final_norm(module: nn.Module) -> None:
+    for name in FINAL_NORMS:
+        norm = getattr(module, name, None)
+        if isinstance(norm, nn.Module):
+            setattr(module, name, _FullPrecisionNorm(norm))
+            return

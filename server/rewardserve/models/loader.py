@@ -1,0 +1,53 @@
+"""Checkpoint -> reward model on a device."""
+
+import logging
+
+import torch
+from transformers import AutoModel
+from transformers.utils import logging as transformers_logging
+
+from rewardserve.errors import LoadFailed
+from rewardserve.models.backbone import Backbone
+from rewardserve.models.reward_model import RewardModel
+from rewardserve.models.spec import HEAD_BIAS, HEAD_WEIGHT, ModelSpec
+
+log = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(device: str) -> torch.device:
+    """`auto` is the first GPU, or the CPU without one."""
+    if device != "auto":
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    """`auto` is the checkpoint's own, except that a CPU runs fp16 checkpoints in fp32: its fp16 products are slow."""
+    if dtype != "auto":
+        return DTYPES[dtype]
+    if spec.stored_dtype not in DTYPES.values() or (spec.stored_dtype is torch.float16 and device.type == "cpu"):
+        return torch.float32
+    return spec.stored_dtype
+
+
+def load(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RewardModel:
+    """Raises LoadFailed if a weight of the backbone is missing: transformers would make one up."""
+    transformers_logging.set_verbosity_error()  # what is missing or not used we say ourselves
+    transformers_logging.disable_progress_bar()
+    try:
+        module, info = AutoModel.from_pretrained(
+            spec.folder, config=spec.config, dtype=dtype, output_loading_info=True, use_safetensors=True
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise LoadFailed(f"{spec.folder}: {str(error).strip().splitlines()[0]}") from error
+    if info["missing_keys"] or info["mismatched_keys"]:
+        keys = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise LoadFailed(f"{spec.folder}: weights missing or of the wrong shape: {', '.join(keys[:10])}")
+    ignored = sorted(set(info["unexpected_keys"]) - {HEAD_WEIGHT, HEAD_BIAS})
+    if ignored:
+        log.warning("%d weights of the checkpoint are not used: %s", len(ignored), ", ".join(ignored[:10]))
+    module = module.to(device).eval().requires_grad_(False)
+    bias = None if spec.head_bias is None else spec.head_bias.to(device)
+    return RewardModel(Backbone(module), spec.head_weight.to(device), bias)

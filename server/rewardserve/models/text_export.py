@@ -1,0 +1,70 @@
+"""A checkpoint's tokenizer -> TextSpec: what the front needs to do the same without transformers and torch."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rewardserve.types import Probe, TextSpec
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
+    (("user", "What is 2 + 2?"), ("assistant", "It is 4.")),
+    (
+        ("user", "Hi"),
+        ("assistant", "Hello, how can I help?"),
+        ("user", " Écris\n\ndu code: `x = 1`  "),
+        ("assistant", "ok 👍"),
+    ),
+    (("system", "Be brief."), ("user", "<b>1 < 2</b>"), ("assistant", "\n\tdef f():\n    return 'é'\n")),
+)
+
+
+def export_text(folder: Path) -> tuple[TextSpec | None, str]:
+    """The checkpoint's text handling, or None and why there is none: then only token ids can be scored."""
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one up, empty
+        return None, f"none of {', '.join(TOKENIZER_FILES)} is in the checkpoint's folder"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a missing or unknown tokenizer fails in many ways, and none is fatal: ids still work
+        return None, f"no usable tokenizer: {str(error).strip().splitlines()[0][:200]}"
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None, f"{type(tokenizer).__name__} is not a fast tokenizer"
+    return (
+        TextSpec(
+            tokenizer_json=backend.to_str(),
+            chat_template=_template(tokenizer),
+            special_tokens={k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)},
+            bos_token_id=tokenizer.bos_token_id,
+            probes=tuple(_probes(tokenizer)),
+        ),
+        "",
+    )
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError:  # none at all
+        return None
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
+    """How the tokenizer itself renders and tokenizes conversations; those its template refuses are left out."""
+    if _template(tokenizer) is None:
+        texts = ["".join(content for _, content in conversation) for conversation in CONVERSATIONS]
+        return [Probe((), False, text, tuple(_tokenize(tokenizer, text))) for text in texts]
+    probes = []
+    for conversation in CONVERSATIONS:
+        for messages, generate in ((conversation, False), (conversation[:-1], True)):
+            dicts = [{"role": role, "content": content} for role, content in messages]
+            try:
+                text = tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=generate)
+            except Exception:  # jinja's TemplateError and friends: e.g. "System role not supported"
+                continue
+            probes.append(Probe(messages, generate, text, tuple(_tokenize(tokenizer, text))))
+    return probes
+
+
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -1,0 +1,223 @@
+"""Names -> live models: loading, states, restarts, unloading. Knows engines only by their protocol."""
+
+import asyncio
+import contextlib
+import enum
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+
+from rewardserve.engine.base import BatchReport, Engine, EngineInfo, EngineListener, EngineRequest
+from rewardserve.errors import (
+    Draining,
+    InvalidRequest,
+    LoadFailed,
+    ModelExists,
+    ModelNotFound,
+    RewardServeError,
+    Unavailable,
+)
+from rewardserve.metrics import Metrics, ModelMetrics
+from rewardserve.service.admission import Admission, Limits
+from rewardserve.text.encoder import EncodedRequest, Encoder
+from rewardserve.text.tokenizer import Tokenizer
+from rewardserve.types import EncodedGroup, ScoreRequest, TokenIds
+
+log = logging.getLogger(__name__)
+
+
+class ModelState(enum.Enum):
+    LOADING = "loading"
+    SERVING = "serving"
+    RESTARTING = "restarting"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class LiveModel:
+    """One model being served. Lives on the event loop."""
+
+    def __init__(self, name: str, source: str, engine: Engine, metrics: ModelMetrics, limits: Limits) -> None:
+        self.name = name
+        self.source = source
+        self.engine = engine
+        self.metrics = metrics
+        self.admission = Admission(limits, metrics)
+        self.state = ModelState.LOADING
+        self.message = ""
+        self.num_restarts = 0
+        self.info: EngineInfo | None = None
+        self.encoder: Encoder | None = None
+
+    async def start(self, executor: Executor, on_change: Callable[["LiveModel"], None]) -> None:
+        """Raises LoadFailed, or Unavailable if the engine died while loading."""
+
+        def set_state(state: ModelState, message: str = "") -> None:
+            if self.state is not ModelState.DRAINING:
+                self.state, self.message = state, message
+            self.metrics.up.set(self.state is ModelState.SERVING)
+            on_change(self)
+
+        def on_up(info: EngineInfo) -> None:
+            restarted = self.state is ModelState.RESTARTING
+            if restarted:
+                self.num_restarts += 1
+                self.metrics.restarts.inc()
+            changed = self.info is None or info.text != self.info.text
+            self._use(info, None if changed else self.encoder.tokenizer if self.encoder else None)
+            set_state(ModelState.SERVING, self.message)
+
+        listener = EngineListener(
+            on_batch=self._on_batch,
+            on_down=lambda reason: set_state(ModelState.RESTARTING, reason),
+            on_up=on_up,
+            on_failed=lambda reason: set_state(ModelState.FAILED, reason),
+        )
+        info = await self.engine.start(listener)
+        tokenizer = None
+        if info.text is not None:
+            tokenizer = await asyncio.get_running_loop().run_in_executor(executor, Tokenizer, info.text)
+        self._use(info, tokenizer)
+        set_state(ModelState.SERVING)
+
+    def _use(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
+        if tokenizer is None and info.text is not None:
+            tokenizer = Tokenizer(info.text)
+        self.info = info
+        self.encoder = Encoder(tokenizer, info.vocab_size, info.max_length, info.text_missing_reason)
+        self.metrics.set_info(info.version, info.architecture, info.path, info.dtype)
+
+    def _on_batch(self, report: BatchReport) -> None:
+        self.admission.observe_rate(report.num_tokens, report.compute_s)
+        self.metrics.batch_tokens.observe(report.num_tokens)
+        self.metrics.batch_pairs.observe(report.num_pairs)
+        self.metrics.cache_hits.inc(report.num_cached_tokens)
+        self.metrics.cache_misses.inc(report.num_prompt_tokens)
+        self.metrics.queued_requests.set(report.queued_requests)
+        self.metrics.queued_tokens.set(report.queued_tokens)
+
+    def check_serving(self) -> None:
+        """Raises Unavailable if it cannot score now."""
+        if self.state is ModelState.DRAINING:
+            raise Draining(f"model '{self.name}' is being unloaded")
+        if self.state is not ModelState.SERVING:
+            raise Unavailable(f"model '{self.name}' is {self.state.value}: {self.message}".removesuffix(": "))
+
+    async def encode(self, request: ScoreRequest, executor: Executor) -> EncodedRequest:
+        """Text goes to `executor`, off the event loop; token ids need less work than handing them over."""
+        assert self.encoder is not None
+        if _only_ids(request):
+            return self.encoder.encode(request)
+        return await asyncio.get_running_loop().run_in_executor(executor, self.encoder.encode, request)
+
+
+def _only_ids(request: ScoreRequest) -> bool:
+    return all(
+        isinstance(group.prompt, TokenIds) and all(isinstance(r, TokenIds) for r in group.responses)
+        for group in request.groups
+    )
+
+
+class Registry:
+    """All models of this server. Lives on the event loop."""
+
+    def __init__(
+        self,
+        make_engine: Callable[[str, str, str], Engine],
+        metrics: Metrics,
+        limits: Limits,
+        executor: Executor,
+        on_change: Callable[[LiveModel], None] = lambda model: None,
+    ) -> None:
+        """`make_engine(name, source, dtype)`; `on_change` hears of every change of a model's state."""
+        self._make_engine = make_engine
+        self._metrics = metrics
+        self._limits = limits
+        self._executor = executor
+        self._on_change = on_change
+        self._models: dict[str, LiveModel] = {}
+        self._draining = False
+
+    @property
+    def models(self) -> list[LiveModel]:
+        return list(self._models.values())
+
+    def get(self, name: str) -> LiveModel:
+        """An empty name means the only model. Raises ModelNotFound."""
+        if not name and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        if name in self._models:
+            return self._models[name]
+        served = ", ".join(sorted(self._models)) or "none"
+        wanted = f"no model '{name}' here" if name else "name a model: there is not exactly one here"
+        raise ModelNotFound(f"{wanted}; served are: {served}")
+
+    @contextlib.contextmanager
+    def serving(self, name: str) -> Iterator[LiveModel]:
+        """The model, if it can score now."""
+        if self._draining:
+            raise Draining("the server is shutting down")
+        model = self.get(name)
+        model.check_serving()
+        yield model
+
+    async def load(self, name: str, source: str, dtype: str = "auto") -> LiveModel:
+        """Loads, checks and warms a model; it is served when this returns. Raises ModelExists or LoadFailed."""
+        if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+            raise InvalidRequest("name", f"{name!r} must be letters, digits, '-', '_' and '.'")
+        if name in self._models:
+            raise ModelExists(f"a model '{name}' is served already; unload it first")
+        engine = self._make_engine(name, source, dtype)
+        model = LiveModel(name, source, engine, ModelMetrics(self._metrics, name), self._limits)
+        self._models[name] = model
+        self._on_change(model)
+        try:
+            await model.start(self._executor, self._on_change)
+            await self._warm_up(model)
+        except BaseException as error:
+            del self._models[name]
+            model.metrics.forget()
+            model.state = ModelState.FAILED
+            self._on_change(model)
+            await engine.stop()
+            if isinstance(error, RewardServeError) and not isinstance(error, LoadFailed):
+                raise LoadFailed(str(error)) from error
+            raise
+        assert model.info is not None
+        log.info("serving %s: %s, version %s, %s", name, source, model.info.version, model.info.path)
+        return model
+
+    async def unload(self, name: str, grace_s: float) -> None:
+        """Stops admitting, waits for what is in flight as long as `grace_s`, and frees the memory."""
+        model = self._models.get(name)
+        if model is None:
+            raise ModelNotFound(f"no model '{name}' here")
+        model.state = ModelState.DRAINING
+        self._on_change(model)
+        await _idle(model, grace_s)
+        await model.engine.stop()
+        del self._models[name]
+        model.metrics.forget()
+        self._on_change(model)
+
+    def stop_admitting(self) -> None:
+        self._draining = True
+
+    async def drain(self, grace_s: float) -> None:
+        """Waits for what is in flight, as long as `grace_s`."""
+        await asyncio.gather(*(_idle(model, grace_s) for model in self.models))
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(model.engine.stop() for model in self.models))
+
+    async def _warm_up(self, model: LiveModel) -> None:
+        """The first request should not pay for what the first forward sets up."""
+        group = EncodedGroup(prompt=bytes(4 * 8), responses=(bytes(4 * 8),))
+        await model.engine.score(EngineRequest("warm-up", (group,)))
+
+
+async def _idle(model: LiveModel, grace_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(grace_s):
+            while model.admission.num_requests:
+                await asyncio.sleep(0.02)

@@ -1,0 +1,205 @@
+"""protobuf <-> types.py; the only file that knows both."""
+
+import time
+import uuid
+
+from google.rpc import status_pb2
+
+from rewardserve.errors import InvalidRequest
+from rewardserve.service.rank import Comparison, Ranking
+from rewardserve.service.registry import LiveModel, ModelState
+from rewardserve.types import (
+    Conversation,
+    GroupScore,
+    ItemScore,
+    Message,
+    Overflow,
+    PlainText,
+    Prompt,
+    PromptGroup,
+    Rendered,
+    Response,
+    ScoreRequest,
+    ScoreResult,
+    Timings,
+    TokenIds,
+)
+from rewardserve.v1 import models_pb2, scoring_pb2
+
+MAX_PRIORITY = 100
+STATES = {
+    ModelState.LOADING: models_pb2.MODEL_STATE_LOADING,
+    ModelState.SERVING: models_pb2.MODEL_STATE_SERVING,
+    ModelState.RESTARTING: models_pb2.MODEL_STATE_RESTARTING,
+    ModelState.DRAINING: models_pb2.MODEL_STATE_DRAINING,
+    ModelState.FAILED: models_pb2.MODEL_STATE_FAILED,
+}
+PATHS = {"packed": models_pb2.EXECUTION_PATH_PACKED, "padded": models_pb2.EXECUTION_PATH_PADDED}
+
+
+def score_request(message: scoring_pb2.ScoreRequest, deadline: float | None, client: str) -> ScoreRequest:
+    """Raises InvalidRequest, naming the field. `deadline` is on CLOCK_MONOTONIC, in seconds."""
+    groups = tuple(
+        PromptGroup(
+            group.id,
+            _prompt(group.prompt, f"groups[{i}].prompt"),
+            tuple(_response(response, f"groups[{i}].responses[{j}]") for j, response in enumerate(group.responses)),
+        )
+        for i, group in enumerate(message.groups)
+    )
+    return _request(message, groups, deadline, client)
+
+
+def rank_request(message: scoring_pb2.RankRequest, deadline: float | None, client: str) -> ScoreRequest:
+    responses = tuple(_response(response, f"responses[{i}]") for i, response in enumerate(message.responses))
+    group = PromptGroup("", _prompt(message.prompt, "prompt"), responses)
+    return _request(message, (group,), deadline, client)
+
+
+def compare_request(message: scoring_pb2.CompareRequest, deadline: float | None, client: str) -> ScoreRequest:
+    responses = (_response(message.response_a, "response_a"), _response(message.response_b, "response_b"))
+    group = PromptGroup("", _prompt(message.prompt, "prompt"), responses)
+    return _request(message, (group,), deadline, client)
+
+
+def _request(
+    message: scoring_pb2.ScoreRequest | scoring_pb2.RankRequest | scoring_pb2.CompareRequest,
+    groups: tuple[PromptGroup, ...],
+    deadline: float | None,
+    client: str,
+) -> ScoreRequest:
+    options = message.options
+    try:
+        overflow = Overflow(options.overflow)
+    except ValueError:
+        known = ", ".join(f"{o.value} ({o.name})" for o in Overflow)
+        raise InvalidRequest("options.overflow", f"{options.overflow} is unknown; known are {known}") from None
+    if abs(options.priority) > MAX_PRIORITY:
+        raise InvalidRequest("options.priority", f"{options.priority} is not within -{MAX_PRIORITY}..{MAX_PRIORITY}")
+    return ScoreRequest(
+        request_id=message.request_id or uuid.uuid4().hex[:16],
+        model=message.model,
+        groups=groups,
+        overflow=overflow,
+        priority=options.priority,
+        deadline=deadline,
+        client=client,
+        received_at=time.monotonic(),
+    )
+
+
+def _prompt(message: scoring_pb2.Prompt, field: str) -> Prompt:
+    match message.WhichOneof("kind"):
+        case "token_ids":
+            return TokenIds(message.token_ids)
+        case "text":
+            return PlainText(message.text)
+        case "rendered":
+            return Rendered(message.rendered)
+        case "conversation":
+            return Conversation(tuple(Message(m.role, m.content) for m in message.conversation.messages))
+        case _:
+            raise InvalidRequest(field, "is not set; give text, conversation, token_ids or rendered")
+
+
+def _response(message: scoring_pb2.Response, field: str) -> Response:
+    match message.WhichOneof("kind"):
+        case "token_ids":
+            return TokenIds(message.token_ids)
+        case "text":
+            return message.text
+        case _:
+            raise InvalidRequest(field, "is not set; give text or token_ids")
+
+
+def score_response(result: ScoreResult) -> scoring_pb2.ScoreResponse:
+    return scoring_pb2.ScoreResponse(
+        request_id=result.request_id,
+        model=_version(result),
+        groups=[_group(group) for group in result.groups],
+        timings=_timings(result.timings),
+    )
+
+
+def rank_response(ranking: Ranking) -> scoring_pb2.RankResponse:
+    def entries(indices: tuple[int, ...]) -> list[scoring_pb2.RankedResponse]:
+        return [scoring_pb2.RankedResponse(index=i, item=_item(ranking.items[i])) for i in indices]
+
+    return scoring_pb2.RankResponse(
+        request_id=ranking.result.request_id,
+        model=_version(ranking.result),
+        ranked=entries(ranking.ranked),
+        failed=entries(ranking.failed),
+        timings=_timings(ranking.result.timings),
+    )
+
+
+def compare_response(comparison: Comparison) -> scoring_pb2.CompareResponse:
+    return scoring_pb2.CompareResponse(
+        request_id=comparison.result.request_id,
+        model=_version(comparison.result),
+        a=_item(comparison.a),
+        b=_item(comparison.b),
+        margin=comparison.margin,
+        probability_a=comparison.probability_a,
+        timings=_timings(comparison.result.timings),
+    )
+
+
+def _version(result: ScoreResult) -> scoring_pb2.ModelVersion:
+    return scoring_pb2.ModelVersion(name=result.model, version=result.version)
+
+
+def _group(group: GroupScore) -> scoring_pb2.GroupScore:
+    return scoring_pb2.GroupScore(id=group.id, items=[_item(item) for item in group.items])
+
+
+def _item(item: ItemScore) -> scoring_pb2.ItemScore:
+    message = scoring_pb2.ItemScore(
+        kind=scoring_pb2.SCORE_KIND_RAW_LOGIT,
+        num_prompt_tokens=item.num_prompt_tokens,
+        num_response_tokens=item.num_response_tokens,
+        num_cached_tokens=item.num_cached_tokens,
+        truncated=item.truncated,
+    )
+    if item.score is not None:
+        message.score = item.score
+        message.status.SetInParent()
+    else:
+        assert item.failure is not None
+        message.status.CopyFrom(status_pb2.Status(code=int(item.failure.code), message=item.failure.message))
+    return message
+
+
+def _timings(timings: Timings) -> scoring_pb2.StageTimings:
+    return scoring_pb2.StageTimings(
+        admission_s=timings.admission_s,
+        tokenization_s=timings.tokenization_s,
+        queue_s=timings.queue_s,
+        compute_s=timings.compute_s,
+        total_s=timings.total_s,
+    )
+
+
+def model(live: LiveModel) -> models_pb2.Model:
+    message = models_pb2.Model(
+        name=live.name,
+        state=STATES[live.state],
+        message=live.message,
+        source=live.source,
+        num_restarts=live.num_restarts,
+    )
+    info = live.info
+    if info is not None:
+        message.version, message.architecture = info.version, info.architecture
+        message.path, message.path_reason = PATHS[info.path], info.path_reason
+        message.dtype, message.device = info.dtype, info.device
+        message.num_parameters, message.max_length = info.num_parameters, info.max_length
+        message.vocab_size, message.canary_error = info.vocab_size, info.canary_error
+        message.prefix_cache_tokens = info.prefix_cache_tokens
+    tokenizer = live.encoder.tokenizer if live.encoder is not None else None
+    if tokenizer is not None:
+        message.has_tokenizer = True
+        message.has_chat_template = tokenizer.template is not None
+        message.prompt_tokenized_once = tokenizer.cuts_are_exact
+    return message

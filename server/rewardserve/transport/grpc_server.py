@@ -1,0 +1,293 @@
+"""The gRPC door: thin methods over ScoringService and Registry. No torch, no thinking.
+
+Handlers are registered by hand instead of through the generated `add_..._to_server`, because a message that does not
+parse (a string that is not UTF-8, say) should be answered INVALID_ARGUMENT, and grpc answers INTERNAL.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+from grpc_status import rpc_status
+
+from rewardserve.errors import ControlDisabled, DeadlineExceeded, InvalidRequest, RewardServeError
+from rewardserve.service.rank import compare, rank
+from rewardserve.service.registry import Registry
+from rewardserve.service.score import ScoringService
+from rewardserve.transport import convert
+from rewardserve.transport.status import status_of
+from rewardserve.v1 import models_pb2, scoring_pb2
+
+log = logging.getLogger(__name__)
+
+SCORING = "rewardserve.v1.Scoring"
+MODELS = "rewardserve.v1.Models"
+CLIENT_ID = "x-client-id"
+
+
+@dataclass(frozen=True, slots=True)
+class DoorOptions:
+    allow_model_control: bool = False
+    max_stream_requests: int = 256  # under way per ScoreStream; beyond it the stream is not read
+    unload_grace_s: float = 30.0
+    log_requests: bool = False
+    log_text: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    reason: str
+
+
+def _parser(kind: type[Message]) -> Callable[[bytes], Message | _Malformed]:
+    def parse(data: bytes) -> Message | _Malformed:
+        try:
+            return kind.FromString(data)
+        except DecodeError as error:
+            return _Malformed(f"not a valid {kind.DESCRIPTOR.full_name}: {error}")
+
+    return parse
+
+
+def _checked(message: Any) -> Any:
+    if isinstance(message, _Malformed):
+        raise InvalidRequest("(message)", message.reason)
+    return message
+
+
+class GrpcDoor:
+    def __init__(self, service: ScoringService, registry: Registry, options: DoorOptions) -> None:
+        self._service = service
+        self._registry = registry
+        self._options = options
+        self._closing = asyncio.Event()
+
+    def close(self) -> None:
+        """Streams end once what they have under way is answered."""
+        self._closing.set()
+
+    def handlers(self) -> list[grpc.GenericRpcHandler]:
+        scoring = {
+            "Score": self._unary(self._score, scoring_pb2.ScoreRequest),
+            "Rank": self._unary(self._rank, scoring_pb2.RankRequest),
+            "Compare": self._unary(self._compare, scoring_pb2.CompareRequest),
+            "ScoreStream": grpc.stream_stream_rpc_method_handler(
+                self._score_stream, _parser(scoring_pb2.ScoreRequest), scoring_pb2.ScoreResponse.SerializeToString
+            ),
+        }
+        models = {
+            "List": self._unary(self._list, models_pb2.ListModelsRequest),
+            "Get": self._unary(self._get, models_pb2.GetModelRequest),
+            "Load": self._unary(self._load, models_pb2.LoadModelRequest),
+            "Unload": self._unary(self._unload, models_pb2.UnloadModelRequest),
+        }
+        return [
+            grpc.method_handlers_generic_handler(SCORING, scoring),
+            grpc.method_handlers_generic_handler(MODELS, models),
+        ]
+
+    def _unary(
+        self, method: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]], request: type[Message]
+    ) -> grpc.RpcMethodHandler:
+        async def handle(message: Message | _Malformed, context: grpc.aio.ServicerContext) -> Message:
+            try:
+                return await method(_checked(message), context)
+            except RewardServeError as error:
+                await context.abort_with_status(rpc_status.to_status(status_of(error)))
+                raise AssertionError("abort raises") from error
+
+        return grpc.unary_unary_rpc_method_handler(handle, _parser(request), lambda reply: reply.SerializeToString())
+
+    # -- Scoring ---------------------------------------------------------------------------------------------------
+
+    async def _score(
+        self, message: scoring_pb2.ScoreRequest, context: grpc.aio.ServicerContext
+    ) -> scoring_pb2.ScoreResponse:
+        with self._counted(message):
+            request = convert.score_request(message, _deadline(context), _client(context))
+            return convert.score_response(await self._service.score(request))
+
+    async def _rank(
+        self, message: scoring_pb2.RankRequest, context: grpc.aio.ServicerContext
+    ) -> scoring_pb2.RankResponse:
+        with self._counted(message):
+            request = convert.rank_request(message, _deadline(context), _client(context))
+            return convert.rank_response(await rank(self._service, request, message.top_k))
+
+    async def _compare(
+        self, message: scoring_pb2.CompareRequest, context: grpc.aio.ServicerContext
+    ) -> scoring_pb2.CompareResponse:
+        with self._counted(message):
+            request = convert.compare_request(message, _deadline(context), _client(context))
+            return convert.compare_response(await compare(self._service, request))
+
+    async def _score_stream(
+        self, messages: AsyncIterator[Any], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[scoring_pb2.ScoreResponse]:
+        stream = _Stream(self, context, self._options.max_stream_requests)
+        async for reply in stream.replies(messages, self._closing):
+            yield reply
+        if stream.cut_short:
+            await context.abort(
+                grpc.StatusCode.UNAVAILABLE, "the server is shutting down; send what is unanswered again"
+            )
+
+    async def score_in_stream(
+        self, message: Any, seen: set[str], context: grpc.aio.ServicerContext, client: str
+    ) -> scoring_pb2.ScoreResponse:
+        """One request of a stream: its failure is its reply."""
+        request_id = "" if isinstance(message, _Malformed) else message.request_id
+        try:
+            with self._counted(_checked(message)):
+                if request_id in seen:
+                    raise InvalidRequest("request_id", f"{request_id!r} is under way on this stream already")
+                seen.add(request_id)
+                try:
+                    request = convert.score_request(message, _deadline(context), client)
+                    return convert.score_response(await self._service.score(request))
+                finally:
+                    seen.discard(request_id)
+        except RewardServeError as error:
+            return scoring_pb2.ScoreResponse(request_id=request_id, error=status_of(error))
+
+    def _counted(self, message: Any) -> "_Counted":
+        return _Counted(self._registry, message, self._options)
+
+    # -- Models ----------------------------------------------------------------------------------------------------
+
+    async def _list(
+        self, message: models_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> models_pb2.ListModelsResponse:
+        return models_pb2.ListModelsResponse(models=[convert.model(live) for live in self._registry.models])
+
+    async def _get(self, message: models_pb2.GetModelRequest, context: grpc.aio.ServicerContext) -> models_pb2.Model:
+        return convert.model(self._registry.get(message.name))
+
+    async def _load(self, message: models_pb2.LoadModelRequest, context: grpc.aio.ServicerContext) -> models_pb2.Model:
+        self._check_control()
+        if not message.source:
+            raise InvalidRequest("source", "must name a local folder or a hub model")
+        if message.dtype not in ("", "auto", "float32", "bfloat16", "float16"):
+            raise InvalidRequest("dtype", f"{message.dtype!r} is not one of auto, float32, bfloat16, float16")
+        loading = asyncio.ensure_future(self._registry.load(message.name, message.source, message.dtype or "auto"))
+        return convert.model(await asyncio.shield(loading))  # a caller who leaves does not leave half a model behind
+
+    async def _unload(
+        self, message: models_pb2.UnloadModelRequest, context: grpc.aio.ServicerContext
+    ) -> models_pb2.UnloadModelResponse:
+        self._check_control()
+        await asyncio.shield(asyncio.ensure_future(self._registry.unload(message.name, self._options.unload_grace_s)))
+        return models_pb2.UnloadModelResponse()
+
+    def _check_control(self) -> None:
+        if not self._options.allow_model_control:
+            raise ControlDisabled("loading and unloading is off; start the server with --allow-model-control")
+
+
+class _Stream:
+    """One ScoreStream: reads no further than it may have under way, replies in the order of completion."""
+
+    def __init__(self, door: GrpcDoor, context: grpc.aio.ServicerContext, max_requests: int) -> None:
+        self._door = door
+        self._context = context
+        self._room = asyncio.Semaphore(max_requests)
+        self._done: asyncio.Queue[scoring_pb2.ScoreResponse | None] = asyncio.Queue()
+        self._seen: set[str] = set()
+        self.cut_short = False
+
+    async def replies(
+        self, messages: AsyncIterator[Any], closing: asyncio.Event
+    ) -> AsyncIterator[scoring_pb2.ScoreResponse]:
+        reader = asyncio.create_task(self._read_until_closing(messages, closing))
+        try:
+            while (reply := await self._done.get()) is not None:
+                yield reply
+                self._room.release()
+            await reader
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read_until_closing(self, messages: AsyncIterator[Any], closing: asyncio.Event) -> None:
+        tasks: set[asyncio.Task[None]] = set()
+        reading = asyncio.create_task(self._read(messages, tasks))
+        closed = asyncio.create_task(closing.wait())
+        try:
+            await asyncio.wait((reading, closed), return_when=asyncio.FIRST_COMPLETED)
+            self.cut_short = not reading.done()
+            reading.cancel()
+            await asyncio.gather(reading, return_exceptions=True)
+            await asyncio.gather(*tasks)
+            await self._done.put(None)
+        finally:
+            for task in (reading, closed, *tasks):
+                task.cancel()
+
+    async def _read(self, messages: AsyncIterator[Any], tasks: set[asyncio.Task[None]]) -> None:
+        client = _client(self._context)
+        async for message in messages:
+            await self._room.acquire()
+            task = asyncio.create_task(self._answer(message, client))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+    async def _answer(self, message: Any, client: str) -> None:
+        await self._done.put(await self._door.score_in_stream(message, self._seen, self._context, client))
+
+
+class _Counted:
+    """Counts a request by its status, and logs it with its id."""
+
+    def __init__(self, registry: Registry, message: Any, options: DoorOptions) -> None:
+        self._registry, self._message, self._options = registry, message, options
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "_Counted":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        status = "OK" if error is None else getattr(error, "grpc", "CANCELLED" if _is_cancel(error) else "INTERNAL")
+        try:
+            model = self._registry.get(self._message.model)
+        except RewardServeError:
+            pass  # an unknown model gets no series: callers must not be able to make them up
+        else:
+            model.metrics.count_request(status)
+        if self._options.log_requests or status not in ("OK", "CANCELLED"):
+            text = f" {self._message}" if self._options.log_text else ""
+            log.info(
+                "request %s model=%s status=%s seconds=%.4f%s%s",
+                self._message.request_id or "-",
+                self._message.model or "-",
+                status,
+                time.monotonic() - self._started,
+                f" error={error}" if error else "",
+                text,
+            )
+
+
+def _is_cancel(error: BaseException | None) -> bool:
+    return isinstance(error, asyncio.CancelledError)
+
+
+def _deadline(context: grpc.aio.ServicerContext) -> float | None:
+    """The caller's deadline on CLOCK_MONOTONIC, in seconds. Raises DeadlineExceeded if it has passed."""
+    remaining = context.time_remaining()
+    if remaining is None:
+        return None
+    if remaining <= 0:
+        raise DeadlineExceeded("the deadline passed before the request was read")
+    return time.monotonic() + remaining
+
+
+def _client(context: grpc.aio.ServicerContext) -> str:
+    """Whose fair share a request counts towards: what the caller says of itself, else its connection."""
+    for key, value in context.invocation_metadata() or ():
+        if key == CLIENT_ID:
+            return str(value)
+    return str(context.peer())

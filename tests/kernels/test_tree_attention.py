@@ -1,0 +1,103 @@
+"""Chunked tree attention against the dense oracle, on weird shapes, with poisoned memory."""
+
+import pytest
+import torch
+from rewardserve_kernels.attention import chunked, reference
+from rewardserve_kernels.kv_cache.paged import gather_prefix, store_segment
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+
+# (start, rows) of segments; starts in mid-block, a single row, exactly a block, one more than a block
+RAGGED = ((0, 1), (0, 129), (70, 33), (128, 128), (200, 5), (255, 1), (130, 300), (0, 128))
+OPTIONS = {
+    "plain": {},
+    "window": {"window": 50},
+    "window over a block": {"window": 140},
+    "softcap": {"softcap": 20.0},
+    "sinks": {"sinks": True},
+    "all": {"window": 100, "softcap": 30.0, "sinks": True},
+}
+
+
+def _case(dtype: torch.dtype, head_size: int = 24, v_head_size: int = 16, heads: int = 6, kv_heads: int = 2):
+    """Segments over a pool of which every slot they may not read is NaN."""
+    torch.manual_seed(0)
+    pool_k = torch.full((24, kv_heads, BLOCK_TOKENS, head_size), float("nan"), dtype=dtype)
+    pool_v = torch.full((24, kv_heads, BLOCK_TOKENS, v_head_size), float("nan"), dtype=dtype)
+    free = iter(torch.randperm(24).tolist())
+    segments, row = [], 0
+    for start, rows in RAGGED:
+        blocks = tuple(next(free) for _ in range(-(-start // BLOCK_TOKENS)))
+        beginning = Segment(0, start, 0, blocks, store=True)
+        store_segment(pool_k, torch.randn(kv_heads, start, head_size).to(dtype), beginning)
+        store_segment(pool_v, torch.randn(kv_heads, start, v_head_size).to(dtype), beginning)
+        segments.append(Segment(row, rows, start, blocks, store=False))
+        row += rows
+    q, k = torch.randn(heads, row, head_size).to(dtype), torch.randn(kv_heads, row, head_size).to(dtype)
+    return q, k, torch.randn(kv_heads, row, v_head_size).to(dtype), pool_k, pool_v, segments
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_chunked_attention_equals_the_dense_oracle(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    *tensors, segments = _case(dtype)
+    options = dict(OPTIONS[name])
+    sinks = torch.randn(6, dtype=torch.float64) if options.pop("sinks", None) else None
+    got = chunked.tree_attention(*tensors, segments, 0.2, sinks=None if sinks is None else sinks.to(dtype), **options)
+    wanted = reference.tree_attention(*(t.double() for t in tensors), segments, 0.2, sinks=sinks, **options)
+    assert (got.double() - wanted).norm() / wanted.norm() < tolerance
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_last_rows_alone_are_bitwise_what_they_are_among_all(name: str) -> None:
+    *tensors, segments = _case(torch.bfloat16)
+    options = dict(OPTIONS[name])
+    options["sinks"] = torch.randn(6).bfloat16() if options.pop("sinks", None) else None
+    everything = chunked.tree_attention(*tensors, segments, 0.2, **options)
+    last = torch.tensor([s.row + s.num_rows - 1 for s in segments])
+    q, *rest = tensors
+    alone = chunked.tree_attention(q[:, last], *rest, segments, 0.2, last_rows_only=True, **options)
+    assert torch.equal(alone, everything[last])
+
+
+def test_siblings_that_share_their_beginning_do_not_see_one_another() -> None:
+    """The shared key buffer is filled once; what one sibling leaves in it must not reach the next, not even as NaN."""
+    q, k, v, pool_k, pool_v, _ = _case(torch.float32)
+    segments = [Segment(0, 100, 0, (3,), store=True)]
+    store_segment(pool_k, k[:, :100], segments[0])
+    store_segment(pool_v, v[:, :100], segments[0])
+    segments += [Segment(100, 90, 100, (3,), store=False), Segment(190, 3, 100, (3,), store=False)]
+    k[:, 140:190], v[:, 140:190] = float("nan"), float("nan")  # the first sibling's later rows are broken
+    got = chunked.tree_attention(q[:, :193], k[:, :193], v[:, :193], pool_k, pool_v, segments, 0.2)
+    alone = [segments[0], Segment(100, 3, 100, (3,), store=False)]
+    rows = [*range(100), 190, 191, 192]
+    wanted = chunked.tree_attention(q[:, rows], k[:, rows], v[:, rows], pool_k, pool_v, alone, 0.2)
+    assert got[141:190].isnan().any()
+    assert torch.equal(got[190:], wanted[100:])
+
+
+@pytest.mark.parametrize("cut", [1, 60, 127, 128, 129, 250])
+def test_where_a_sequence_is_cut_into_segments_changes_no_bit_in_bf16(cut: int) -> None:
+    torch.manual_seed(0)
+    length, heads, kv_heads, size = 300, 4, 2, 32
+    q, k, v = (torch.randn(h, length, size).bfloat16() for h in (heads, kv_heads, kv_heads))
+    pools = [torch.zeros(3, kv_heads, BLOCK_TOKENS, size).bfloat16() for _ in range(2)]
+    whole = Segment(0, length, 0, (0, 1, 2), store=True)
+    for pool, rows in zip(pools, (k, v), strict=True):
+        store_segment(pool, rows, whole)
+    wanted = chunked.tree_attention(q, k, v, *pools, [whole], 0.17)
+    tail = Segment(0, length - cut, cut, (0, 1, 2), store=False)
+    got = chunked.tree_attention(q[:, cut:], k[:, cut:], v[:, cut:], *pools, [tail], 0.17)
+    assert torch.equal(got, wanted[cut:])
+
+
+@pytest.mark.parametrize(("start", "rows"), [(0, 1), (0, 128), (100, 60), (127, 2), (256, 300)])
+def test_what_is_stored_in_blocks_is_read_back_in_order(start: int, rows: int) -> None:
+    pool = torch.full((6, 2, BLOCK_TOKENS, 3), float("nan"))
+    blocks = (4, 1, 5, 0, 2)
+    values = torch.randn(2, start + rows, 3)
+    store_segment(pool, values[:, :start], Segment(0, start, 0, blocks, store=True))
+    store_segment(pool, values[:, start:], Segment(0, rows, start, blocks, store=True))
+    for begin in range(0, start + rows, BLOCK_TOKENS):
+        out = torch.full((2, start + rows - begin, 3), float("nan"))
+        gather_prefix(pool, blocks, begin, start + rows, out)
+        assert torch.equal(out, values[:, begin:])

@@ -1,0 +1,98 @@
+"""Random tiny checkpoints in the true layouts, made where a test needs them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB_SIZE = 400
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+}
+WINDOW = 40  # shorter than the texts, so that it matters
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 32},
+    "llama": {},
+    "mistral": {"head_dim": 16, "sliding_window": WINDOW},
+    "gemma2": {"head_dim": 32, "sliding_window": WINDOW, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"head_dim": 32, "sliding_window": WINDOW},
+    "gpt_oss": {"head_dim": 32, "sliding_window": WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "phi3": {},
+    "gpt_neox": {},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 2048},
+}
+NOT_PACKABLE: dict[str, dict[str, Any]] = {"falcon": {}, "bloom": {"n_layer": 3, "n_head": 4}}
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def make_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Weights large enough that attention and every nonlinearity matter."""
+    options = {**COMMON, **(FAMILIES | NOT_PACKABLE)[family]}
+    config = AutoConfig.for_model(family, **options)
+    config.num_labels, config.pad_token_id = 1, 0
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").float().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() > 1 or "sinks" in name:
+            torch.nn.init.normal_(parameter, std=0.15 if parameter.dim() > 1 else 1.0)
+    return model.to(dtype)
+
+
+def save_checkpoint(
+    folder: Path,
+    family: str = "qwen3",
+    dtype: torch.dtype = torch.float32,
+    texts: Sequence[str] = (),
+    template: str | None = TEMPLATE,
+    max_shard_size: str = "5GB",
+) -> PreTrainedModel:
+    """Writes a checkpoint, with a tokenizer if there are `texts` to train it on, and returns the model."""
+    model = make_model(family, dtype)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    if texts:
+        make_tokenizer(texts, template).save_pretrained(folder)
+    return model
+
+
+def make_tokenizer(texts: Sequence[str], template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of VOCAB_SIZE tokens: every string has ids, and none is out of the vocabulary."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>")
+    fast.chat_template = template
+    return fast
+
+
+def padded_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> torch.Tensor:
+    """What plain padded Hugging Face says, in `dtype`, reading the last true token: [len(rows)]."""
+    model = model.to(dtype)
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+    mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
+    with torch.inference_mode():
+        backbone = getattr(model, model.base_model_prefix)
+        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return model.score(hidden[torch.arange(len(rows)), lengths - 1])[:, 0].float()
