@@ -1,0 +1,126 @@
+"""One long-lived channel per endpoint. Sends a message once; knows nothing of retries or of what is in the message."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+from google.protobuf.message import Message
+
+from rewardserve.client import health
+from rewardserve.client.errors import DeadlineExceeded, InvalidRequest, RewardClientError
+from rewardserve.client.translate import from_rpc_error
+from rewardserve.v1 import models_pb2_grpc, scoring_pb2_grpc
+
+Metadata: TypeAlias = Sequence[tuple[str, str | bytes]]
+ChannelOptions: TypeAlias = Sequence[tuple[str, Any]]
+
+# gRPC's own defaults suit a phone: 20 s to notice that a connection is not coming, and up to two minutes until a
+# server that is back is tried again.
+_CONNECT_TIMEOUT_MS = 5_000
+_INITIAL_RECONNECT_MS = 200
+_MAX_RECONNECT_MS = 3_000
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What can be called on one endpoint."""
+
+    channel: grpc.aio.Channel
+    scoring: scoring_pb2_grpc.ScoringStub
+    models: models_pb2_grpc.ModelsStub
+    check: grpc.aio.UnaryUnaryMultiCallable
+
+
+Rpc: TypeAlias = Callable[[Wire], grpc.aio.UnaryUnaryMultiCallable]
+SCORE: Rpc = attrgetter("scoring.Score")
+RANK: Rpc = attrgetter("scoring.Rank")
+COMPARE: Rpc = attrgetter("scoring.Compare")
+LIST: Rpc = attrgetter("models.List")
+GET: Rpc = attrgetter("models.Get")
+LOAD: Rpc = attrgetter("models.Load")
+UNLOAD: Rpc = attrgetter("models.Unload")
+CHECK: Rpc = attrgetter("check")
+
+
+class Channels:
+    """Channels open at their first use, in the event loop that uses them."""
+
+    def __init__(
+        self,
+        credentials: grpc.ChannelCredentials | None,
+        max_message_bytes: int,
+        metadata: Metadata,
+        options: ChannelOptions,
+    ) -> None:
+        self._credentials = credentials
+        self._max_message_bytes = max_message_bytes
+        self.metadata = tuple(metadata)
+        self._options = (*_defaults(max_message_bytes), *options)  # the caller's come last and win
+        self._wires: dict[str, Wire] = {}
+        self.closed = False
+
+    async def call(self, rpc: Rpc, request: Message, endpoint: str, timeout_s: float) -> Any:
+        """One attempt. Raises RewardClientError and nothing else, but for RuntimeError on a closed client."""
+        self.check_size(request)
+        if timeout_s <= 0:
+            message = "no time was left to send the request"
+            raise DeadlineExceeded(message, code=grpc.StatusCode.DEADLINE_EXCEEDED, endpoint=endpoint)
+        try:
+            return await rpc(self.wire(endpoint))(request, timeout=timeout_s, metadata=self.metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, endpoint) from error
+        except asyncio.CancelledError:
+            if self.closed and not _is_cancelling():  # close() cancelled the call, not the caller's task
+                raise RewardClientError("the client was closed during the call", endpoint=endpoint) from None
+            raise
+
+    def wire(self, endpoint: str) -> Wire:
+        if self.closed:
+            raise RuntimeError("the client is closed")
+        if endpoint not in self._wires:
+            self._wires[endpoint] = self._open(endpoint)
+        return self._wires[endpoint]
+
+    def check_size(self, request: Message) -> None:
+        """Raises InvalidRequest where gRPC would refuse to send; on a stream its refusal would hit every group."""
+        size = request.ByteSize()
+        if size > self._max_message_bytes:
+            raise InvalidRequest(f"a message of {size} bytes exceeds max_message_bytes={self._max_message_bytes}")
+
+    async def close(self) -> None:
+        """Cancels what is in flight."""
+        self.closed = True
+        wires, self._wires = self._wires, {}
+        for wire in wires.values():
+            await wire.channel.close()
+
+    def _open(self, endpoint: str) -> Wire:
+        if self._credentials is None:
+            channel = grpc.aio.insecure_channel(endpoint, options=self._options)
+        else:
+            channel = grpc.aio.secure_channel(endpoint, self._credentials, options=self._options)
+        check = channel.unary_unary(
+            health.CHECK,
+            request_serializer=health.HealthCheckRequest.SerializeToString,
+            response_deserializer=health.HealthCheckResponse.FromString,
+        )
+        return Wire(channel, scoring_pb2_grpc.ScoringStub(channel), models_pb2_grpc.ModelsStub(channel), check)
+
+
+def _defaults(max_message_bytes: int) -> ChannelOptions:
+    return (
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.min_reconnect_backoff_ms", _CONNECT_TIMEOUT_MS),
+        ("grpc.initial_reconnect_backoff_ms", _INITIAL_RECONNECT_MS),
+        ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
+    )
+
+
+def _is_cancelling() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -1,0 +1,65 @@
+"""An event loop on a thread of its own, so that blocking code can run coroutines, even from inside another loop."""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from rewardserve.client.errors import RewardClientError
+
+Result = TypeVar("Result")
+
+
+class LoopThread:
+    """Starts at construction. A daemon: a forgotten one does not keep the interpreter from exiting."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._lock = threading.Lock()  # no coroutine is handed over once stop() has begun, or it would never end
+        self._stopping = False
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Coroutine[Any, Any, Result], timeout_s: float | None = None) -> Result:
+        """Its result. Interrupted (KeyboardInterrupt), it cancels the coroutine; so it does after `timeout_s`.
+
+        Raises RuntimeError where the thread has been stopped, or was left behind in the parent of a forked process, or
+        is the caller itself, which would wait for itself for ever (the garbage collector may run finalizers there).
+        """
+        with self._lock:
+            if self._stopping or not self._thread.is_alive() or threading.current_thread() is self._thread:
+                coroutine.close()
+                raise RuntimeError("the client is closed, or was made in another process")
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return future.result(timeout_s)
+        except concurrent.futures.CancelledError:
+            raise RewardClientError("the client was closed during the call") from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def stop(self, timeout_s: float) -> None:
+        """Cancels what still runs and waits for the thread to end, at most so long. May be called again."""
+        with self._lock:
+            if not self._stopping and self._thread.is_alive():
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._stopping = True
+        if threading.current_thread() is not self._thread:  # the garbage collector may call from anywhere
+            self._thread.join(timeout_s)
+
+    def _main(self) -> None:
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(_cancel_all())
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
+
+
+async def _cancel_all() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

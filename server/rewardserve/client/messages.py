@@ -1,0 +1,210 @@
+"""The client's types <-> protobuf. The only file that knows both.
+
+Replies are checked against what was sent: a reply that does not fit is a ServerError, for scores that have slipped by
+one position are worse than none.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import grpc
+
+from rewardserve.client import types
+from rewardserve.client.errors import ServerError, VersionMismatch
+from rewardserve.client.token_ids import TokenIds
+from rewardserve.client.translate import CODES
+from rewardserve.v1 import models_pb2, scoring_pb2
+
+_OVERFLOWS = {
+    "error": scoring_pb2.OVERFLOW_ERROR,
+    "truncate_prompt_left": scoring_pb2.OVERFLOW_TRUNCATE_PROMPT_LEFT,
+    "truncate_response_right": scoring_pb2.OVERFLOW_TRUNCATE_RESPONSE_RIGHT,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one endpoint answered to its share of the groups; `indices` are their positions in the caller's list."""
+
+    endpoint: str
+    indices: tuple[int, ...]
+    reply: scoring_pb2.ScoreResponse
+
+
+# To the wire
+
+
+def options(overflow: types.Overflow, priority: int) -> scoring_pb2.ScoreOptions:
+    if overflow not in _OVERFLOWS:
+        raise ValueError(f"overflow is one of {sorted(_OVERFLOWS)}, not {overflow!r}")
+    return scoring_pb2.ScoreOptions(overflow=_OVERFLOWS[overflow], priority=priority)
+
+
+def group(value: types.Group) -> scoring_pb2.Group:
+    if not isinstance(value, types.Group):
+        raise TypeError(f"expected a Group, not {type(value).__name__}")
+    responses = [response(item) for item in value.responses]
+    return scoring_pb2.Group(id=value.id, prompt=prompt(value.prompt), responses=responses)
+
+
+def prompt(value: types.Prompt) -> scoring_pb2.Prompt:
+    if isinstance(value, str):
+        return scoring_pb2.Prompt(text=value)
+    if isinstance(value, TokenIds):
+        return scoring_pb2.Prompt(token_ids=value.data)
+    if isinstance(value, types.Rendered):
+        return scoring_pb2.Prompt(rendered=value.text)
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return scoring_pb2.Prompt(conversation=scoring_pb2.Conversation(messages=[_chat(turn) for turn in value]))
+    raise TypeError(f"a prompt is a str, messages, TokenIds or Rendered, not {type(value).__name__}")
+
+
+def _chat(turn: types.ChatMessage | Mapping[str, str]) -> scoring_pb2.ChatMessage:
+    if isinstance(turn, types.ChatMessage):
+        return scoring_pb2.ChatMessage(role=turn.role, content=turn.content)
+    if not isinstance(turn, Mapping):
+        raise TypeError(f"a message is a mapping or a ChatMessage, not {type(turn).__name__}; wrap ids in TokenIds")
+    if set(turn) != {"role", "content"}:  # dropping a key in silence would score another conversation
+        raise ValueError(f"a message has the keys 'role' and 'content', not {sorted(turn)}")
+    if not all(isinstance(text, str) for text in turn.values()):
+        raise TypeError("the role and the content of a message are text")
+    return scoring_pb2.ChatMessage(role=turn["role"], content=turn["content"])
+
+
+def response(value: types.Response) -> scoring_pb2.Response:
+    if isinstance(value, str):
+        return scoring_pb2.Response(text=value)
+    if isinstance(value, TokenIds):
+        return scoring_pb2.Response(token_ids=value.data)
+    raise TypeError(f"a response is a str or TokenIds, not {type(value).__name__}")
+
+
+def prompt_key(value: scoring_pb2.Prompt) -> bytes:
+    """A digest of the prompt's content: equal in every process for equal prompts."""
+    return hashlib.blake2b(value.SerializeToString(deterministic=True), digest_size=16).digest()
+
+
+# From the wire
+
+
+def score_result(request_id: str, sent: Sequence[scoring_pb2.Group], parts: Sequence[Part]) -> types.ScoreResult:
+    """Puts the parts back into the order sent. Raises VersionMismatch, ServerError."""
+    model = one_version({part.endpoint: part.reply.model for part in parts})
+    groups = dict(pair for part in parts for pair in zip(part.indices, _groups(part, sent), strict=True))
+    return types.ScoreResult(
+        request_id=request_id,
+        model_name=model.name,
+        model_version=model.version,
+        groups=tuple(groups[index] for index in range(len(sent))),
+        timings=_slowest([_timings(part.reply.timings) for part in parts]),
+    )
+
+
+def one_version(models: Mapping[str, scoring_pb2.ModelVersion]) -> scoring_pb2.ModelVersion:
+    """The model that all of them name; `models` is keyed by endpoint. Raises VersionMismatch."""
+    versions = {endpoint: f"{model.name} {model.version}" for endpoint, model in models.items()}
+    if len(set(versions.values())) > 1:
+        raise VersionMismatch(f"scores of different models are not mixed: {versions}", versions=versions)
+    return next(iter(models.values()))
+
+
+def _groups(part: Part, sent: Sequence[scoring_pb2.Group]) -> list[types.GroupScore]:
+    received = part.reply.groups
+    if len(received) != len(part.indices):
+        raise _misfit(part.endpoint, f"{len(part.indices)} groups were sent and {len(received)} came back")
+    version = part.reply.model.version
+    pairs = zip(part.indices, received, strict=True)
+    return [_group_score(sent[index], scored, version, part.endpoint) for index, scored in pairs]
+
+
+def _group_score(
+    sent: scoring_pb2.Group, scored: scoring_pb2.GroupScore, version: str, endpoint: str
+) -> types.GroupScore:
+    if len(scored.items) != len(sent.responses):
+        raise _misfit(endpoint, f"{len(sent.responses)} responses were sent and {len(scored.items)} came back")
+    return types.GroupScore(sent.id, tuple(item_score(item) for item in scored.items), version)
+
+
+def item_score(item: scoring_pb2.ItemScore) -> types.ItemScore:
+    status = _item_status(item)
+    return types.ItemScore(
+        status=status,
+        score_or_none=item.score if status.code is grpc.StatusCode.OK else None,
+        kind=_word(scoring_pb2.ScoreKind, item.kind, "SCORE_KIND_"),
+        num_prompt_tokens=item.num_prompt_tokens,
+        num_response_tokens=item.num_response_tokens,
+        num_cached_tokens=item.num_cached_tokens,
+        truncated=item.truncated,
+    )
+
+
+def _item_status(item: scoring_pb2.ItemScore) -> types.Status:
+    code = CODES.get(item.status.code, grpc.StatusCode.UNKNOWN)
+    if code is not grpc.StatusCode.OK:
+        return types.Status(code, item.status.message)
+    if not item.HasField("score") or not math.isfinite(item.score):  # the server promises neither happens
+        return types.Status(grpc.StatusCode.INTERNAL, "the server sent an item without a finite score as OK")
+    return types.Status(code)
+
+
+def rank_result(reply: scoring_pb2.RankResponse, num_responses: int, endpoint: str) -> types.RankResult:
+    """Raises ServerError where the ranks do not fit the responses sent."""
+    ranked, failed = _ranked(reply.ranked), _ranked(reply.failed)
+    indices = [each.index for each in (*ranked, *failed)]
+    if len(set(indices)) != len(indices) or not all(0 <= index < num_responses for index in indices):
+        raise _misfit(endpoint, f"ranks {indices} do not fit {num_responses} responses")
+    if not all(each.item.ok for each in ranked) or any(each.item.ok for each in failed):
+        raise _misfit(endpoint, "a response without a score was ranked, or one with a score was not")
+    return types.RankResult(
+        reply.request_id, reply.model.name, reply.model.version, ranked, failed, _timings(reply.timings)
+    )
+
+
+def _ranked(items: Sequence[scoring_pb2.RankedResponse]) -> tuple[types.RankedResponse, ...]:
+    return tuple(types.RankedResponse(each.index, item_score(each.item)) for each in items)
+
+
+def compare_result(reply: scoring_pb2.CompareResponse) -> types.CompareResult:
+    a, b = item_score(reply.a), item_score(reply.b)
+    both = a.ok and b.ok  # the wire's margin is 0.0 where an item failed; nobody shall read that as a tie
+    return types.CompareResult(
+        request_id=reply.request_id,
+        model_name=reply.model.name,
+        model_version=reply.model.version,
+        a=a,
+        b=b,
+        margin_or_none=reply.margin if both else None,
+        probability_a_or_none=reply.probability_a if both else None,
+        timings=_timings(reply.timings),
+    )
+
+
+def model_info(model: models_pb2.Model, endpoint: str) -> types.ModelInfo:
+    translated: dict[str, Any] = {
+        "endpoint": endpoint,
+        "state": _word(models_pb2.ModelState, model.state, "MODEL_STATE_"),
+        "path": _word(models_pb2.ExecutionPath, model.path, "EXECUTION_PATH_"),
+    }
+    copied = {f.name: getattr(model, f.name) for f in fields(types.ModelInfo) if f.name not in translated}
+    return types.ModelInfo(**copied, **translated)
+
+
+def _timings(timings: scoring_pb2.StageTimings) -> types.Timings:
+    return types.Timings(**{f.name: getattr(timings, f.name) for f in fields(types.Timings)})
+
+
+def _slowest(timings: Sequence[types.Timings]) -> types.Timings:
+    return types.Timings(**{f.name: max(getattr(t, f.name) for t in timings) for f in fields(types.Timings)})
+
+
+def _word(enum: object, number: int, prefix: str) -> str:
+    """An enum's value in lower case; a number newer than this client stands for itself."""
+    known = {value: name for name, value in enum.items()}  # type: ignore[attr-defined]
+    return known[number].removeprefix(prefix).lower() if number in known else str(number)
+
+
+def _misfit(endpoint: str, what: str) -> ServerError:
+    return ServerError(f"the reply does not fit the request: {what}", endpoint=endpoint)
