@@ -86,9 +86,12 @@ def make_tokenizer(texts: Sequence[str], template: str | None = TEMPLATE) -> Pre
     return fast
 
 
-def padded_scores(model: PreTrainedModel, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> torch.Tensor:
-    """What plain padded Hugging Face says, in `dtype`, reading the last true token: [len(rows)]."""
-    model = model.to(dtype)
+def padded_scores(folder: Path, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> torch.Tensor:
+    """What plain padded Hugging Face says, in `dtype`, reading the last true token: [len(rows)].
+
+    Loaded from the folder: `model.to(dtype)` would round the rotary frequencies too, which `from_pretrained` does not.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()

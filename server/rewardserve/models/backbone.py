@@ -41,7 +41,8 @@ class KVPool:
         """The pools of layer `index`, shaped for k and v [kv_heads, rows, head_size]."""
         if index == len(self._layers):
             shapes = [(self.num_blocks, t.shape[0], BLOCK_TOKENS, t.shape[2]) for t in (k, v)]
-            self._layers.append((k.new_zeros(shapes[0]), v.new_zeros(shapes[1])))
+            # Not zeroed: no slot is read before it is written, and untouched pages cost no memory on a CPU.
+            self._layers.append((k.new_empty(shapes[0]), v.new_empty(shapes[1])))
         return self._layers[index]
 
     @property

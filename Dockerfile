@@ -1,0 +1,37 @@
+# syntax=docker/dockerfile:1
+# Two targets:  docker build .                     the server for CPUs
+#               docker build --target cuda .       the server for NVIDIA GPUs
+# Run:          docker run -p 50051:50051 -p 9090:9090 -v /path/to/checkpoint:/model:ro IMAGE --model rm=/model
+
+FROM python:3.12-slim AS wheel
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY server server
+COPY kernels kernels
+RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
+
+FROM python:3.12-slim AS cuda
+RUN useradd --create-home --uid 10001 rewardserve
+COPY --from=wheel /wheels /wheels
+# The default torch wheel for Linux carries CUDA.
+RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[server]" && rm -rf /wheels
+USER rewardserve
+ENV REWARDSERVE_HOST=0.0.0.0 REWARDSERVE_LOG_FORMAT=json
+EXPOSE 50051 9090
+HEALTHCHECK --interval=15s --timeout=10s --start-period=300s CMD ["rewardserve", "health"]
+# The server finishes what is in flight on SIGTERM; give it `docker stop --time 40`.
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["rewardserve", "serve"]
+
+FROM python:3.12-slim AS cpu
+RUN useradd --create-home --uid 10001 rewardserve
+COPY --from=wheel /wheels /wheels
+COPY constraints-cpu.txt /tmp/constraints-cpu.txt
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
+        --constraint /tmp/constraints-cpu.txt "$(ls /wheels/*.whl)[server]" && rm -rf /wheels /tmp/constraints-cpu.txt
+USER rewardserve
+ENV REWARDSERVE_HOST=0.0.0.0 REWARDSERVE_LOG_FORMAT=json
+EXPOSE 50051 9090
+HEALTHCHECK --interval=15s --timeout=10s --start-period=300s CMD ["rewardserve", "health"]
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["rewardserve", "serve"]

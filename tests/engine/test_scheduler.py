@@ -1,0 +1,237 @@
+"""Groups -> forwards. The promises of the scheduler, without torch, against a model of hashes."""
+
+import numpy as np
+import pytest
+from rewardserve.engine.base import EngineRequest
+from rewardserve.engine.native.block_pool import BlockPool
+from rewardserve.engine.native.prefix_cache import PrefixCache
+from rewardserve.engine.native.scheduler import Scheduler
+from rewardserve.types import EncodedGroup, ItemCode, ItemFailure
+from toy_model import ToyModel, true_score
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def ids(length: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).integers(0, 1000, length).astype("<i4").tobytes()
+
+
+def group(prompt_length: int, *response_lengths: int, seed: int = 0) -> EncodedGroup:
+    responses = tuple(ids(n, 1000 * seed + i + 1) for i, n in enumerate(response_lengths))
+    return EncodedGroup(ids(prompt_length, seed), responses)
+
+
+def request(name: str, *groups: EncodedGroup, **options) -> EngineRequest:
+    return EngineRequest(name, groups, **options)
+
+
+def scheduler(num_blocks: int = 64, tokens: int = 1000, sequences: int = 100, clock: Clock | None = None) -> Scheduler:
+    cache = PrefixCache(BlockPool(num_blocks)) if num_blocks else None
+    return Scheduler(cache, tokens, sequences, clock or Clock())
+
+
+def run_all(scheduler: Scheduler, num_blocks: int = 64):
+    """Runs to the end; returns the plans and the outcomes by request."""
+    model, plans, outcomes = ToyModel(num_blocks), [], {}
+    while (plan := scheduler.schedule()) is not None:
+        plans.append(plan)
+        scheduler.begin(plan)
+        scheduler.complete(plan, model.run(plan))
+        scheduler.check()
+        for outcome in scheduler.take_outcomes():
+            assert outcome.request_id not in outcomes
+            outcomes[outcome.request_id] = outcome
+    assert scheduler.idle
+    scheduler.check()
+    return plans, outcomes
+
+
+def assert_scores_are_true(request: EngineRequest, outcome) -> None:
+    for encoded, scored in zip(request.groups, outcome.result.groups, strict=True):
+        for response, item in zip(encoded.responses, scored.items, strict=True):
+            assert item.score == true_score(encoded.prompt + response)
+
+
+def test_a_prompt_is_computed_once_for_all_its_responses_in_one_forward() -> None:
+    queue = scheduler()
+    queue.add(request("r", group(200, 10, 20, 30)))
+    plans, outcomes = run_all(queue)
+    assert [plan.num_tokens for plan in plans] == [200 + 10 + 20 + 30]
+    assert_scores_are_true(request("r", group(200, 10, 20, 30)), outcomes["r"])
+
+
+def test_a_second_request_finds_the_prompt_and_the_common_beginning_of_another() -> None:
+    queue = scheduler()
+    queue.add(request("first", group(300, 10)))
+    run_all(queue)
+    queue.add(request("same", group(300, 20)))
+    queue.add(request("half", EncodedGroup(ids(300)[: 4 * 260] + ids(40, 9), (ids(5, 7),))))
+    # the toy model of run_all is new, so only plans are looked at here
+    plan = queue.schedule()
+    assert plan is not None
+    assert [(c.start, c.stop) for c in plan.chunks] == [(300, 320), (256, 300), (300, 305)]
+    assert plan.num_cached_tokens == 300 + 256
+
+
+def test_two_requests_for_one_prompt_in_one_forward_compute_it_once() -> None:
+    queue = scheduler()
+    queue.add(request("a", group(200, 10)))
+    queue.add(request("b", group(200, 20)))
+    plans, outcomes = run_all(queue)
+    assert sum(plan.num_tokens for plan in plans) == 200 + 10 + 20
+    assert outcomes["b"].result.groups[0].num_cached_tokens == 200
+
+
+@pytest.mark.parametrize("budget", [1, 7, 100, 128, 129, 500])
+@pytest.mark.parametrize("num_blocks", [12, 64])
+def test_any_token_budget_gives_the_same_scores(budget: int, num_blocks: int) -> None:
+    work = request("r", group(200, 10, 300, 5, seed=1), group(1, 150, seed=2), group(300, 1, 1, 1, seed=3))
+    queue = scheduler(num_blocks, budget)
+    queue.add(work)
+    plans, outcomes = run_all(queue, num_blocks)
+    assert max(plan.num_tokens for plan in plans) <= budget
+    assert_scores_are_true(work, outcomes["r"])
+
+
+def test_without_a_cache_every_response_is_planned_whole_with_its_prompt() -> None:
+    work = request("r", group(50, 10, 20), group(5, 2000, seed=1))
+    queue = scheduler(num_blocks=0, tokens=100)
+    queue.add(work)
+    plans, outcomes = run_all(queue, 0)
+    assert all(chunk.start == 0 and not chunk.store for plan in plans for chunk in plan.chunks)
+    assert_scores_are_true(work, outcomes["r"])
+
+
+def test_a_group_stays_together() -> None:
+    queue = scheduler(tokens=1000)
+    for seed in range(4):
+        queue.add(request(str(seed), group(100, *[50] * 8, seed=seed), client=str(seed)))
+    plans, _ = run_all(queue)
+    owners = [chunk.group.request_id for plan in plans for chunk in plan.chunks]
+    assert sum(a != b for a, b in zip(owners, owners[1:], strict=False)) == 3
+
+
+def test_expired_work_is_dropped_before_it_costs_a_token() -> None:
+    clock = Clock()
+    queue = scheduler(clock=clock)
+    queue.add(request("late", group(100, 10), deadline=5.0))
+    queue.add(request("fine", group(100, 10, seed=1), deadline=50.0))
+    clock.now = 5.0
+    plans, outcomes = run_all(queue)
+    assert outcomes["late"].expired and outcomes["late"].result is None
+    assert {chunk.group.request_id for plan in plans for chunk in plan.chunks} == {"fine"}
+
+
+def test_cancelled_work_is_dropped_and_its_half_computed_prompt_too() -> None:
+    queue = scheduler(tokens=128)
+    queue.add(request("r", group(600, 10)))
+    plan = queue.schedule()
+    assert plan is not None
+    queue.cancel("r")
+    assert [o.result for o in queue.take_outcomes()] == [None]
+    queue.check()
+    assert queue.schedule() is None
+    queue.complete(plan, [])
+    assert queue.idle and not queue.take_outcomes()
+    queue.check()
+
+
+def test_a_huge_request_does_not_hold_up_anothers_small_one() -> None:
+    queue = scheduler(tokens=200)
+    queue.add(request("huge", *[group(100, *[50] * 20, seed=i) for i in range(20)], client="a"))
+    for _ in range(3):
+        plan = queue.schedule()
+        assert plan is not None
+        queue.complete(plan, [0.0] * plan.num_scored)
+    queue.add(request("small", group(20, 10, seed=99), client="b"))
+    finished = []
+    for _ in range(2):
+        plan = queue.schedule()
+        assert plan is not None
+        queue.complete(plan, [0.0] * plan.num_scored)
+        finished += [outcome.request_id for outcome in queue.take_outcomes()]
+    assert finished == ["small"]
+
+
+def test_a_score_that_is_no_number_is_a_failure_of_that_item_only() -> None:
+    queue = scheduler()
+    queue.add(request("r", group(10, 1, 2, 3)))
+    plan = queue.schedule()
+    assert plan is not None
+    queue.complete(plan, [1.0, float("nan"), float("inf")])
+    (outcome,) = queue.take_outcomes()
+    items = outcome.result.groups[0].items
+    assert [item.score for item in items] == [1.0, None, None]
+    assert all(item.failure.code is ItemCode.INTERNAL for item in items[1:])
+
+
+def test_a_failed_forward_and_the_one_planned_behind_it_are_as_if_they_had_never_been() -> None:
+    work = [request("a", group(300, 10, 20)), request("b", group(300, 30)), request("c", group(90, 5, seed=4))]
+    queue = scheduler(tokens=310)
+    for one in work:
+        queue.add(one)
+    assert queue.schedule() and queue.schedule()
+    queue.rollback()
+    queue.check()
+    _, outcomes = run_all(queue)
+    for one in work:
+        assert_scores_are_true(one, outcomes[one.request_id])
+
+
+def test_memory_exhaustion_splits_until_only_the_item_that_cannot_fit_fails() -> None:
+    """The toy device runs out of memory whenever the poisoned response is computed."""
+    work = request("r", group(100, 30, 40, 50), group(60, 20, 25, seed=1))
+    poison = work.groups[0].responses[1]
+    queue, model = scheduler(), ToyModel(64)
+    queue.add(work)
+    for _ in range(100):
+        plan = queue.schedule()
+        if plan is None:
+            break
+        if any(chunk.tokens == poison for chunk in plan.chunks):
+            queue.rollback()
+            if not queue.split(plan):
+                queue.fail(plan, ItemFailure(ItemCode.RESOURCE_EXHAUSTED, "no memory"))
+        else:
+            queue.complete(plan, model.run(plan))
+        queue.check()
+    (outcome,) = queue.take_outcomes()
+    for number, (encoded, scored) in enumerate(zip(work.groups, outcome.result.groups, strict=True)):
+        for index, (response, item) in enumerate(zip(encoded.responses, scored.items, strict=True)):
+            if (number, index) == (0, 1):
+                assert item.failure.code is ItemCode.RESOURCE_EXHAUSTED
+            else:
+                assert item.score == true_score(encoded.prompt + response)
+
+
+def test_a_prompt_that_cannot_be_computed_fails_all_its_responses_and_no_others() -> None:
+    work = request("r", group(100, 30, 40), group(60, 20, seed=1))
+    poison = work.groups[0].prompt[:40]
+    queue, model = scheduler(), ToyModel(64)
+    queue.add(work)
+    while (plan := queue.schedule()) is not None:
+        if any(chunk.tokens.startswith(poison) for chunk in plan.chunks):
+            queue.rollback()
+            if not queue.split(plan):
+                queue.fail(plan, ItemFailure(ItemCode.RESOURCE_EXHAUSTED, "no memory"))
+        else:
+            queue.complete(plan, model.run(plan))
+        queue.check()
+    (outcome,) = queue.take_outcomes()
+    assert [[item.score is None for item in g.items] for g in outcome.result.groups] == [[True, True], [False]]
+
+
+def test_groups_wait_for_blocks_without_ever_blocking_one_another() -> None:
+    """Each needs most of the pool; whatever is started must be able to finish."""
+    queue = scheduler(num_blocks=7, tokens=150)
+    work = [request(str(i), group(500, 200, 150, seed=i), client=str(i)) for i in range(6)]
+    for one in work:
+        queue.add(one)
+    _, outcomes = run_all(queue, 7)
+    for one in work:
+        assert_scores_are_true(one, outcomes[one.request_id])

@@ -1,0 +1,146 @@
+"""Whatever comes in whatever order: every block is accounted for, every request ends exactly once, every score is true."""
+
+import numpy as np
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from rewardserve.engine.base import EngineRequest
+from rewardserve.engine.native.block_pool import BlockPool
+from rewardserve.engine.native.prefix_cache import PrefixCache
+from rewardserve.engine.native.scheduler import Outcome, Scheduler
+from rewardserve.engine.native.sequence import BatchPlan
+from rewardserve.types import EncodedGroup, ItemCode, ItemFailure
+from toy_model import ToyModel, true_score
+
+MOST_TOKENS = 420
+TOKENS = np.random.default_rng(0).integers(0, 50, 4 * MOST_TOKENS).astype("<i4")
+lengths = st.integers(0, MOST_TOKENS // 2)
+
+
+@st.composite
+def groups(draw) -> EncodedGroup:
+    """Prompts are beginnings of three texts, so that they often share blocks; responses come from anywhere."""
+    text = draw(st.integers(0, 2)) * 7
+    prompt = TOKENS[text : text + draw(lengths)]
+    responses = []
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, MOST_TOKENS))
+        responses.append(TOKENS[start : start + draw(st.integers(1, MOST_TOKENS // 2))].tobytes())
+    return EncodedGroup(prompt.tobytes(), tuple(responses))
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Drives scheduler and cache as the engine does: at most two forwards scheduled, run in their order."""
+
+    @initialize(
+        num_blocks=st.integers(6, 20), tokens=st.integers(1, 600), chunks=st.integers(1, 20), cached=st.booleans()
+    )
+    def start(self, num_blocks: int, tokens: int, chunks: int, cached: bool) -> None:
+        self.now = 0.0
+        self.cache = PrefixCache(BlockPool(num_blocks)) if cached else None
+        self.scheduler = Scheduler(self.cache, tokens, chunks, lambda: self.now)
+        self.model = ToyModel(num_blocks)
+        self.plans: list[BatchPlan] = []
+        self.requests: dict[str, EngineRequest] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.failed_by_us: set[bytes] = set()
+
+    @rule(
+        members=st.lists(groups(), min_size=1, max_size=3),
+        client=st.sampled_from("ab"),
+        priority=st.integers(-1, 1),
+        patience=st.none() | st.floats(0, 10),
+    )
+    def add(self, members: list[EncodedGroup], client: str, priority: int, patience: float | None) -> None:
+        deadline = None if patience is None else self.now + patience
+        request = EngineRequest(f"r{len(self.requests)}", tuple(members), priority, deadline, client)
+        self.requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    @precondition(lambda self: len(self.plans) < 2)
+    @rule()
+    def schedule(self) -> None:
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self.plans.append(plan)
+
+    @precondition(lambda self: self.plans)
+    @rule()
+    def complete(self) -> None:
+        plan = self.plans.pop(0)
+        self.scheduler.begin(plan)
+        self.scheduler.complete(plan, self.model.run(plan))
+
+    @precondition(lambda self: self.plans)
+    @rule(half_run=st.booleans(), split=st.booleans(), fatal=st.booleans())
+    def fail(self, half_run: bool, split: bool, fatal: bool) -> None:
+        """The oldest forward fails, perhaps after it had written something; what is behind it is not run."""
+        plan = self.plans[0]
+        self.plans.clear()
+        if half_run:
+            self.model.run(plan)
+        self.scheduler.rollback()
+        if split and self.scheduler.split(plan):
+            return
+        if fatal:
+            for chunk in plan.chunks:
+                sequences = chunk.group.sequences if chunk.sequence is None else [chunk.sequence]
+                self.failed_by_us.update(chunk.group.prompt + s.tokens for s in sequences)
+            self.scheduler.fail(plan, ItemFailure(ItemCode.INTERNAL, "planned"))
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.scheduler.cancel(data.draw(st.sampled_from(sorted(self.requests))))
+
+    @rule(seconds=st.floats(0, 5))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def forget_the_cache(self) -> None:
+        """Publishing is an optimisation: without what was published, what is under way still comes out right."""
+        if self.cache is not None and not self.plans:
+            self.cache.clear()
+
+    @invariant()
+    def everything_is_accounted_for(self) -> None:
+        self.scheduler.check()
+        for outcome in self.scheduler.take_outcomes():
+            assert outcome.request_id not in self.outcomes, "a request ended twice"
+            self.outcomes[outcome.request_id] = outcome
+            if outcome.result is not None:
+                self.check_scores(outcome)
+
+    def check_scores(self, outcome: Outcome) -> None:
+        request = self.requests[outcome.request_id]
+        for encoded, scored in zip(request.groups, outcome.result.groups, strict=True):
+            for response, item in zip(encoded.responses, scored.items, strict=True):
+                if item.score is None:
+                    assert encoded.prompt + response in self.failed_by_us
+                else:
+                    assert item.score == true_score(encoded.prompt + response)
+
+    def teardown(self) -> None:
+        """Everything left is run to its end."""
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(10_000):
+            self.everything_is_accounted_for()
+            if len(self.plans) < 2:
+                self.schedule()
+            if not self.plans:
+                break
+            self.complete()
+        self.everything_is_accounted_for()
+        assert self.scheduler.idle
+        assert set(self.outcomes) == set(self.requests), "a request never ended"
+        if self.cache is not None:
+            self.cache.clear()
+            assert self.cache.pool.num_free == self.cache.pool.num_blocks, "a block leaked"
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestSchedulerProperties = SchedulerMachine.TestCase

@@ -1,0 +1,101 @@
+"""Packed, shared, cached and cut up: the score is still the one of plain padded Hugging Face."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import FAMILIES, NOT_PACKABLE, make_tokenizer, padded_scores, save_checkpoint
+from scoring import IdGroup, joined, native
+from texts import all_texts, groups
+
+# How a request may meet the engine. The tiny budget cuts prompts and responses into several forwards.
+BUDGETS = {"one forward": 4096, "several forwards": 100}
+
+
+@pytest.fixture(scope="module")
+def id_groups() -> list[IdGroup]:
+    """Ragged groups of real text; two prompts begin alike, past a block's border."""
+    real = groups(4, 4)
+    tokenizer = make_tokenizer(all_texts(real))
+    encoded = [(tokenizer.encode(prompt), [tokenizer.encode(r) for r in responses]) for prompt, responses in real]
+    long = tokenizer.encode(" ".join(all_texts(real)))[:300]
+    beginning = long[:200]
+    encoded[0] = (beginning + encoded[0][0], encoded[0][1])
+    encoded[1] = (beginning + encoded[1][0][:20], [[*encoded[1][1][0][:1]], *encoded[1][1][1:]])
+    return encoded
+
+
+async def all_ways(folder: Path, id_groups: list[IdGroup], **options) -> dict[str, torch.Tensor]:
+    """Scores by the way they were computed."""
+    ways = {}
+    for name, budget in BUDGETS.items():
+        async with native(folder, max_batch_tokens=budget, **options) as scorer:
+            assert scorer.info.path == "packed", scorer.info.path_reason
+            ways[f"cold, {name}"] = await scorer.scores(id_groups)
+            warm = await scorer.run(id_groups)
+            assert [g.num_cached_tokens for g in warm.groups] == [len(prompt) for prompt, _ in id_groups]
+            ways[f"warm, {name}"] = await scorer.scores(id_groups)
+        async with native(folder, max_batch_tokens=budget, **options) as scorer:
+            ways[f"one by one, {name}"] = torch.cat(
+                [await scorer.scores([(prompt, [r])]) for prompt, responses in id_groups for r in responses]
+            )
+    return ways
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_fp32_scores_equal_padded_hugging_face(family: str, tmp_path: Path, id_groups: list[IdGroup]) -> None:
+    save_checkpoint(tmp_path, family)
+    wanted = padded_scores(tmp_path, joined(id_groups), torch.float32)
+    for way, got in (await all_ways(tmp_path, id_groups)).items():
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max(), way
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_bf16_scores_are_bitwise_the_same_alone_batched_cut_up_cold_and_warm(
+    family: str, tmp_path: Path, id_groups: list[IdGroup]
+) -> None:
+    save_checkpoint(tmp_path, family, torch.bfloat16)
+    ways = await all_ways(tmp_path, id_groups)
+    for way, got in ways.items():
+        assert torch.equal(got, ways["cold, one forward"]), way
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_bf16_is_no_less_exact_than_hugging_face_in_bf16(family: str, tmp_path: Path) -> None:
+    """Against the same weights in fp32, pair by pair: the mean difference of the two errors is not above zero.
+
+    Both errors are roundings, so single pairs go either way; two standard errors of the mean are allowed for that.
+    """
+    real = groups(5, 10, max_characters=300)
+    tokenizer = make_tokenizer(all_texts(real))
+    pairs = [(tokenizer.encode(prompt), [tokenizer.encode(r) for r in responses if r]) for prompt, responses in real]
+    save_checkpoint(tmp_path, family, torch.bfloat16)
+    exact = padded_scores(tmp_path, joined(pairs), torch.float32)
+    theirs = (padded_scores(tmp_path, joined(pairs), torch.bfloat16) - exact).abs()
+    async with native(tmp_path) as scorer:
+        ours = (await scorer.scores(pairs) - exact).abs()
+    difference = ours - theirs
+    print(f"{family}: mean error {ours.mean():.2e}, Hugging Face {theirs.mean():.2e}, {len(ours)} pairs")
+    assert difference.mean() <= 2 * difference.std() / len(difference) ** 0.5
+
+
+@pytest.mark.parametrize("family", NOT_PACKABLE)
+async def test_a_family_that_cannot_be_packed_is_served_right_by_the_fallback(
+    family: str, tmp_path: Path, id_groups: list[IdGroup]
+) -> None:
+    save_checkpoint(tmp_path, family)
+    wanted = padded_scores(tmp_path, joined(id_groups), torch.float32)
+    async with native(tmp_path) as scorer:
+        assert scorer.info.path == "padded" and scorer.info.path_reason
+        got = await scorer.scores(id_groups)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+async def test_compiled_layers_give_the_same_scores(tmp_path: Path, id_groups: list[IdGroup]) -> None:
+    save_checkpoint(tmp_path)
+    wanted = padded_scores(tmp_path, joined(id_groups), torch.float32)
+    async with native(tmp_path, compile="on") as scorer:
+        assert scorer.info.path == "packed"
+        for _ in range(2):
+            got = await scorer.scores(id_groups)
+            assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()

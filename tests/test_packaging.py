@@ -1,0 +1,127 @@
+"""What is shipped can be installed: the wheel, the client without torch, and every step of the Dockerfile.
+
+No Docker engine is needed: the Dockerfile's own install commands are run in clean environments.
+"""
+
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def run(*command: object, **options) -> str:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def stage_steps(stage: str) -> list[str]:
+    """The instructions of one stage, continuation lines joined."""
+    body = re.split(r"^FROM .* AS ", DOCKERFILE, flags=re.M)
+    text = next(part for part in body if part.startswith(stage + "\n"))
+    return [line for line in re.sub(r"\\\n\s*", "", text).splitlines()[1:] if line and not line.startswith("#")]
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the wheel stage leaves behind, from a copy of what it copies."""
+    source, out = tmp_path_factory.mktemp("src"), tmp_path_factory.mktemp("wheels")
+    for step in stage_steps("wheel"):
+        if step.startswith("COPY"):
+            *sources, target = step.split()[1:]
+            for name in sources:
+                run("cp", "-r", ROOT / name, source / target)
+    (command,) = [step for step in stage_steps("wheel") if step.startswith("RUN")]
+    command = command.removeprefix("RUN pip").replace("/wheels", str(out))
+    run("bash", "-c", f"{sys.executable} -m pip {command}", cwd=source)
+    return out
+
+
+@pytest.fixture(scope="module")
+def client_python(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean environment with `pip install rewardserve` and nothing else."""
+    folder = tmp_path_factory.mktemp("client")
+    venv.create(folder, with_pip=True)
+    run(folder / "bin" / "python", "-m", "pip", "install", "-q", *wheels.glob("*.whl"))
+    return folder / "bin" / "python"
+
+
+def test_every_path_the_dockerfile_copies_exists() -> None:
+    copied = re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+)$", DOCKERFILE, flags=re.M)
+    assert copied
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    for line in copied:
+        for name in line.split()[:-1]:
+            assert (ROOT / name).exists(), name
+            assert name not in ignored, f"{name} is not in the build context"
+
+
+def test_every_extra_the_dockerfile_and_the_readme_name_exists() -> None:
+    texts = DOCKERFILE + (ROOT / "README.md").read_text() + (ROOT / "Makefile").read_text()
+    named = set(re.findall(r"(?:whl\)|rewardserve|\.)\[([a-z,]+)\]", texts))
+    assert named
+    assert {extra for group in named for extra in group.split(",")} <= set(PROJECT["optional-dependencies"])
+
+
+def test_both_images_run_as_an_unprivileged_user_and_ask_the_health_service() -> None:
+    for stage in ("cpu", "cuda"):
+        steps = stage_steps(stage)
+        assert steps.index("USER rewardserve") < next(i for i, s in enumerate(steps) if s.startswith("ENTRYPOINT"))
+        assert any(step.startswith("HEALTHCHECK") and '["rewardserve", "health"]' in step for step in steps)
+
+
+def test_the_torch_version_for_machines_without_a_gpu_is_named_in_one_place() -> None:
+    version = (ROOT / "constraints-cpu.txt").read_text().splitlines()[-1].removeprefix("torch==")
+    tracked = run("git", "-C", ROOT, "ls-files").split()
+    named = [name for name in tracked if Path(ROOT / name).suffix in {".toml", ".txt", "", ".sh", ".yml"}]
+    holders = [name for name in named if version in (ROOT / name).read_text(errors="ignore")]
+    assert holders == ["constraints-cpu.txt"]
+
+
+def test_the_plain_install_is_a_client_without_torch_and_numpy(client_python: Path) -> None:
+    code = (
+        "import rewardserve.client, sys; "
+        "assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules); "
+        "print(rewardserve.client.RewardClient.__name__)"
+    )
+    assert run(client_python, "-W", "error", "-c", code).strip() == "RewardClient"
+    installed = run(client_python, "-m", "pip", "list", "--format=freeze").lower()
+    assert "torch" not in installed and "numpy" not in installed
+
+
+def test_a_verb_that_needs_more_than_the_client_says_what_to_install(client_python: Path) -> None:
+    done = subprocess.run([client_python, "-m", "rewardserve", "serve"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "pip install 'rewardserve[server]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_steps_of_the_cpu_image_succeed_in_a_clean_environment(
+    wheels: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("server")
+    venv.create(folder, with_pip=True)
+    install = next(step for step in stage_steps("cpu") if step.startswith("RUN pip install"))
+    command = install.removeprefix("RUN pip").partition(" && rm ")[0].replace("/wheels", str(wheels))
+    command = command.replace("/tmp/constraints-cpu.txt", str(ROOT / "constraints-cpu.txt"))
+    # The index for CPU wheels of torch is the image's own affair: here whatever index pip is configured for provides it.
+    command = re.sub(r"--extra-index-url \S+", "", command)
+    run("bash", "-c", f"{folder}/bin/python -m pip {command} -q")
+    assert "Serves reward models" in run(folder / "bin" / "rewardserve", "serve", "--help")
+    version = run(folder / "bin" / "python", "-c", "import torch; print(torch.__version__)")
+    assert f"torch=={version.partition(chr(43))[0].strip()}" in (ROOT / "constraints-cpu.txt").read_text()
+    health = subprocess.run(
+        [folder / "bin" / "rewardserve", "health", "--endpoint", "127.0.0.1:1", "--timeout", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert health.returncode == 1 and "127.0.0.1:1" in health.stderr
