@@ -7,7 +7,7 @@ to; a plan that names a wrong block, or one not yet written, gives a wrong score
 import zlib
 
 import numpy as np
-from rewardserve.engine.native.sequence import BatchPlan
+from rewardserve.engine.native.sequence import BatchPlan, Chunk
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 
@@ -23,19 +23,21 @@ class ToyModel:
         """As a forward does: everything is written before anything is read."""
         for chunk in plan.chunks:
             if chunk.store:
-                for offset, token in enumerate(np.frombuffer(chunk.tokens, "<i4")):
-                    position = chunk.start + offset
-                    self._slots[chunk.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS] = token, position
+                blocks, slots, positions = _places(chunk.blocks, chunk.start, chunk.stop)
+                self._slots[blocks, slots] = np.stack([np.frombuffer(chunk.tokens, "<i4"), positions], axis=1)
         return [self._score(chunk) for chunk in plan.chunks if chunk.scored]
 
-    def _score(self, chunk) -> float:
-        before = [self._read(chunk.blocks, position) for position in range(chunk.start)]
-        return _score(np.array([*before, *np.frombuffer(chunk.tokens, "<i4")]))
+    def _score(self, chunk: Chunk) -> float:
+        blocks, slots, positions = _places(chunk.blocks, 0, chunk.start)
+        before = self._slots[blocks, slots]
+        assert (before[:, 1] == positions).all(), "a position reads what was written for another"
+        return _score(np.concatenate([before[:, 0], np.frombuffer(chunk.tokens, "<i4")]))
 
-    def _read(self, blocks: tuple[int, ...], position: int) -> int:
-        token, written_for = self._slots[blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS]
-        assert written_for == position, f"position {position} reads what was written for {written_for}"
-        return int(token)
+
+def _places(blocks: tuple[int, ...], start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Block, slot and position of the positions [start, stop)."""
+    positions = np.arange(start, stop)
+    return np.array(blocks, dtype=int)[positions // BLOCK_TOKENS], positions % BLOCK_TOKENS, positions
 
 
 def _score(tokens: np.ndarray) -> float:
