@@ -122,7 +122,9 @@ class App:
         self.metrics_port = self._metrics_server.server_port
 
     def _make_engine(self, name: str, source: str, dtype: str) -> Engine:
-        return EngineProcess(native_options(self._config, source, dtype), name, self._config.stall_timeout_s)
+        config = self._config
+        options = native_options(config, source, dtype)
+        return EngineProcess(options, name, config.stall_timeout_s, config.log_format, config.log_level)
 
     def _on_change(self, model: LiveModel) -> None:
         task = asyncio.get_running_loop().create_task(self._health.update(self.registry, model))

@@ -1,35 +1,21 @@
-"""Every option of the server, declared once: a field here is a flag, an environment variable, a key of the TOML file,
-its default and its help. Flags win over the environment, the environment over the file.
-"""
+"""Every option of the server."""
 
-import difflib
-import os
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-import pydantic
 from pydantic import Field
-from pydantic_settings import BaseSettings, CliSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsError
-from pydantic_settings import SettingsConfigDict as SettingsConfig
 
-PREFIX = "REWARDSERVE_"
-
-
-class ConfigError(Exception):
-    """An option that does not exist or cannot have this value; the message names it and says what would do."""
+from rewardserve.options import SERVE, ConfigError, Options, Repeated, load_options
+from rewardserve.types import is_model_name
 
 
-class ServeConfig(BaseSettings):
+class ServeConfig(Options):
     """Serves reward models over gRPC."""
 
-    model_config = SettingsConfig(extra="forbid", env_prefix=PREFIX, cli_kebab_case=True, cli_implicit_flags=True)
-
-    model: Annotated[list[str], NoDecode] = Field(
+    model: Repeated = Field(
         default=[], description="checkpoint to serve: FOLDER, a hub name, or NAME=either; repeat for several"
     )
-    config: str = Field(default="", description="TOML file with any of these options, named as here with _ for -")
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
     metrics_port: int = Field(default=9090, ge=-1, le=65535, description="Prometheus port; 0 picks one, -1 is none")
@@ -70,86 +56,29 @@ class ServeConfig(BaseSettings):
     log_requests: bool = Field(default=False, description="log every request, not only those that fail")
     log_text: bool = Field(default=False, description="log prompts and responses too")
 
-    @pydantic.field_validator("model", mode="before")
-    @classmethod
-    def _split_models(cls, value: Any) -> Any:
-        """An environment variable is one string; several models are separated by commas."""
-        return [part for part in value.split(",") if part] if isinstance(value, str) else value
-
     @property
     def models(self) -> dict[str, str]:
-        """Name -> source. Without a name the folder's is taken."""
+        """Name -> source. Without a name the folder's is taken. Raises ConfigError."""
         named: dict[str, str] = {}
         for entry in self.model:
-            name, separator, source = entry.partition("=")
-            if not separator:
-                name, source = Path(entry).resolve().name if Path(entry).exists() else entry.rpartition("/")[2], entry
+            name, source = _name_and_source(entry)
             if name in named:
-                raise ConfigError(f"model: two models are named '{name}'; name them apart with NAME=FOLDER")
+                raise ConfigError(f"--model: two models are named '{name}'; name them apart with NAME=FOLDER")
             named[name] = source
         return named
 
-    @classmethod
-    def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **sources: Any
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Flags are handed in by `load_config`; what a file says comes in as init arguments, weakest of all."""
-        return sources["env_settings"], init_settings
+
+def _name_and_source(entry: str) -> tuple[str, str]:
+    name, separator, source = entry.partition("=")
+    if Path(entry).is_dir():  # whatever its path looks like
+        name, source = Path(entry).resolve().name, entry
+    elif not separator:
+        name, source = entry.rpartition("/")[2], entry
+    if not is_model_name(name) or not source:
+        raise ConfigError(f"--model {entry!r}: give NAME=FOLDER, the name of letters, digits, '-', '_' and '.'")
+    return name, source
 
 
-def load_config(
-    arguments: Sequence[str], environment: Mapping[str, str] = os.environ, file: Path | None = None
-) -> ServeConfig:
+def load_config(arguments: Sequence[str], file: Path | None = None) -> ServeConfig:
     """Raises ConfigError for unknown or wrong options, with the nearest spelling. `--help` exits."""
-    known = list(ServeConfig.model_fields)
-    _check_known(
-        [name.removeprefix(PREFIX).lower() for name in environment if name.startswith(PREFIX)],
-        known,
-        lambda name: f"environment variable {PREFIX}{name.upper()}",
-    )
-    values = _read_file(file, known) if file is not None else {}
-    try:
-        flags = CliSettingsSource(
-            ServeConfig, cli_parse_args=list(arguments), cli_prog_name="rewardserve serve", cli_exit_on_error=False
-        )
-        return ServeConfig(_cli_settings_source=flags, **values)  # type: ignore[call-arg]
-    except pydantic.ValidationError as error:
-        raise ConfigError("; ".join(_explain(detail) for detail in error.errors())) from None
-    except SettingsError as error:
-        raise ConfigError(_explain_flags(str(error), known)) from None
-
-
-def _read_file(file: Path, known: Sequence[str]) -> dict[str, Any]:
-    try:
-        values = tomllib.loads(file.read_text())
-    except OSError as error:
-        raise ConfigError(f"config file {file}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config file {file}: {error}") from None
-    _check_known(list(values), known, lambda name: f"key '{name}' in {file}")
-    return values
-
-
-def _check_known(names: Sequence[str], known: Sequence[str], describe: Any) -> None:
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{describe(name)} is unknown{_nearest(name, known)}")
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _explain(detail: Any) -> str:
-    name = ".".join(str(part) for part in detail["loc"])
-    return f"{name}: {detail['msg']} (got {detail['input']!r})"
-
-
-def _explain_flags(message: str, known: Sequence[str]) -> str:
-    flag = next((word for word in message.split() if word.startswith("--")), "")
-    name = flag.lstrip("-").partition("=")[0].replace("-", "_")
-    if "unrecognized" not in message or name in known:
-        return message
-    near = _nearest(name, known)
-    return f"flag {flag} is unknown{near}".replace("_", "-") if near else f"flag {flag} is unknown; see --help"
+    return load_options(ServeConfig, SERVE, arguments, file)

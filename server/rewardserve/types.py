@@ -4,6 +4,11 @@ import enum
 from dataclasses import dataclass
 
 
+def is_model_name(name: str) -> bool:
+    """Letters, digits, '-', '_' and '.': what a metric's label, a health service and a command line take as it is."""
+    return bool(name) and all(letter.isalnum() or letter in "-_." for letter in name)
+
+
 class Overflow(enum.IntEnum):
     """What to do with prompt + response longer than the model's max_length."""
 

@@ -9,6 +9,7 @@ VERBS = {
     "score": "score a JSONL file of prompts and responses, against a server or offline",
     "rank": "rank responses to one prompt, best first",
     "models": "list what a server serves; load and unload",
+    "health": "exit code 0 if a server is ready to score; for container probes",
 }
 USAGE = "usage: rewardserve VERB [OPTIONS]\n\n" + "".join(f"  {verb:8} {text}\n" for verb, text in VERBS.items())
 

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import msgspec
@@ -27,6 +28,7 @@ import zmq.asyncio
 from rewardserve.engine.base import BatchReport, EngineInfo, EngineListener, EngineRequest, EngineResult
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.errors import DeadlineExceeded, EngineDied, LoadFailed, RewardServeError, Unavailable
+from rewardserve.logs import set_up_logging
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +81,19 @@ class _InFlight:
 class EngineProcess:
     """The Engine protocol over a supervised child."""
 
-    def __init__(self, options: NativeOptions, name: str, stall_timeout_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        options: NativeOptions,
+        name: str,
+        stall_timeout_s: float = 600.0,
+        log_format: str = "text",
+        log_level: str = "info",
+    ) -> None:
         """A child that has work but is silent for `stall_timeout_s` is killed and restarted."""
         self._options = options
         self._name = name
         self._stall_timeout_s = stall_timeout_s
+        self._log_options = (log_format, log_level, name)
         self._listener = EngineListener()
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder: msgspec.msgpack.Decoder[ToParent] = msgspec.msgpack.Decoder(ToParent)
@@ -109,6 +119,8 @@ class EngineProcess:
     async def score(self, request: EngineRequest) -> EngineResult:
         if self._child is None:
             raise Unavailable(f"the engine of model '{self._name}' is restarting; try again in a few seconds")
+        if not self._flights:
+            self._heard_at = time.monotonic()  # it had no reason to speak before
         flight = _InFlight(request, asyncio.get_running_loop().create_future())
         self._flights[request.request_id] = flight
         try:
@@ -134,7 +146,7 @@ class EngineProcess:
 
     async def _launch(self) -> None:
         """Starts a child and waits until it is ready. Raises LoadFailed or EngineDied."""
-        child = await _Child.spawn(self._options)
+        child = await _Child.spawn(self._options, self._log_options)
         try:
             first = await self._first_message(child)
         except BaseException:
@@ -261,7 +273,7 @@ class _Child:
         self._to_child, self._from_child = sockets
 
     @classmethod
-    async def spawn(cls, options: NativeOptions) -> "_Child":
+    async def spawn(cls, options: NativeOptions, log_options: Sequence[str]) -> "_Child":
         folder = tempfile.mkdtemp(prefix="rewardserve-")
         context = zmq.asyncio.Context.instance()
         sockets = tuple(context.socket(kind) for kind in (zmq.PUSH, zmq.PULL))
@@ -270,7 +282,7 @@ class _Child:
             socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
             socket.bind(f"ipc://{folder}/{name}")
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "rewardserve.engine.process", folder, json.dumps(asdict(options))
+            sys.executable, "-m", "rewardserve.engine.process", folder, json.dumps(asdict(options)), *log_options
         )
         return cls(process, folder, sockets)
 
@@ -370,8 +382,8 @@ def _exit_with_parent(parent: int) -> None:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they are the front's to handle: it drains first
         signal.signal(number, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s %(levelname)s engine[{os.getpid()}] %(message)s")
-    folder, options = sys.argv[1:]
+    folder, options, log_format, log_level, name = sys.argv[1:]
+    set_up_logging(log_format, log_level, f"engine[{name}]")
     _ChildMain(folder, NativeOptions(**json.loads(options))).run()
 
 

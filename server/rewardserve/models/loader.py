@@ -17,10 +17,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(device: str) -> torch.device:
-    """`auto` is the first GPU, or the CPU without one."""
-    if device != "auto":
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto` is the first GPU, or the CPU without one. Raises LoadFailed for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch has its ways of saying so
+        reason = str(error).strip().partition("\n")[0]
+        raise LoadFailed(f"device '{device}' cannot be used: {reason}; try auto, cpu or cuda:N") from error
+    return chosen
 
 
 def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dtype:

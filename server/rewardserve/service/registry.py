@@ -21,7 +21,7 @@ from rewardserve.metrics import Metrics, ModelMetrics
 from rewardserve.service.admission import Admission, Limits
 from rewardserve.text.encoder import EncodedRequest, Encoder
 from rewardserve.text.tokenizer import Tokenizer
-from rewardserve.types import EncodedGroup, ScoreRequest, TokenIds
+from rewardserve.types import EncodedGroup, ScoreRequest, TokenIds, is_model_name
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class Registry:
 
     async def load(self, name: str, source: str, dtype: str = "auto") -> LiveModel:
         """Loads, checks and warms a model; it is served when this returns. Raises ModelExists or LoadFailed."""
-        if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum():
+        if not is_model_name(name):
             raise InvalidRequest("name", f"{name!r} must be letters, digits, '-', '_' and '.'")
         if name in self._models:
             raise ModelExists(f"a model '{name}' is served already; unload it first")

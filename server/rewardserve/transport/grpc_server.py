@@ -259,16 +259,17 @@ class _Counted:
         else:
             model.metrics.count_request(status)
         if self._options.log_requests or status not in ("OK", "CANCELLED"):
-            text = f" {self._message}" if self._options.log_text else ""
-            log.info(
-                "request %s model=%s status=%s seconds=%.4f%s%s",
-                self._message.request_id or "-",
-                self._message.model or "-",
-                status,
-                time.monotonic() - self._started,
-                f" error={error}" if error else "",
-                text,
-            )
+            fields = {
+                "request_id": self._message.request_id,
+                "model": self._message.model,
+                "status": status,
+                "seconds": round(time.monotonic() - self._started, 6),
+            }
+            if error is not None:
+                fields["error"] = str(error)
+            if self._options.log_text:
+                fields["text"] = str(self._message)
+            log.info("request", extra={"fields": fields})
 
 
 def _is_cancel(error: BaseException | None) -> bool:

@@ -27,6 +27,7 @@ from rewardserve.types import ItemCode, ItemFailure
 log = logging.getLogger(__name__)
 
 POISONED = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "an illegal memory access")
+CHECK_INTERVAL_S = 10.0
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -65,6 +66,7 @@ class EngineLoop:
         self._scheduler = self._new_scheduler()
         self._epoch = 0
         self._stopping = False
+        self._checked_at = 0.0
         self._ahead: queue.Queue[_Prepared | None] = queue.Queue(maxsize=1)
         self._threads = [
             threading.Thread(target=self._guard, args=(body,), name=name, daemon=True)
@@ -121,12 +123,18 @@ class EngineLoop:
                 if plan is not None:
                     epoch = self._epoch
                     break
-                if self._scheduler.idle:
-                    self._scheduler.check()
+                self._check_when_idle()
                 self._lock.wait(timeout=None if self._scheduler.idle else 0.05)
             else:
                 return None
         return _Prepared(plan, self._runner.prepare(plan), epoch)
+
+    def _check_when_idle(self) -> None:
+        """Looks through every block, which takes milliseconds: not after each request of a quiet hour."""
+        now = time.monotonic()
+        if self._scheduler.idle and now - self._checked_at > CHECK_INTERVAL_S:
+            self._scheduler.check()
+            self._checked_at = now
 
     # -- runner ----------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,146 @@
+"""`rewardserve models [list | get NAME | load NAME SOURCE | unload NAME]`: what a server serves, and changing it.
+
+Exit codes: 0; 1 if a server could not or would not do it; 2 for wrong usage.
+"""
+
+import asyncio
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+from pydantic_settings import CliPositionalArg
+from pydantic_settings import SettingsConfigDict as SettingsConfig
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rewardserve.cli.running import DEFAULT_ENDPOINT, connect, guarded
+from rewardserve.cli.table import TABLE, make_console, one_line
+from rewardserve.client import AsyncRewardClient, ModelInfo
+from rewardserve.options import ConfigError, Options, Repeated, load_options
+
+ACTIONS = {"list": (), "get": ("NAME",), "load": ("NAME", "SOURCE"), "unload": ("NAME",)}
+STYLES = {"serving": "green", "failed": "bold red"}  # of a state; any other is passing
+SUFFIX = "ForSequenceClassification"  # of every architecture that can be served
+
+
+class ModelsOptions(Options):
+    """Lists the models a server serves (list, get NAME), or changes them (load NAME SOURCE, unload NAME)."""
+
+    model_config = SettingsConfig(cli_shortcuts={"json-output": "json"})
+
+    action: CliPositionalArg[str] = Field(default="list", description="list, get, load or unload")
+    name: CliPositionalArg[str] = Field(default="", description="the name a model is served by; not for list")
+    source: CliPositionalArg[str] = Field(
+        default="", description="load: checkpoint, a hub name or a folder on the server's machine"
+    )
+    endpoint: Repeated = Field(default=[], description=f"server to ask; repeat for several [{DEFAULT_ENDPOINT}]")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="load: precision of the backbone; auto is as the server was told"
+    )
+    timeout: float = Field(
+        default=600.0, gt=0, allow_inf_nan=False, description="seconds a server may take; loading takes long"
+    )
+    json_output: bool = Field(default=False, description="print JSON instead of a table")
+
+    def check(self) -> None:
+        if self.action not in ACTIONS:
+            close = difflib.get_close_matches(self.action, ACTIONS, n=1)
+            near = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(ACTIONS)}"
+            raise ConfigError(f"no action '{self.action}'{near}")
+        wanted = ACTIONS[self.action]
+        given = [value for value in (self.name, self.source) if value]
+        self.require(len(given) == len(wanted), f"usage: rewardserve models {' '.join((self.action, *wanted))}")
+
+
+def run(arguments: Sequence[str]) -> int:
+    return guarded("models", lambda: asyncio.run(_models(load_options(ModelsOptions, "models", arguments))))
+
+
+async def _models(options: ModelsOptions) -> int:
+    options.check()
+    async with connect(options.endpoint, options.timeout) as client:
+        show = _show_json if options.json_output else _show_tables
+        show(options, await _ask(client, options))
+    return 0
+
+
+async def _ask(client: AsyncRewardClient, options: ModelsOptions) -> tuple[ModelInfo, ...]:
+    match options.action:
+        case "list":
+            return await client.list_models()
+        case "get":
+            return (await client.get_model(options.name),)
+        case "load":
+            return (await client.load_model(options.name, options.source, options.dtype),)
+        case _:
+            await client.unload_model(options.name)
+            return ()
+
+
+def _show_json(options: ModelsOptions, models: Sequence[ModelInfo]) -> None:
+    values: Any = [dataclasses.asdict(model) for model in models]
+    if options.action in ("get", "load"):
+        (values,) = values
+    print(json.dumps({"unloaded": options.name} if options.action == "unload" else values))
+
+
+def _show_tables(options: ModelsOptions, models: Sequence[ModelInfo]) -> None:
+    console = make_console()
+    if options.action == "unload":
+        console.print(f"unloaded {options.name}")
+    elif options.action == "get":
+        console.print(_details(models[0]))
+    elif models:
+        _show_list(console, models)
+    else:
+        where = ", ".join(options.endpoint) or DEFAULT_ENDPOINT
+        print(f"no model is served at {where}; `rewardserve models load NAME SOURCE` loads one", file=sys.stderr)
+
+
+def _show_list(console: Console, models: Sequence[ModelInfo]) -> None:
+    """A line for each model, and below what a model has to say."""
+    several = len({model.endpoint for model in models}) > 1
+    table = Table(**TABLE)
+    columns = ("name", "state", "version", "architecture", "path", "dtype", "device", "max_length", "restarts")
+    for column in (*columns, *(("endpoint",) if several else ())):
+        justify = "right" if column in ("max_length", "restarts") else "left"
+        table.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis")
+    for model in models:
+        table.add_row(*_cells(model), *((model.endpoint,) if several else ()))
+    if not console.is_terminal:  # a pipe is as wide as it needs to be: one line is one model, whole
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
+    for model in models:
+        for text in _remarks(model):
+            console.print(Text(f" {model.name}: {one_line(text)}"), soft_wrap=True)
+
+
+def _cells(model: ModelInfo) -> list[Text]:
+    architecture = model.architecture.removesuffix(SUFFIX)
+    return [
+        Text(model.name, "bold"),
+        Text(model.state, STYLES.get(model.state, "yellow")),
+        *map(Text, (model.version, architecture, model.path, model.dtype, model.device)),
+        Text(str(model.max_length)),
+        Text(str(model.num_restarts)),
+    ]
+
+
+def _remarks(model: ModelInfo) -> list[str]:
+    padded = [f"padded, and so slower: {model.path_reason}"] if model.path_reason else []
+    return [*padded, *([f"{model.state}: {model.message}"] if model.message else [])]
+
+
+def _details(model: ModelInfo) -> Table:
+    """Everything that is known of one model."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in dataclasses.asdict(model).items():
+        grid.add_row(name, Text(f"{value:,}" if type(value) is int else str(value)))
+    return grid

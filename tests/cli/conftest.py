@@ -1,0 +1,151 @@
+"""A real server with a fake engine, a tiny real checkpoint, and the verbs run in this process."""
+
+import asyncio
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rewardserve.app import App
+from rewardserve.cli import models, rank, score
+from rewardserve.config import ServeConfig
+from rewardserve.engine.base import Engine, EngineInfo
+from rewardserve.engine.fake import FakeEngine
+from rewardserve.engine.native.engine import NativeEngine
+from rewardserve.engine.native.options import NativeOptions
+
+MAX_LENGTH = 128  # tokens, of the fake engine
+VERBS = {"score": score, "rank": rank, "models": models}
+MakeEngine = Callable[[str, str, str], Engine]
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+class Server:
+    """An App on a thread and an unused port."""
+
+    def __init__(self, make_engine: MakeEngine, **options: object) -> None:
+        self._app = App(ServeConfig(port=0, metrics_port=-1, **options), make_engine=make_engine)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self._run(self._app.start())
+        self.endpoint = f"--endpoint=127.0.0.1:{self._app.port}"
+
+    def stop(self) -> None:
+        self._run(self._app.stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _run(self, work) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
+
+
+@contextlib.contextmanager
+def _serving(make_engine: MakeEngine, **options: object) -> Iterator[Server]:
+    server = Server(make_engine, **options)
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FORCE_COLOR", "COLUMNS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """Runs a verb and gives back its exit code and what it wrote."""
+
+    def run(verb: str, *arguments: object) -> Ran:
+        capfd.readouterr()
+        code = VERBS[verb].run([str(argument) for argument in arguments])
+        return Ran(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen3 reward model of random weights with a tokenizer and a chat template."""
+    import checkpoints  # of tests/support; loads torch
+
+    folder = tmp_path_factory.mktemp("checkpoints") / "tiny"
+    checkpoints.save_checkpoint(folder, texts=["What is two plus two? It is four, word by word."] * 4)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fake_info(checkpoint: Path) -> EngineInfo:
+    from rewardserve.models.text_export import export_text
+
+    return EngineInfo(
+        version="v1",
+        architecture="Qwen3ForSequenceClassification",
+        path="padded",
+        path_reason="the fake packs nothing",
+        dtype="float32",
+        device="cpu",
+        num_parameters=1,
+        max_length=MAX_LENGTH,
+        vocab_size=400,
+        canary_error=0.0,
+        prefix_cache_tokens=0,
+        text=export_text(checkpoint)[0],
+    )
+
+
+@pytest.fixture(scope="session")
+def server(fake_info: EngineInfo) -> Iterator[Server]:
+    """Serves one model, `toy`."""
+    with _serving(lambda *_: FakeEngine(fake_info), model=["toy=anywhere"]) as running:
+        yield running
+
+
+@pytest.fixture
+def controlled_server(fake_info: EngineInfo) -> Iterator[Server]:
+    """Serves `toy`, and lets clients load and unload."""
+    make_engine = lambda *_: FakeEngine(fake_info)  # noqa: E731
+    with _serving(make_engine, model=["toy=anywhere"], allow_model_control=True) as running:
+        yield running
+
+
+@pytest.fixture
+def real_server(checkpoint: Path) -> Iterator[Server]:
+    """Serves the tiny checkpoint, as `tiny`."""
+    options = NativeOptions(str(checkpoint), prefix_cache_bytes=16 << 20)
+    with _serving(lambda *_: NativeEngine(options), model=[f"tiny={checkpoint}"]) as running:
+        yield running
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows, or lines as they are, to a file."""
+
+    def write(*rows: dict | str, name: str = "in.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out.jsonl"

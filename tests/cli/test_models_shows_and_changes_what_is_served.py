@@ -1,0 +1,52 @@
+import json
+
+
+def test_the_list_is_one_plain_line_for_each_model(cli, server):
+    ran = cli("models", server.endpoint)
+    assert ran.code == 0 and "\x1b" not in ran.out
+    header, _, line, remark = ran.out.splitlines()
+    assert header.split()[:5] == ["name", "state", "version", "architecture", "path"]
+    assert line.split() == ["toy", "serving", "v1", "Qwen3", "padded", "float32", "cpu", "128", "0"]
+    assert remark.strip() == "toy: padded, and so slower: the fake packs nothing"
+
+
+def test_json_has_every_field(cli, server):
+    (model,) = json.loads(cli("models", "list", "--json", server.endpoint).out)
+    assert model["name"] == "toy" and model["state"] == "serving" and model["max_length"] == 128
+    assert json.loads(cli("models", "get", "toy", "--json", server.endpoint).out) == model
+
+
+def test_get_shows_the_details(cli, server):
+    ran = cli("models", "get", "toy", server.endpoint)
+    shown = dict(line.split(maxsplit=1) for line in ran.out.splitlines() if len(line.split()) > 1)
+    assert shown["architecture"].strip() == "Qwen3ForSequenceClassification"
+
+
+def test_a_model_nobody_serves_is_a_failure_that_names_those_served(cli, server):
+    ran = cli("models", "get", "other", server.endpoint)
+    assert ran.code == 1 and "served are: toy" in ran.err and "--name" not in ran.err
+
+
+def test_loading_and_unloading_need_the_servers_leave(cli, server):
+    for action in (["load", "new", "somewhere"], ["unload", "toy"]):
+        ran = cli("models", *action, server.endpoint)
+        assert ran.code == 1 and "--allow-model-control" in ran.err and ran.err.count("\n") == 1
+
+
+def test_what_is_loaded_is_listed_and_what_is_unloaded_is_not(cli, controlled_server):
+    endpoint = controlled_server.endpoint
+    loaded = cli("models", "load", "new", "somewhere", "--json", endpoint)
+    assert loaded.code == 0 and json.loads(loaded.out)["source"] == "somewhere"
+    assert [m["name"] for m in json.loads(cli("models", "--json", endpoint).out)] == ["toy", "new"]
+    assert cli("models", "load", "new", "somewhere", endpoint).code == 1
+    assert cli("models", "unload", "toy", endpoint).out == "unloaded toy\n"
+    assert json.loads(cli("models", "unload", "new", "--json", endpoint).out) == {"unloaded": "new"}
+    empty = cli("models", endpoint)
+    assert empty.code == 0 and empty.out == "" and "no model is served" in empty.err
+
+
+def test_of_several_servers_each_line_says_which(cli, server, controlled_server):
+    ran = cli("models", server.endpoint, controlled_server.endpoint)
+    endpoints = {each.endpoint.removeprefix("--endpoint=") for each in (server, controlled_server)}
+    lines = [line for line in ran.out.splitlines() if line.startswith("toy")]
+    assert {line.split()[-1] for line in lines} == endpoints
