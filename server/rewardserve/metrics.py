@@ -39,6 +39,8 @@ class Metrics:
         self.batch_pairs = histogram("batch_pairs", "Pairs scored in one forward.", _powers_of_two(0, 10))
         self.stage_seconds = histogram("stage_seconds", "Where a request's time went.", SECONDS, "stage")
         self.score = histogram("score", "Scores given out.", SCORES)
+        # Prometheus has no sum for a histogram that goes below zero.
+        self.score_sum = gauge("score_total", "Sum of the scores given out; over rewardserve_pairs_total, their mean.")
 
 
 class ModelMetrics:
@@ -61,6 +63,7 @@ class ModelMetrics:
         self.batch_pairs = metrics.batch_pairs.labels(model)
         self.stages = {stage: metrics.stage_seconds.labels(model, stage) for stage in STAGES}
         self.score = metrics.score.labels(model)
+        self.score_sum = metrics.score_sum.labels(model)
 
     def count_request(self, status: str) -> None:
         self._metrics.requests.labels(self._model, status).inc()

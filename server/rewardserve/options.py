@@ -119,6 +119,8 @@ def _read_file(cls: type[Options], verb: str, file: Path) -> dict[str, Any]:
     else:
         values = values.get(verb, {})
     for name in values:
+        if name == "config":
+            raise ConfigError(f"key 'config' in {file}: a file cannot name another")
         if name not in cls.model_fields:
             raise ConfigError(f"key '{name}' in {file} is unknown{_nearest(name, list(cls.model_fields))}")
     return values

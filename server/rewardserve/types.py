@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 def is_model_name(name: str) -> bool:
     """Letters, digits, '-', '_' and '.': what a metric's label, a health service and a command line take as it is."""
-    return bool(name) and all(letter.isalnum() or letter in "-_." for letter in name)
+    return any(map(str.isalnum, name)) and all(letter.isalnum() or letter in "-_." for letter in name)
 
 
 class Overflow(enum.IntEnum):
@@ -145,6 +145,7 @@ class Probe:
     add_generation_prompt: bool
     text: str
     token_ids: tuple[int, ...]
+    rendered_at: float = 0.0  # seconds since the epoch: some templates state the date
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,9 @@ def wanted(checkpoint: Path) -> torch.Tensor:
     return padded_scores(checkpoint, joined(GROUPS), torch.float32)
 
 
-def refuse(monkeypatch: pytest.MonkeyPatch, error: type[Exception], message: str, above: int, only: int = -1) -> list[int]:
+def refuse(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], message: str, above: int, only: int = -1
+) -> list[int]:
     """Forwards of more than `above` tokens, or that hold token `only`, fail. Returns the sizes of those that ran."""
     run, sizes = Backbone.run_packed, []
 

@@ -59,6 +59,7 @@ class EngineInfo:
     vocab_size: int
     canary_error: float
     prefix_cache_tokens: int
+    bos_token_id: int | None = None
     text: TextSpec | None = None  # None: the checkpoint has no tokenizer, only ids are scored
     text_missing_reason: str = ""
 

@@ -9,7 +9,7 @@ from transformers.utils import logging as transformers_logging
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
 from rewardserve.models.reward_model import RewardModel
-from rewardserve.models.spec import HEAD_BIAS, HEAD_WEIGHT, ModelSpec
+from rewardserve.models.spec import HEAD_BIAS, HEAD_WEIGHT, ModelSpec, first_line
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +44,18 @@ def load(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RewardMod
     transformers_logging.disable_progress_bar()
     try:
         module, info = AutoModel.from_pretrained(
-            spec.folder, config=spec.config, dtype=dtype, output_loading_info=True, use_safetensors=True
+            spec.folder,
+            config=spec.config,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
         )
-    except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise LoadFailed(f"{spec.folder}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # what a config describes may not be buildable, in as many ways
+        raise LoadFailed(
+            f"{spec.folder}: its config.json describes no model that loads: {first_line(error)}"
+        ) from error
     if info["missing_keys"] or info["mismatched_keys"]:
         keys = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise LoadFailed(f"{spec.folder}: weights missing or of the wrong shape: {', '.join(keys[:10])}")

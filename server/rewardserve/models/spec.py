@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from rewardserve.errors import LoadFailed
 
@@ -22,6 +23,15 @@ HEAD_LIKE = (
     "rm_head",
     "out_proj",
     "lm_head",
+)
+TEXT_FILES = (
+    "config.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
 )
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SAMPLES_PER_FILE, SAMPLE_BYTES = 256, 65_536
@@ -82,9 +92,17 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     if not (folder / "config.json").is_file():
         raise LoadFailed(f"{folder}: no config.json; point at the folder that holds a checkpoint's files")
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError) as error:
-        raise LoadFailed(f"{folder}/config.json: {str(error).strip().splitlines()[0]}") from error
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=False
+        )  # said, or transformers asks on the terminal
+    except Exception as error:  # a config can be wrong in as many ways as it has keys
+        raise LoadFailed(f"{folder}/config.json: {first_line(error)}") from error
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise LoadFailed(
+            f"{folder}/config.json: quantization method '{method}' is unknown; its weights would be misread"
+        )
     if config.is_encoder_decoder:
         raise LoadFailed(f"{folder}: an encoder-decoder model; only decoders with a scalar head can be served")
     return config
@@ -92,10 +110,7 @@ def _read_config(folder: Path) -> PreTrainedConfig:
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = ["model.safetensors"]
+    names = _read_index(index) if index.is_file() else ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         others = ", ".join(sorted(p.name for p in folder.iterdir())[:20])
@@ -103,6 +118,22 @@ def _weight_files(folder: Path) -> tuple[Path, ...]:
             f"{folder}: {', '.join(missing)} not there (safetensors are needed; the folder holds: {others})"
         )
     return tuple(folder / name for name in names)
+
+
+def _read_index(index: Path) -> list[str]:
+    try:
+        names = json.loads(index.read_text())["weight_map"].values()
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("weight_map names no files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadFailed(f"{index}: not an index of weights ({first_line(error)})") from error
+    return sorted(set(names))
+
+
+def first_line(error: Exception) -> str:
+    """An error of a library in one line; its kind says more than its text sometimes."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
 
 
 def _keys(file: Path) -> list[str]:
@@ -156,11 +187,15 @@ def _max_length(config: PreTrainedConfig) -> int:
 
 
 def fingerprint(folder: Path, files: tuple[Path, ...]) -> str:
-    """Names a version by content: the config, every file's size, and 256 samples of 64 KiB spread over each file.
+    """Names a version by content: config, tokenizer and template, every weight file's size, and 256 samples of 64 KiB
+    spread over each.
 
     Sampled, because hashing 140 GB whole would take longer than loading it; files under 16 MiB are read whole.
     """
-    digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=6)
+    digest = hashlib.blake2b(digest_size=6)
+    for pattern in TEXT_FILES:
+        for file in sorted(folder.glob(pattern)):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     for file in files:
         size = file.stat().st_size
         digest.update(size.to_bytes(8, "little"))

@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer -> TextSpec: what the front needs to do the same without transformers and torch."""
 
+import time
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -24,12 +25,14 @@ def export_text(folder: Path) -> tuple[TextSpec | None, str]:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one up, empty
         return None, f"none of {', '.join(TOKENIZER_FILES)} is in the checkpoint's folder"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a missing or unknown tokenizer fails in many ways, and none is fatal: ids still work
         return None, f"no usable tokenizer: {str(error).strip().splitlines()[0][:200]}"
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None, f"{type(tokenizer).__name__} is not a fast tokenizer"
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        return None, f"its chat templates are named {', '.join(tokenizer.chat_template)}, and none is 'default'"
     return (
         TextSpec(
             tokenizer_json=backend.to_str(),
@@ -55,6 +58,7 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
         texts = ["".join(content for _, content in conversation) for conversation in CONVERSATIONS]
         return [Probe((), False, text, tuple(_tokenize(tokenizer, text))) for text in texts]
     probes = []
+    now = time.time()
     for conversation in CONVERSATIONS:
         for messages, generate in ((conversation, False), (conversation[:-1], True)):
             dicts = [{"role": role, "content": content} for role, content in messages]
@@ -62,7 +66,7 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
                 text = tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=generate)
             except Exception:  # jinja's TemplateError and friends: e.g. "System role not supported"
                 continue
-            probes.append(Probe(messages, generate, text, tuple(_tokenize(tokenizer, text))))
+            probes.append(Probe(messages, generate, text, tuple(_tokenize(tokenizer, text)), now))
     return probes
 
 

@@ -63,9 +63,12 @@ class LiveModel:
             if restarted:
                 self.num_restarts += 1
                 self.metrics.restarts.inc()
-            changed = self.info is None or info.text != self.info.text
-            self._use(info, None if changed else self.encoder.tokenizer if self.encoder else None)
-            set_state(ModelState.SERVING, self.message)
+            try:
+                self._use(info, self._tokenizer_for(info))
+            except LoadFailed as error:  # the checkpoint's files were changed while it was down
+                set_state(ModelState.FAILED, str(error))
+            else:
+                set_state(ModelState.SERVING, self.message)
 
         listener = EngineListener(
             on_batch=self._on_batch,
@@ -78,13 +81,23 @@ class LiveModel:
         if info.text is not None:
             tokenizer = await asyncio.get_running_loop().run_in_executor(executor, Tokenizer, info.text)
         self._use(info, tokenizer)
+        await self._warm_up()
         set_state(ModelState.SERVING)
 
+    def _tokenizer_for(self, info: EngineInfo) -> Tokenizer | None:
+        """The one at hand if the text is the same as before, as it is after nearly every restart."""
+        if self.info is not None and self.encoder is not None and info.text == self.info.text:
+            return self.encoder.tokenizer
+        return None if info.text is None else Tokenizer(info.text)
+
+    async def _warm_up(self) -> None:
+        """The first request should not pay for what the first forward sets up."""
+        group = EncodedGroup(prompt=bytes(4 * 8), responses=(bytes(4 * 8),))
+        await self.engine.score(EngineRequest("warm-up", (group,)))
+
     def _use(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
-        if tokenizer is None and info.text is not None:
-            tokenizer = Tokenizer(info.text)
         self.info = info
-        self.encoder = Encoder(tokenizer, info.vocab_size, info.max_length, info.text_missing_reason)
+        self.encoder = Encoder(tokenizer, info.vocab_size, info.max_length, info.text_missing_reason, info.bos_token_id)
         self.metrics.set_info(info.version, info.architecture, info.path, info.dtype)
 
     def _on_batch(self, report: BatchReport) -> None:
@@ -173,10 +186,10 @@ class Registry:
         self._on_change(model)
         try:
             await model.start(self._executor, self._on_change)
-            await self._warm_up(model)
+            if self._models.get(name) is not model:
+                raise LoadFailed(f"model '{name}' was unloaded while it was loading")
         except BaseException as error:
-            del self._models[name]
-            model.metrics.forget()
+            self._forget(model)
             model.state = ModelState.FAILED
             self._on_change(model)
             await engine.stop()
@@ -193,12 +206,18 @@ class Registry:
         if model is None:
             raise ModelNotFound(f"no model '{name}' here")
         model.state = ModelState.DRAINING
+        model.metrics.up.set(0)
         self._on_change(model)
         await _idle(model, grace_s)
         await model.engine.stop()
-        del self._models[name]
-        model.metrics.forget()
+        self._forget(model)
         self._on_change(model)
+
+    def _forget(self, model: LiveModel) -> None:
+        """Unless another has its name by now, or it was forgotten already."""
+        if self._models.get(model.name) is model:
+            del self._models[model.name]
+            model.metrics.forget()
 
     def stop_admitting(self) -> None:
         self._draining = True
@@ -209,11 +228,6 @@ class Registry:
 
     async def stop(self) -> None:
         await asyncio.gather(*(model.engine.stop() for model in self.models))
-
-    async def _warm_up(self, model: LiveModel) -> None:
-        """The first request should not pay for what the first forward sets up."""
-        group = EncodedGroup(prompt=bytes(4 * 8), responses=(bytes(4 * 8),))
-        await model.engine.score(EngineRequest("warm-up", (group,)))
 
 
 async def _idle(model: LiveModel, grace_s: float) -> None:

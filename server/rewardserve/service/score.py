@@ -111,3 +111,4 @@ def observe(metrics: ModelMetrics, result: ScoreResult) -> None:
             metrics.pairs.inc()
             metrics.tokens.inc(item.num_prompt_tokens + item.num_response_tokens)
             metrics.score.observe(item.score)
+            metrics.score_sum.inc(item.score)

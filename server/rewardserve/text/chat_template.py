@@ -15,27 +15,32 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from rewardserve.types import Message
 
+# What a template raises: by its own decision, or because it cannot work on these messages.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
+
 
 class _Generation(Extension):
     """`{% generation %}` marks the assistant's words for training; rendering passes them through."""
 
     tags = {"generation"}  # noqa: RUF012  jinja2's own declaration
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 class ChatTemplate:
@@ -45,16 +50,19 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = _strftime_now
         self._template = environment.from_string(source)
         self._special_tokens = special_tokens
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-        """Raises jinja2.TemplateError for conversations the template refuses (an unknown role, two user turns, ...)."""
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime | None = None) -> str:
+        """Raises one of TEMPLATE_ERRORS for conversations the template refuses (an unknown role, two user turns, ...).
+
+        `now` is the time of day for templates that ask.
+        """
         return self._template.render(
             messages=[{"role": m.role, "content": m.content} for m in messages],
             add_generation_prompt=add_generation_prompt,
             tools=None,
             documents=None,
+            strftime_now=lambda pattern: (now or datetime.now()).strftime(pattern),
             **self._special_tokens,
         )

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jinja2
 import numpy as np
 
 from rewardserve.errors import InvalidRequest
+from rewardserve.text.chat_template import TEMPLATE_ERRORS
 from rewardserve.text.tokenizer import Ids, JoinedText, Tokenizer, common_length
 from rewardserve.types import (
     Conversation,
@@ -73,9 +73,16 @@ class Encoder:
     """One model's. Thread-safe."""
 
     def __init__(
-        self, tokenizer: Tokenizer | None, vocab_size: int, max_length: int, no_tokenizer_reason: str = ""
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_length: int,
+        no_tokenizer_reason: str = "",
+        bos_token_id: int | None = None,
     ) -> None:
+        """`bos_token_id` is the model's; a tokenizer knows better."""
         self.tokenizer = tokenizer
+        self._bos_token_id = bos_token_id if tokenizer is None else tokenizer.bos_token_id
         self._vocab_size = vocab_size
         self._max_length = max_length
         self._no_tokenizer_reason = no_tokenizer_reason
@@ -126,7 +133,7 @@ class Encoder:
             return JoinedText(prompt.text, tuple(prompt.text + text for text in texts))
         try:
             return self.tokenizer.render(messages, texts)
-        except jinja2.TemplateError as error:
+        except TEMPLATE_ERRORS as error:
             raise InvalidRequest(f"{field}.prompt", f"the checkpoint's chat template refuses it: {error}") from error
 
     def _tail(self, response: Response, field: str) -> Ids:
@@ -193,7 +200,7 @@ class Encoder:
         return _failed(ItemCode.OUT_OF_RANGE, too_long, whole, border)
 
     def _begins_with_bos(self, ids: Ids) -> bool:
-        return self.tokenizer is not None and len(ids) > 0 and int(ids[0]) == self.tokenizer.bos_token_id
+        return len(ids) > 0 and int(ids[0]) == self._bos_token_id
 
 
 def _failed(code: ItemCode, message: str, whole: Ids, border: int) -> EncodedItem:

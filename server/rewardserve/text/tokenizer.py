@@ -10,13 +10,13 @@ it does not, the whole text is tokenized for each response.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
-import jinja2
 import numpy as np
 import tokenizers
 
 from rewardserve.errors import LoadFailed
-from rewardserve.text.chat_template import ChatTemplate
+from rewardserve.text.chat_template import TEMPLATE_ERRORS, ChatTemplate
 from rewardserve.types import Message, Probe, TextSpec
 
 Ids = np.ndarray  # [tokens] int32
@@ -56,10 +56,11 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self.bos_token_id = spec.bos_token_id
         self.template = ChatTemplate(spec.chat_template, spec.special_tokens) if spec.chat_template else None
-        added = self._tokenizer.get_added_tokens_decoder().values()
-        self._special = tuple(token.content for token in added if token.special)
+        added = list(self._tokenizer.get_added_tokens_decoder().values())
+        cuttable = [t for t in added if t.special and not t.lstrip and not t.single_word]
+        self._special = tuple(token.content for token in cuttable)
         self._check_probes(spec)
-        self.cuts_are_exact = bool(self._special) and self._prove_cuts()
+        self.cuts_are_exact = bool(self._special) and not _overlapping(cuttable, added) and self._prove_cuts()
 
     @property
     def vocab_size(self) -> int:
@@ -75,7 +76,7 @@ class Tokenizer:
         return self._encode_cut(text, cut)
 
     def render(self, messages: Sequence[Message], responses: Sequence[str]) -> JoinedText:
-        """Raises jinja2.TemplateError. There must be a template."""
+        """Raises one of TEMPLATE_ERRORS. There must be a template."""
         assert self.template is not None
         return JoinedText(
             self.template.render(messages, add_generation_prompt=True),
@@ -124,16 +125,17 @@ class Tokenizer:
             return probe.text
         messages = [Message(role, content) for role, content in probe.messages]
         try:
-            return self.template.render(messages, probe.add_generation_prompt)
-        except jinja2.TemplateError as error:
+            rendered_at = datetime.fromtimestamp(probe.rendered_at)
+            return self.template.render(messages, probe.add_generation_prompt, rendered_at)
+        except TEMPLATE_ERRORS as error:
             return f"<{error}>"
 
     def _prove_cuts(self) -> bool:
         """Tries cut against whole tokenization, over the template's own texts and bare special tokens."""
-        for prompt in ("Say it.", " leading and trailing ", "multi\n\nline\n"):
+        for prompt in ("Say it.", " leading and trailing ", "multi\n\nline\n", "word"):
             texts = [JoinedText(prompt + s, tuple(prompt + s + r for r in AWKWARD)) for s in self._special[:8]]
             if self.template is not None:
-                with contextlib.suppress(jinja2.TemplateError):  # a template that wants a system turn, say
+                with contextlib.suppress(*TEMPLATE_ERRORS):  # a template that wants a system turn, say
                     texts.append(self.render([Message("user", prompt)], AWKWARD))
             for text in texts:
                 prompt_ids, whole_ids = self._encode_cut(text, self._cut(text))
@@ -141,6 +143,17 @@ class Tokenizer:
                 if not all(map(np.array_equal, [prompt_ids, *whole_ids], wanted)):
                     return False
         return True
+
+
+def _overlapping(cuttable: Sequence[tokenizers.AddedToken], added: Sequence[tokenizers.AddedToken]) -> bool:
+    """Whether finding a special token in a text may be finding a part of another one, or of itself shifted."""
+    for token in cuttable:
+        content = token.content
+        if any(content in other.content and other.content != content for other in added):
+            return True
+        if any(content.endswith(content[:length]) for length in range(1, len(content))):
+            return True
+    return False
 
 
 def common_length(prompt: Ids, whole: Ids) -> int:

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 # Largest relative difference (L2, of the final hidden states) to the padded forward that rounding explains. Backbones
 # whose attention cannot be routed to ours are off by 13 % and more.
 CANARY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
+DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 LONGEST_CANARY = 1500  # tokens; a window longer than that is not crossed by the canary
 MAX_AUTO_CACHE_BYTES = 4 << 30
 MAX_BLOCKS = 65_536  # eight million tokens of prompts: beyond that bookkeeping costs more than it finds
@@ -61,7 +62,7 @@ def load_runner(options: NativeOptions) -> Loaded:
     padded = Loaded(
         PaddedRunner(model, max_batch_tokens),
         EngineInfo(
-            version=spec.version,
+            version=f"{spec.version}-{DTYPE_NAMES[dtype]}",
             architecture=spec.architecture,
             path="padded",
             path_reason="asked for",
@@ -72,6 +73,7 @@ def load_runner(options: NativeOptions) -> Loaded:
             vocab_size=spec.config.get_text_config().vocab_size,
             canary_error=0.0,
             prefix_cache_tokens=0,
+            bos_token_id=_first_id(getattr(spec.config.get_text_config(), "bos_token_id", None)),
             text=text,
             text_missing_reason=text_missing_reason,
         ),
@@ -86,6 +88,10 @@ def load_runner(options: NativeOptions) -> Loaded:
         if options.path == "packed":
             raise LoadFailed(f"{options.source}: cannot be packed: {reason}; use path = auto") from reason
         return padded.fall_back(str(reason))
+
+
+def _first_id(ids: int | list[int] | None) -> int | None:
+    return ids[0] if isinstance(ids, list) else ids
 
 
 def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch.device, dtype: torch.dtype) -> Loaded:

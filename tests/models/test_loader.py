@@ -1,0 +1,171 @@
+"""What is loaded is the checkpoint, every weight of it, and it scores as padded Hugging Face does by true length."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import padded_scores
+from rewardserve.errors import LoadFailed
+from rewardserve.models.loader import choose_device, choose_dtype, load
+from rewardserve.models.spec import read_spec
+from scoring import native
+from transformers import AutoModelForSequenceClassification
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+PAD = 0  # of the tiny checkpoints
+ROWS = [[5, 6, 7, 8], [9, 10], [11, PAD], [12, 13, PAD, PAD], [PAD, 14, PAD], [PAD]]
+
+
+def scores(folder: Path, rows=ROWS, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return load(read_spec(str(folder)), dtype, CPU).score_padded([torch.tensor(row) for row in rows])
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return bool((got - wanted).abs().max() <= 1e-5 * wanted.abs().max())
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(LoadFailed) as refused:
+        load(read_spec(str(folder)), torch.float32, CPU)
+    return str(refused.value)
+
+
+def test_a_checkpoint_in_one_file_scores_as_hugging_face(folder) -> None:
+    assert close(scores(folder.path), padded_scores(folder.path, ROWS, torch.float32))
+
+
+def test_a_checkpoint_in_shards_scores_the_same(folder, shards) -> None:
+    assert torch.equal(scores(shards.path), scores(folder.path))
+
+
+def test_the_backbones_prefix_may_be_absent(folder, pristine: Path) -> None:
+    folder.rename(lambda key: key.removeprefix("model."))
+    assert torch.equal(scores(folder.path), scores(pristine))
+
+
+def test_a_bias_is_added(folder, pristine: Path) -> None:
+    folder.reweigh(lambda w: w.update({"score.bias": torch.tensor([2.5])}))
+    assert close(scores(folder.path), scores(pristine) + 2.5)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.layers.2.self_attn.q_norm.weight",
+        "model.norm.weight",
+    ],
+)
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_missing_weight_is_named_not_made_up(folder, key: str, prefix: str) -> None:
+    folder.reweigh(lambda w: w.pop(key))
+    folder.rename(lambda k: prefix + k.removeprefix("model.") if k.startswith("model.") else k)
+    assert key.removeprefix("model.") in refusal(folder.path)
+
+
+def test_a_whole_missing_layer_is_noticed(folder) -> None:
+    def drop_layer(weights) -> None:
+        for key in [key for key in weights if ".layers.2." in key]:
+            del weights[key]
+
+    folder.reweigh(drop_layer)
+    assert "layers.2." in refusal(folder.path)
+
+
+def test_a_backbone_under_another_name_is_not_taken_for_random_weights(folder) -> None:
+    folder.rename(lambda key: key.replace("model.", "transformer."))
+    assert "missing" in refusal(folder.path)
+
+
+def reshape_up_projection(weights) -> None:
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
+
+
+def test_a_weight_of_the_wrong_shape_is_refused(folder) -> None:
+    folder.reweigh(reshape_up_projection)
+    refusal(folder.path)
+
+
+def test_a_weight_of_the_wrong_shape_is_named(folder) -> None:
+    folder.reweigh(reshape_up_projection)
+    assert "layers.1.mlp.up_proj.weight" in refusal(folder.path)
+
+
+def test_an_unknown_activation_is_named_with_its_key(folder) -> None:
+    folder.configure(hidden_act="nope")
+    assert "hidden_act" in refusal(folder.path) or "config" in refusal(folder.path)
+
+
+def test_a_quantization_whose_library_is_missing_is_refused(folder) -> None:
+    folder.configure(quantization_config={"quant_method": "awq", "bits": 4})
+    assert "quant" in refusal(folder.path) or "AWQ" in refusal(folder.path)
+
+
+def test_surplus_weights_are_said_and_change_nothing(folder, pristine: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.reweigh(lambda w: w.update({"value_head.weight": torch.ones(3)}))
+    assert torch.equal(scores(folder.path), scores(pristine))
+    assert "value_head.weight" in caplog.text and "score.weight" not in caplog.text
+
+
+def test_a_response_that_ends_in_the_pad_id_is_scored_there(folder) -> None:
+    """Hugging Face's own head looks for the last token that is not padding and scores another one."""
+    got = scores(folder.path)
+    assert close(got, padded_scores(folder.path, ROWS, torch.float32))
+    model = AutoModelForSequenceClassification.from_pretrained(folder.path, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        theirs = model(input_ids=torch.tensor([[11, PAD]])).logits[0, 0]
+    assert not torch.allclose(theirs, got[2], atol=1e-3), "this checkpoint does not tell the two apart"
+
+
+def test_a_score_does_not_depend_on_the_padding_beside_it(folder) -> None:
+    together = scores(folder.path)
+    for row, score in zip(ROWS, together, strict=True):
+        assert close(scores(folder.path, [row]), score[None])
+
+
+async def test_the_engine_scores_a_pad_id_at_the_end_as_a_token_on_both_paths(folder) -> None:
+    groups = [([5, 6, PAD], [[7, PAD], [PAD], [7, PAD, PAD], [7]]), ([PAD], [[PAD]])]
+    rows = [[*prompt, *response] for prompt, responses in groups for response in responses]
+    wanted = padded_scores(folder.path, rows, torch.float32)
+    for path in ("packed", "padded"):
+        async with native(folder.path, path=path) as scorer:
+            assert close(await scorer.scores(groups), wanted), path
+
+
+def test_scores_are_fp32_whatever_the_backbones_precision(folder) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        assert scores(folder.path, dtype=dtype).dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "device", "chosen"),
+    [
+        ("auto", torch.float32, CPU, torch.float32),
+        ("auto", torch.bfloat16, CPU, torch.bfloat16),
+        ("auto", torch.float16, CPU, torch.float32),
+        ("auto", torch.float16, CUDA, torch.float16),
+        ("auto", torch.bfloat16, CUDA, torch.bfloat16),
+        ("auto", torch.float64, CPU, torch.float32),
+        ("float16", torch.float32, CPU, torch.float16),
+        ("float32", torch.bfloat16, CUDA, torch.float32),
+        ("bfloat16", torch.float16, CPU, torch.bfloat16),
+    ],
+)
+def test_the_precision_is_the_one_asked_for_or_the_checkpoints_own(pristine, asked, stored, device, chosen) -> None:
+    spec = dataclasses.replace(read_spec(str(pristine)), stored_dtype=stored)
+    assert choose_dtype(asked, spec, device) is chosen
+
+
+def test_auto_is_a_gpu_only_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_device("auto").type == kind
+    assert choose_device("cpu") == CPU
+
+
+@pytest.mark.parametrize("device", ["tpu9", "", "cpu:x", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_by_name(device: str) -> None:
+    with pytest.raises(LoadFailed, match=f"'{device}'"):
+        choose_device(device)

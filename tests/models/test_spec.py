@@ -1,0 +1,259 @@
+"""A checkpoint is understood, or refused by name of what is wrong with it; never anything else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import VOCAB_SIZE
+from rewardserve.errors import LoadFailed
+from rewardserve.models.spec import read_spec
+from rewardserve.models.text_export import export_text
+from safetensors.torch import load_file, save_file
+
+HIDDEN = 64
+
+
+def refusal(folder: Path | str) -> str:
+    with pytest.raises(LoadFailed) as refused:
+        read_spec(str(folder))
+    return str(refused.value)
+
+
+def test_one_file_says_it_all(folder) -> None:
+    spec = read_spec(str(folder.path))
+    assert spec.folder == folder.path and spec.weight_files == (folder.weights,)
+    assert spec.architecture == "Qwen3ForSequenceClassification"
+    assert spec.head_weight.shape == (1, HIDDEN) and spec.head_weight.dtype is torch.float32
+    assert spec.head_bias is None
+    assert spec.stored_dtype is torch.float32
+    assert spec.max_length == 2048 and spec.config.get_text_config().vocab_size == VOCAB_SIZE
+
+
+def test_several_files_hold_the_same_head(folder, shards) -> None:
+    spec = read_spec(str(shards.path))
+    assert len(spec.weight_files) > 2 and list(spec.weight_files) == sorted(spec.weight_files)
+    assert torch.equal(spec.head_weight, read_spec(str(folder.path)).head_weight)
+
+
+def test_a_head_with_a_bias_keeps_it_in_fp32(folder) -> None:
+    folder.reweigh(lambda w: w.update({"score.bias": torch.tensor([0.5], dtype=torch.bfloat16)}))
+    spec = read_spec(str(folder.path))
+    assert spec.head_bias is not None and spec.head_bias.dtype is torch.float32 and spec.head_bias.tolist() == [0.5]
+
+
+def test_a_head_in_another_precision_does_not_decide_the_backbones(folder) -> None:
+    folder.reweigh(lambda w: w.update({key: t.bfloat16() for key, t in w.items() if key != "score.weight"}))
+    spec = read_spec(str(folder.path))
+    assert spec.stored_dtype is torch.bfloat16 and spec.head_weight.dtype is torch.float32
+
+
+def test_a_missing_head_is_named_with_the_keys_that_could_be_it(folder) -> None:
+    folder.rename(lambda key: key.replace("score.weight", "v_head.summary.weight"))
+    message = refusal(folder.path)
+    assert "'score.weight'" in message and "v_head.summary.weight" in message and str(folder.path) in message
+
+
+def test_a_language_models_checkpoint_is_no_reward_model(folder) -> None:
+    def become_a_language_model(w) -> None:
+        del w["score.weight"]
+        w["lm_head.weight"] = torch.zeros(VOCAB_SIZE, HIDDEN)
+
+    folder.reweigh(become_a_language_model)
+    assert "lm_head.weight" in refusal(folder.path)
+
+
+@pytest.mark.parametrize("shape", [(2, HIDDEN), (1, HIDDEN // 2), (HIDDEN, 1), (HIDDEN,), ()])
+def test_a_head_of_another_shape_is_refused_with_both_shapes(folder, shape: tuple[int, ...]) -> None:
+    folder.reweigh(lambda w: w.update({"score.weight": torch.zeros(shape)}))
+    message = refusal(folder.path)
+    assert "score.weight" in message and str(shape) in message and f"(1, {HIDDEN})" in message
+
+
+def test_a_bias_of_another_shape_is_refused(folder) -> None:
+    folder.reweigh(lambda w: w.update({"score.bias": torch.zeros(2)}))
+    assert "score.bias" in refusal(folder.path)
+
+
+def test_a_missing_shard_is_named(shards) -> None:
+    missing = sorted(shards.path.glob("model-*.safetensors"))[1]
+    missing.unlink()
+    assert missing.name in refusal(shards.path)
+
+
+def test_no_safetensors_says_what_is_there_instead(folder) -> None:
+    folder.weights.rename(folder.path / "pytorch_model.bin")
+    message = refusal(folder.path)
+    assert "model.safetensors" in message and "pytorch_model.bin" in message
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -100, -1])
+def test_a_file_cut_short_is_named(folder, keep: int) -> None:
+    folder.weights.write_bytes(folder.weights.read_bytes()[:keep])
+    message = refusal(folder.path)
+    assert str(folder.weights) in message and "download" in message
+
+
+def test_a_shard_cut_short_is_named(shards) -> None:
+    short = sorted(shards.path.glob("model-*.safetensors"))[-1]
+    short.write_bytes(short.read_bytes()[:-10])
+    assert short.name in refusal(shards.path)
+
+
+def test_no_config_is_named(folder) -> None:
+    folder.config.unlink()
+    assert "config.json" in refusal(folder.path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00\x01", '{"architectures": []}', '{"model_type": "never_heard_of"}'])
+def test_a_config_that_says_nothing_is_named(folder, text: str) -> None:
+    folder.config.write_text(text)
+    assert "config.json" in refusal(folder.path)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
+def test_encoder_decoders_are_refused_as_such(folder, kind: str) -> None:
+    folder.configure(model_type=kind)
+    assert "encoder-decoder" in refusal(folder.path)
+
+
+def test_a_config_of_another_width_is_refused(folder) -> None:
+    folder.configure(hidden_size=128)
+    assert "(1, 128)" in refusal(folder.path)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./no-such", "../no/such", "no-such", "a/b/c", "~/no-such"])
+def test_no_folder_and_no_hub_name_says_so(source: str) -> None:
+    message = refusal(source)
+    assert source in message and "no such folder" in message
+
+
+def test_a_hub_name_offline_says_that_the_hub_could_not_provide_it() -> None:
+    message = refusal("some-organisation/some-model")
+    assert "some-organisation/some-model" in message and "hub" in message
+    assert "\n" not in message
+
+
+def test_a_file_in_place_of_a_folder_is_refused(folder) -> None:
+    assert str(folder.weights) in refusal(folder.weights)
+
+
+def test_no_checkpoint_runs_its_own_code_or_asks_whether_it_may(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the server's terminal"))
+    (folder.path / "evil.py").write_text("raise SystemExit('it ran')")
+    folder.configure(auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"})
+    assert read_spec(str(folder.path)).architecture == "Qwen3ForSequenceClassification"
+
+
+def test_an_unknown_kind_with_its_own_code_is_refused_without_asking(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(True) or "n")
+    folder.configure(model_type="evil", auto_map={"AutoConfig": "evil.C", "AutoModel": "evil.M"})
+    refusal(folder.path)
+    assert not asked
+
+
+def test_a_tokenizer_with_its_own_code_is_left_out_without_asking(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(True) or "n")
+    (folder.path / "tokenizer.model").write_bytes(b"x")
+    auto_map = {"AutoTokenizer": ["evil.T", None]}
+    (folder.path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "EvilT", "auto_map": auto_map}))
+    text, reason = export_text(folder.path)
+    assert text is None and reason
+    assert not asked
+
+
+BAD_INDEXES = ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}')
+
+
+@pytest.mark.parametrize("text", BAD_INDEXES)
+def test_a_broken_index_is_named(folder, text: str) -> None:
+    folder.index.write_text(text)
+    assert "index.json" in refusal(folder.path)
+
+
+BAD_CONFIGS = {
+    "a wrong type": {"hidden_size": "abc"},
+    "a length that is none": {"max_position_embeddings": "long"},
+    "too few layer types": {"num_hidden_layers": 5},
+    "a dtype nobody has": {"dtype": "nope"},
+    "another family's values": {"model_type": "mamba"},
+}
+
+
+@pytest.mark.parametrize("changes", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_a_config_with_wrong_values_is_named(folder, changes: dict) -> None:
+    folder.configure(**changes)
+    assert "config.json" in refusal(folder.path)
+
+
+@pytest.mark.parametrize("text", ["[]", '"text"', "3"])
+def test_a_config_that_is_no_object_is_named(folder, text: str) -> None:
+    folder.config.write_text(text)
+    assert "config.json" in refusal(folder.path)
+
+
+# -- versions ------------------------------------------------------------------------------------------------------
+
+
+def version(folder: Path) -> str:
+    return read_spec(str(folder)).version
+
+
+def test_the_same_files_are_the_same_version_wherever_they_lie(folder, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder.path, tmp_path / "copy")
+    assert version(folder.path) == version(copy)
+
+
+def test_one_changed_byte_anywhere_is_another_version(folder) -> None:
+    size = folder.weights.stat().st_size
+    header = 8 + int.from_bytes(folder.weights.read_bytes()[:8], "little")
+    versions = {version(folder.path)}
+    offsets = [header, header + 1, 65_535, 65_536, 65_537, size // 2, size - 65_536, size - 1]
+    for count, offset in enumerate(offsets, 2):
+        folder.flip_byte(offset)  # flips pile up; any two states differ
+        versions.add(version(folder.path))
+        assert len(versions) == count, offset
+
+
+def test_a_changed_config_is_another_version(folder) -> None:
+    before = version(folder.path)
+    folder.configure(rms_norm_eps=1e-3)
+    assert version(folder.path) != before
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_another_tokenizer_or_template_is_another_version(folder, name: str) -> None:
+    (folder.path / name).write_text("{}")
+    before = version(folder.path)
+    (folder.path / name).write_text('{"changed": 1}')
+    assert version(folder.path) != before
+
+
+def test_other_shards_are_another_version(shards) -> None:
+    before = version(shards.path)
+    first = sorted(shards.path.glob("model-*.safetensors"))[0]
+    weights = load_file(first)
+    key = next(iter(weights))
+    weights[key].view(-1)[0] += 1
+    save_file(weights, first, metadata={"format": "pt"})
+    assert version(shards.path) != before
+
+
+def test_versions_are_short_and_printable(folder) -> None:
+    assert len(version(folder.path)) == 12 and version(folder.path).isalnum()
+
+
+def test_the_longest_input_is_the_configs(folder) -> None:
+    folder.configure(max_position_embeddings=77)
+    assert read_spec(str(folder.path)).max_length == 77
+
+
+def test_the_index_decides_which_files_are_read(shards) -> None:
+    """A leftover model.safetensors beside shards is not looked at."""
+    (shards.path / "model.safetensors").write_bytes(b"left over")
+    assert "model.safetensors" not in [file.name for file in read_spec(str(shards.path)).weight_files]
+    names = set(json.loads(shards.index.read_text())["weight_map"].values())
+    assert {file.name for file in read_spec(str(shards.path)).weight_files} == names

@@ -1,0 +1,315 @@
+"""Models by name: what is served, what is not, and what is left behind."""
+
+import asyncio
+import dataclasses
+
+import pytest
+from rewardserve.errors import Draining, InvalidRequest, LoadFailed, ModelExists, ModelNotFound, Unavailable
+from rewardserve.service.registry import ModelState
+from rewardserve.types import Probe, TextSpec
+from tokenizers import Tokenizer, models
+
+LOADING, SERVING, RESTARTING = ModelState.LOADING, ModelState.SERVING, ModelState.RESTARTING
+DRAINING, FAILED = ModelState.DRAINING, ModelState.FAILED
+
+
+async def test_an_unknown_name_is_answered_with_the_names_there_are(house) -> None:
+    with pytest.raises(ModelNotFound, match="none"):
+        house.registry.get("x")
+    await house.serve("a")
+    await house.serve("b")
+    with pytest.raises(ModelNotFound, match=r"'x'.*a, b"):
+        house.registry.get("x")
+
+
+async def test_no_name_means_the_only_model(house) -> None:
+    with pytest.raises(ModelNotFound):
+        house.registry.get("")
+    only = await house.serve("a")
+    assert house.registry.get("") is only
+    await house.serve("b")
+    with pytest.raises(ModelNotFound, match="a, b"):
+        house.registry.get("")
+    assert house.registry.get("a") is only
+
+
+async def test_a_loaded_model_was_warmed_and_serves(house, tools) -> None:
+    model = await house.serve()
+    assert model.state is SERVING and model.info == tools.INFO and house.registry.models == [model]
+    assert house.states == [("m", LOADING), ("m", SERVING)]
+    assert house.sample("model_up") == 1
+    assert (await house.service.score(tools.request())).version == "v1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", " ", "a b", "a/b", "a\n", "a=b", 'a"b', "..", "-"],
+)
+async def test_a_name_that_is_none_is_refused(house, name: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await house.serve(name)
+    assert refused.value.field == "name" and not house.registry.models
+
+
+async def test_loading_a_name_twice_is_refused_and_the_first_lives_on(house, tools) -> None:
+    model = await house.serve()
+    with pytest.raises(ModelExists, match="'m'"):
+        await house.serve()
+    assert house.registry.models == [model]
+    assert (await house.service.score(tools.request())).model == "m"
+
+
+async def test_a_name_that_is_being_loaded_is_taken(house, tools) -> None:
+    engine = house.engines.setdefault("m", tools.Engine())
+    engine.may_start.clear()
+    first = asyncio.create_task(house.serve())
+    await asyncio.sleep(0.01)
+    with pytest.raises(ModelExists):
+        await house.serve()
+    with pytest.raises(Unavailable, match="loading"):
+        await house.service.score(tools.request())
+    engine.may_start.set()
+    assert (await first).state is SERVING
+
+
+@pytest.mark.parametrize(
+    "error", [LoadFailed("no head"), Unavailable("died while loading"), RuntimeError("bug"), asyncio.CancelledError()]
+)
+async def test_a_failing_start_leaves_nothing_behind(house, tools, error: BaseException) -> None:
+    engine = house.engines.setdefault("m", tools.Engine())
+    engine.fails_to_start = error
+    with pytest.raises(LoadFailed if isinstance(error, Unavailable) else type(error)):
+        await house.serve()
+    assert not house.registry.models and engine.num_stops == 1
+    assert house.states == [("m", LOADING), ("m", FAILED)]
+    assert house.sample("model_up") == 0
+    with pytest.raises(ModelNotFound):
+        await house.service.score(tools.request(model="m"))
+    engine.fails_to_start, engine.num_stops = None, 0
+    assert (await house.serve()).state is SERVING, "the name is free again"
+
+
+async def test_an_engine_that_dies_in_its_warm_up_was_not_loaded(house, tools) -> None:
+    engine = house.engines.setdefault("m", tools.Engine())
+
+    async def die(request):
+        raise Unavailable("died")
+
+    engine.score = die
+    with pytest.raises(LoadFailed, match="died"):
+        await house.serve()
+    assert not house.registry.models and engine.num_stops == 1 and house.sample("model_up") == 0
+
+
+async def test_nothing_is_served_before_the_warm_up_is_done(house, tools) -> None:
+    engine = house.engines.setdefault("m", tools.Engine())
+    state_in_warm_up = []
+    score = engine.score
+
+    async def note(request):
+        state_in_warm_up.append(house.registry.get("m").state)
+        return await score(request)
+
+    engine.score = note
+    await house.serve()
+    assert state_in_warm_up == [LOADING]
+
+
+async def test_unloading_finishes_what_is_in_flight_and_admits_nothing_new(house, tools) -> None:
+    await house.serve()
+    engine = house.engines["m"]
+    engine.may_score.clear()
+    call = asyncio.create_task(house.service.score(tools.request()))
+    await asyncio.sleep(0.01)
+    unload = asyncio.create_task(house.registry.unload("m", grace_s=30))
+    await asyncio.sleep(0.01)
+    with pytest.raises(Draining, match="'m'"):
+        await house.service.score(tools.request())
+    assert not unload.done() and engine.num_stops == 0
+    engine.may_score.set()
+    assert (await call).groups[0].items[0].score == 4
+    await unload
+    assert engine.num_stops == 1 and not house.registry.models
+    assert house.states[-2:] == [("m", DRAINING), ("m", DRAINING)]
+    assert house.sample("model_up") == 0
+    with pytest.raises(ModelNotFound):
+        await house.service.score(tools.request(model="m"))
+
+
+async def test_unloading_waits_no_longer_than_the_grace_period(house, tools) -> None:
+    await house.serve()
+    house.engines["m"].may_score.clear()
+    call = asyncio.create_task(house.service.score(tools.request()))
+    await asyncio.sleep(0.01)
+    await asyncio.wait_for(house.registry.unload("m", grace_s=0.05), 2)
+    assert house.engines["m"].num_stops == 1
+    call.cancel()
+
+
+async def test_an_unknown_model_is_not_unloaded(house) -> None:
+    await house.serve()
+    for name in ("x", ""):
+        with pytest.raises(ModelNotFound):
+            await house.registry.unload(name, 0)
+    assert len(house.registry.models) == 1
+
+
+async def test_a_name_is_free_again_after_unloading(house, tools) -> None:
+    await house.serve()
+    await house.registry.unload("m", 0)
+    house.engines.clear()
+    await house.serve()
+    assert (await house.service.score(tools.request())).version == "v1"
+    assert house.sample("model_up") == 1
+
+
+async def test_two_unloads_at_once_both_end_in_peace_or_in_not_found(house, tools) -> None:
+    await house.serve()
+    house.engines["m"].may_score.clear()
+    call = asyncio.create_task(house.service.score(tools.request()))
+    await asyncio.sleep(0.01)
+    unloads = [asyncio.create_task(house.registry.unload("m", 30)) for _ in range(2)]
+    await asyncio.sleep(0.01)
+    house.engines["m"].may_score.set()
+    await call
+    for outcome in await asyncio.gather(*unloads, return_exceptions=True):
+        assert outcome is None or isinstance(outcome, ModelNotFound), repr(outcome)
+
+
+async def test_a_model_unloaded_while_it_loads_ends_the_load_with_an_error_of_ours(house, tools) -> None:
+    engine = house.engines.setdefault("m", tools.Engine())
+    engine.may_start.clear()
+    load = asyncio.create_task(house.serve())
+    await asyncio.sleep(0.01)
+    await house.registry.unload("m", 0)
+    engine.may_start.set()
+    with pytest.raises(LoadFailed):
+        await load
+    assert not house.registry.models
+
+
+async def test_a_draining_model_is_not_up(house, tools) -> None:
+    await house.serve()
+    house.engines["m"].may_score.clear()
+    call = asyncio.create_task(house.service.score(tools.request()))
+    await asyncio.sleep(0.01)
+    unload = asyncio.create_task(house.registry.unload("m", 30))
+    await asyncio.sleep(0.01)
+    up = house.sample("model_up")
+    house.engines["m"].may_score.set()
+    await asyncio.gather(call, unload)
+    assert up == 0
+
+
+# -- what the engine tells its owner -------------------------------------------------------------------------------
+
+
+async def test_an_engine_that_restarts_is_unavailable_until_it_is_up(house, tools) -> None:
+    model = await house.serve()
+    listener = house.engines["m"].listener
+    listener.on_down("killed by SIGKILL")
+    assert model.state is RESTARTING and house.sample("model_up") == 0
+    with pytest.raises(Unavailable, match=r"restarting.*SIGKILL"):
+        await house.service.score(tools.request())
+    listener.on_up(tools.INFO)
+    assert model.state is SERVING and house.sample("model_up") == 1
+    assert model.num_restarts == 1 and house.sample("engine_restarts_total") == 1
+    assert "SIGKILL" in model.message, "what went wrong last stays readable"
+    await house.service.score(tools.request())
+    assert [state for _, state in house.states] == [LOADING, SERVING, RESTARTING, SERVING]
+
+
+async def test_an_engine_that_gives_up_is_failed_for_good(house, tools) -> None:
+    model = await house.serve()
+    house.engines["m"].listener.on_down("died")
+    house.engines["m"].listener.on_failed("died five times")
+    assert model.state is FAILED and house.sample("model_up") == 0
+    with pytest.raises(Unavailable, match="died five times"):
+        await house.service.score(tools.request())
+    await house.registry.unload("m", 0)
+    assert not house.registry.models
+
+
+async def test_an_engine_that_falls_back_without_restarting_counts_no_restart(house, tools) -> None:
+    model = await house.serve()
+    padded = dataclasses.replace(tools.INFO, path="padded", path_reason="it said so")
+    house.engines["m"].listener.on_up(padded)
+    assert model.info == padded and model.num_restarts == 0
+    labels = {"version": "v1", "architecture": "Toy", "dtype": "float32"}
+    assert house.sample("model_info", path="padded", **labels) == 1
+    assert house.sample("model_info", path="packed", **labels) is None, "one version is served at a time"
+
+
+async def test_a_draining_model_stays_so_whatever_its_engine_says(house, tools) -> None:
+    model = await house.serve()
+    listener = house.engines["m"].listener
+    house.engines["m"].may_score.clear()
+    call = asyncio.create_task(house.service.score(tools.request()))
+    await asyncio.sleep(0.01)
+    unload = asyncio.create_task(house.registry.unload("m", 30))
+    await asyncio.sleep(0.01)
+    for say in (lambda: listener.on_down("x"), lambda: listener.on_up(tools.INFO), lambda: listener.on_failed("x")):
+        say()
+        assert model.state is DRAINING
+    house.engines["m"].may_score.set()
+    await asyncio.gather(call, unload)
+
+
+async def test_a_new_limit_after_a_restart_is_obeyed(house, tools) -> None:
+    await house.serve()
+    listener = house.engines["m"].listener
+    listener.on_down("x")
+    listener.on_up(dataclasses.replace(tools.INFO, max_length=4, version="v2"))
+    result = await house.service.score(tools.request())
+    assert result.version == "v2"
+    assert result.groups[0].items[0].failure is not None and "max_length 4" in result.groups[0].items[0].failure.message
+
+
+def text_spec(*probes: Probe) -> TextSpec:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}))
+    return TextSpec(tokenizer.to_str(), None, {}, None, probes)
+
+
+async def test_a_model_with_text_scores_text_before_and_after_a_restart(house, tools) -> None:
+    info = dataclasses.replace(tools.INFO, text=text_spec(Probe((), False, "a", (0,))))
+    house.engines["m"] = tools.Engine(info)
+    model = await house.serve()
+    tokenizer = model.encoder.tokenizer
+    house.engines["m"].listener.on_down("x")
+    house.engines["m"].listener.on_up(dataclasses.replace(info, version="v2"))
+    assert model.encoder.tokenizer is tokenizer, "the same text is not set up again"
+    house.engines["m"].listener.on_up(dataclasses.replace(info, text=text_spec()))
+    assert model.encoder.tokenizer is not tokenizer
+    assert (await house.service.score(tools.request("b"))).groups[0].items[0].score == 1
+
+
+async def test_text_that_cannot_be_reproduced_is_not_served(house, tools) -> None:
+    house.engines["m"] = tools.Engine(dataclasses.replace(tools.INFO, text=text_spec(Probe((), False, "a", (1,)))))
+    with pytest.raises(LoadFailed, match="reproduced"):
+        await house.serve()
+    assert not house.registry.models and house.engines["m"].num_stops == 1
+
+
+async def test_text_that_cannot_be_reproduced_after_a_restart_fails_the_model(house, tools) -> None:
+    model = await house.serve()
+    listener = house.engines["m"].listener
+    listener.on_down("died")
+    listener.on_up(dataclasses.replace(tools.INFO, text=text_spec(Probe((), False, "a", (1,)))))
+    assert model.state is FAILED and "reproduced" in model.message
+
+
+async def test_a_server_that_drains_admits_nothing_and_waits(house, tools) -> None:
+    await house.serve()
+    house.engines["m"].may_score.clear()
+    call = asyncio.create_task(house.service.score(tools.request()))
+    await asyncio.sleep(0.01)
+    house.registry.stop_admitting()
+    with pytest.raises(Draining):
+        await house.service.score(tools.request())
+    drain = asyncio.create_task(house.registry.drain(30))
+    await asyncio.sleep(0.05)
+    assert not drain.done()
+    house.engines["m"].may_score.set()
+    await asyncio.gather(call, drain)
+    await house.registry.stop()
+    assert house.engines["m"].num_stops == 1
