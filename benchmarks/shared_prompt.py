@@ -2,10 +2,10 @@
 
     python benchmarks/shared_prompt.py [--prompts 6] [--rounds 5] [--threads 2]
 
-The model has random weights in the shape of a 100M-parameter Qwen3 (hidden 768, 12 layers, intermediate 2304, 12/4 heads
-of 64), in bf16. The workload is real: prompts with 16 answers of very uneven length, from the shared data where it is
-present, else from examples/demo.jsonl. Scores are checked against Hugging Face in fp32 before any time is taken.
-Rounds are interleaved and medians taken; quote ratios, not rates. Writes benchmarks/results/shared_prompt_<device>.json.
+The model has random weights in the shape of a 100M-parameter Qwen3 (hidden 768, 12 layers, intermediate 2304, 12/4
+heads of 64), in bf16. The workload is real: prompts with 16 answers of very uneven length, from the shared data where it
+is present, else from examples/demo.jsonl. Scores are checked against Hugging Face in fp32 before any time is taken.
+Rounds are interleaved and medians taken; quote ratios, not rates. Writes benchmarks/results/shared_prompt_cpu.json.
 """
 
 import argparse
@@ -100,7 +100,7 @@ async def _measure(folder: Path, pairs: Pairs, options: argparse.Namespace) -> N
     got = torch.tensor([item.score for group in result.groups for item in group.items])
     errors = {"rewardserve_engine": (got - exact).abs(), "hf_padded_8": (providers["hf_padded_8"](rows) - exact).abs()}
     if errors["rewardserve_engine"].mean() > 1.5 * errors["hf_padded_8"].mean():
-        raise SystemExit(f"scores are off: {errors['rewardserve_engine'].mean():.2e}; no speed is reported on a red gate")
+        raise SystemExit(f"scores are off by {errors['rewardserve_engine'].mean():.2e}: no speed on a red gate")
     seconds: dict[str, list[float]] = {name: [] for name in ("rewardserve_engine", *providers)}
     for _ in tqdm(range(options.rounds), desc="rounds"):
         for name in seconds:
@@ -146,7 +146,7 @@ def _report(
     options: argparse.Namespace,
 ) -> None:
     ours = statistics.median(seconds["rewardserve_engine"])
-    print(f"\n{len(rows)} pairs, {sum(map(len, rows))} tokens, {options.threads} threads, {platform.processor() or 'CPU'}")
+    print(f"\n{len(rows)} pairs, {sum(map(len, rows))} tokens, {options.threads} threads, {_cpu_name()}")
     for name, times in seconds.items():
         median = statistics.median(times)
         print(f"{name:20} {len(rows) / median:7.2f} pairs/s   rewardserve is {median / ours:4.2f} x as fast")

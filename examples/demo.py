@@ -8,23 +8,20 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
+REWARDSERVE = (sys.executable, "-m", "rewardserve")
 LISTENING = re.compile(r"listening on (\S+:\d+)")
 
 
 def main() -> int:
     server = subprocess.Popen(
-        [sys.executable, "-m", "rewardserve", "serve", "--model", f"demo={HERE / 'demo_model'}"]
-        + ["--port", "0", "--metrics-port", "-1"],
+        [*REWARDSERVE, "serve", "--model", f"demo={HERE / 'demo_model'}", "--port", "0", "--metrics-port", "-1"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     try:
         endpoint = wait_until_ready(server)
-        return subprocess.call(
-            [sys.executable, "-m", "rewardserve", "rank", "--endpoint", endpoint]
-            + ["--input", str(HERE / "demo.jsonl")]
-        )
+        return subprocess.call([*REWARDSERVE, "rank", "--endpoint", endpoint, "--input", str(HERE / "demo.jsonl")])
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate()

@@ -81,8 +81,9 @@ async def test_held_out_accuracy_through_the_packed_engine_is_what_the_card_says
 
 def _shared(rows: list[list[int]]) -> tuple[list[int], list[list[int]]]:
     """Rows -> their common beginning and what follows it in each."""
-    common = os.path.commonprefix(rows)[: min(map(len, rows)) - 1]
-    return common, [row[len(common) :] for row in rows]
+    most = min(map(len, rows)) - 1
+    length = next((i for i in range(most) if len({row[i] for row in rows}) > 1), most)
+    return rows[0][:length], [row[length:] for row in rows]
 
 
 @needs_data

@@ -113,7 +113,7 @@ def test_the_steps_of_the_cpu_image_succeed_in_a_clean_environment(
     install = next(step for step in stage_steps("cpu") if step.startswith("RUN pip install"))
     command = install.removeprefix("RUN pip").partition(" && rm ")[0].replace("/wheels", str(wheels))
     command = command.replace("/tmp/constraints-cpu.txt", str(ROOT / "constraints-cpu.txt"))
-    # The index for CPU wheels of torch is the image's own affair: here whatever index pip is configured for provides it.
+    # The index for CPU wheels of torch is the image's own affair: here pip's own configuration says where from.
     command = re.sub(r"--extra-index-url \S+", "", command)
     run("bash", "-c", f"{folder}/bin/python -m pip {command} -q")
     assert "Serves reward models" in run(folder / "bin" / "rewardserve", "serve", "--help")

@@ -1,5 +1,7 @@
 """Groups -> forwards. The promises of the scheduler, without torch, against a model of hashes."""
 
+import itertools
+
 import numpy as np
 import pytest
 from rewardserve.engine.base import EngineRequest
@@ -113,7 +115,7 @@ def test_a_group_stays_together() -> None:
         queue.add(request(str(seed), group(100, *[50] * 8, seed=seed), client=str(seed)))
     plans, _ = run_all(queue)
     owners = [chunk.group.request_id for plan in plans for chunk in plan.chunks]
-    assert sum(a != b for a, b in zip(owners, owners[1:], strict=False)) == 3
+    assert sum(a != b for a, b in itertools.pairwise(owners)) == 3
 
 
 def test_expired_work_is_dropped_before_it_costs_a_token() -> None:

@@ -1,4 +1,4 @@
-"""Whatever comes in whatever order: every block is accounted for, every request ends exactly once, every score is true."""
+"""Whatever comes in whatever order: every block is accounted for, every request ends once, every score is true."""
 
 import numpy as np
 from hypothesis import HealthCheck, settings

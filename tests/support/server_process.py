@@ -11,7 +11,7 @@ LISTENING = re.compile(r"listening on (\S+):(\d+), metrics on port (\w+)")
 
 
 class ServerProcess:
-    """`with ServerProcess("name=folder", "--flag", ...) as server:` waits until it is ready, and stops it at the end."""
+    """`with ServerProcess("name=folder", "--flag", ...) as server:` waits until it is ready; stops it at the end."""
 
     def __init__(self, model: str, *flags: str) -> None:
         self._command = [sys.executable, "-m", "rewardserve", "serve", "--model", model, "--threads", "2"]

@@ -1,7 +1,7 @@
 """A model the scheduler can be checked against without torch: a score is the hash of every token and its position.
 
-It keeps, for each block slot, the token and position written there, and reads a beginning back from the blocks it is told
-to; a plan that names a wrong block, or one not yet written, gives a wrong score.
+It keeps, for each block slot, the token and position written there, and reads a beginning back from the blocks it is
+told to; a plan that names a wrong block, or one not yet written, gives a wrong score.
 """
 
 import zlib
