@@ -3,8 +3,8 @@
     python benchmarks/shared_prompt.py [--prompts 6] [--rounds 5] [--threads 2]
 
 The model has random weights in the shape of a 100M-parameter Qwen3 (hidden 768, 12 layers, intermediate 2304, 12/4
-heads of 64), in bf16. The workload is real: prompts with 16 answers of very uneven length, from the shared data where it
-is present, else from examples/demo.jsonl. Scores are checked against Hugging Face in fp32 before any time is taken.
+heads of 64), in bf16. The workload is real: prompts with 16 answers of very uneven length, from the shared data where
+it is present, else from examples/demo.jsonl. Scores are checked against Hugging Face in fp32 before any time is taken.
 Rounds are interleaved and medians taken; quote ratios, not rates. Writes benchmarks/results/shared_prompt_cpu.json.
 """
 
