@@ -44,7 +44,9 @@ def test_every_folder_in_the_tree_exists_and_has_one_line() -> None:
     (tree,) = re.findall(r"## The tree\n\n```\n(.*?)```", README, flags=re.S)
     for line in tree.splitlines():
         base = ROOT / "server" / "rewardserve" if line.startswith("  ") else ROOT
-        for name in line.partition("    ")[0].split() if "  " in line.strip() else [line.strip()]:
+        names, described = re.split(r"\s{2,}", line.strip(), maxsplit=1)
+        assert described
+        for name in names.split():
             assert (base / name).exists(), line
 
 

@@ -10,12 +10,10 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
 import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,50 +23,15 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from rewardserve.engine.base import BatchReport, EngineInfo, EngineListener, EngineRequest, EngineResult
+from rewardserve.engine.base import EngineInfo, EngineListener, EngineRequest, EngineResult
+from rewardserve.engine.messages import POISONED_EXIT, Batch, Cancel, CannotLoad, Done, Ready, Score, Stop, ToParent
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.errors import DeadlineExceeded, EngineDied, LoadFailed, RewardServeError, Unavailable
-from rewardserve.logs import set_up_logging
 
 log = logging.getLogger(__name__)
 
 RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 RESTART_WINDOW_S = 300.0
-POISONED_EXIT = 70
-
-
-class Score(msgspec.Struct, tag=True, frozen=True):
-    request: EngineRequest
-
-
-class Cancel(msgspec.Struct, tag=True, frozen=True):
-    request_id: str
-
-
-class Stop(msgspec.Struct, tag=True, frozen=True):
-    pass
-
-
-class Ready(msgspec.Struct, tag=True, frozen=True):
-    info: EngineInfo
-
-
-class CannotLoad(msgspec.Struct, tag=True, frozen=True):
-    reason: str
-
-
-class Done(msgspec.Struct, tag=True, frozen=True):
-    request_id: str
-    result: EngineResult | None
-    expired: bool
-
-
-class Batch(msgspec.Struct, tag=True, frozen=True):
-    report: BatchReport
-
-
-ToChild = Score | Cancel | Stop
-ToParent = Ready | CannotLoad | Done | Batch
 
 
 @dataclass(slots=True, eq=False)
@@ -282,7 +245,7 @@ class _Child:
             socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
             socket.bind(f"ipc://{folder}/{name}")
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "rewardserve.engine.process", folder, json.dumps(asdict(options)), *log_options
+            sys.executable, "-m", "rewardserve.engine.child", folder, json.dumps(asdict(options)), *log_options
         )
         return cls(process, folder, sockets)
 
@@ -317,75 +280,3 @@ def _cause(code: int) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
     return "ended because its device cannot go on" if code == POISONED_EXIT else f"ended with exit code {code}"
-
-
-# -- the child -----------------------------------------------------------------------------------------------------
-
-
-class _ChildMain:
-    """Receives on the main thread; the engine's threads send, one at a time."""
-
-    def __init__(self, folder: str, options: NativeOptions) -> None:
-        self._options = options
-        self._encoder_lock = threading.Lock()
-        self._encoder = msgspec.msgpack.Encoder()
-        context = zmq.Context()
-        self._inbox = context.socket(zmq.PULL)
-        self._outbox = context.socket(zmq.PUSH)
-        self._outbox.set_hwm(0)
-        self._inbox.connect(f"ipc://{folder}/in")
-        self._outbox.connect(f"ipc://{folder}/out")
-
-    def run(self) -> None:
-        from rewardserve.engine.native.engine import EngineLoop
-        from rewardserve.engine.native.load import load_runner
-
-        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-        try:
-            loaded = load_runner(self._options)
-        except LoadFailed as error:
-            self._send(CannotLoad(str(error)))
-            self._outbox.close(linger=5000)
-            return
-        loop = EngineLoop(
-            loaded,
-            self._options.max_batch_sequences,
-            on_outcome=lambda outcome: self._send(Done(outcome.request_id, outcome.result, outcome.expired)),
-            on_batch=lambda report: self._send(Batch(report)),
-            on_info=lambda info: self._send(Ready(info)),
-            on_poisoned=lambda reason: os._exit(POISONED_EXIT),
-        )
-        loop.start()
-        self._send(Ready(loaded.info))
-        decoder = msgspec.msgpack.Decoder(ToChild)
-        while True:
-            match decoder.decode(self._inbox.recv()):
-                case Score(request):
-                    loop.submit(request)
-                case Cancel(request_id):
-                    loop.cancel(request_id)
-                case Stop():
-                    os._exit(0)  # nothing is left to lose, and unwinding torch takes seconds
-
-    def _send(self, message: ToParent) -> None:
-        with self._encoder_lock:
-            self._outbox.send(self._encoder.encode(message))
-
-
-def _exit_with_parent(parent: int) -> None:
-    """An engine without its front would hold the device for nobody."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(0)
-
-
-def main() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # they are the front's to handle: it drains first
-        signal.signal(number, signal.SIG_IGN)
-    folder, options, log_format, log_level, name = sys.argv[1:]
-    set_up_logging(log_format, log_level, f"engine[{name}]")
-    _ChildMain(folder, NativeOptions(**json.loads(options))).run()
-
-
-if __name__ == "__main__":
-    main()

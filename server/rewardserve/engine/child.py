@@ -1,0 +1,95 @@
+"""The engine's process: `python -m rewardserve.engine.child`, started by engine/process.py and by nobody else."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import msgspec
+import zmq
+
+from rewardserve.engine.messages import (
+    POISONED_EXIT,
+    Batch,
+    Cancel,
+    CannotLoad,
+    Done,
+    Ready,
+    Score,
+    Stop,
+    ToChild,
+    ToParent,
+)
+from rewardserve.engine.native.engine import EngineLoop
+from rewardserve.engine.native.load import load_runner
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve.errors import LoadFailed
+from rewardserve.logs import set_up_logging
+
+
+class Child:
+    """Receives on the main thread; the engine's threads send, one at a time."""
+
+    def __init__(self, folder: str, options: NativeOptions) -> None:
+        self._options = options
+        self._encoder_lock = threading.Lock()
+        self._encoder = msgspec.msgpack.Encoder()
+        context = zmq.Context()
+        self._inbox = context.socket(zmq.PULL)
+        self._outbox = context.socket(zmq.PUSH)
+        self._outbox.set_hwm(0)
+        self._inbox.connect(f"ipc://{folder}/in")
+        self._outbox.connect(f"ipc://{folder}/out")
+
+    def run(self) -> None:
+        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+        try:
+            loaded = load_runner(self._options)
+        except LoadFailed as error:
+            self._send(CannotLoad(str(error)))
+            self._outbox.close(linger=5000)
+            return
+        loop = EngineLoop(
+            loaded,
+            self._options.max_batch_sequences,
+            on_outcome=lambda outcome: self._send(Done(outcome.request_id, outcome.result, outcome.expired)),
+            on_batch=lambda report: self._send(Batch(report)),
+            on_info=lambda info: self._send(Ready(info)),
+            on_poisoned=lambda reason: os._exit(POISONED_EXIT),
+        )
+        loop.start()
+        self._send(Ready(loaded.info))
+        decoder = msgspec.msgpack.Decoder(ToChild)
+        while True:
+            match decoder.decode(self._inbox.recv()):
+                case Score(request):
+                    loop.submit(request)
+                case Cancel(request_id):
+                    loop.cancel(request_id)
+                case Stop():
+                    os._exit(0)  # nothing is left to lose, and unwinding torch takes seconds
+
+    def _send(self, message: ToParent) -> None:
+        with self._encoder_lock:
+            self._outbox.send(self._encoder.encode(message))
+
+
+def _exit_with_parent(parent: int) -> None:
+    """An engine without its front would hold the device for nobody."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(0)
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # they are the front's to handle: it drains first
+        signal.signal(number, signal.SIG_IGN)
+    folder, options, log_format, log_level, name = sys.argv[1:]
+    set_up_logging(log_format, log_level, f"engine[{name}]")
+    Child(folder, NativeOptions(**json.loads(options))).run()
+
+
+if __name__ == "__main__":
+    main()

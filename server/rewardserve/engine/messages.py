@@ -1,0 +1,41 @@
+"""All that crosses between the front and an engine's process."""
+
+import msgspec
+
+from rewardserve.engine.base import BatchReport, EngineInfo, EngineRequest, EngineResult
+
+POISONED_EXIT = 70  # exit code of an engine whose device cannot go on
+
+
+class Score(msgspec.Struct, tag=True, frozen=True):
+    request: EngineRequest
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    request_id: str
+
+
+class Stop(msgspec.Struct, tag=True, frozen=True):
+    pass
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    info: EngineInfo
+
+
+class CannotLoad(msgspec.Struct, tag=True, frozen=True):
+    reason: str
+
+
+class Done(msgspec.Struct, tag=True, frozen=True):
+    request_id: str
+    result: EngineResult | None
+    expired: bool
+
+
+class Batch(msgspec.Struct, tag=True, frozen=True):
+    report: BatchReport
+
+
+ToChild = Score | Cancel | Stop
+ToParent = Ready | CannotLoad | Done | Batch
