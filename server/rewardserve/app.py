@@ -81,6 +81,7 @@ class App:
         log.info("listening on %s:%d, metrics on port %s", self._config.host, self.port, self.metrics_port or "none")
         for name, source in self._config.models.items():
             await self.registry.load(name, source)
+        await self._health.started(self.registry)
 
     async def drain(self) -> None:
         """Stops admitting and finishes what is in flight within the grace period."""

@@ -7,6 +7,7 @@ RewardServeError
 ├── ControlDisabled       PERMISSION_DENIED    Load and Unload are switched off
 ├── LoadFailed            FAILED_PRECONDITION  the checkpoint cannot be served, and why
 ├── ItemFailed            (the item's code)    a call about single responses, and one has no score
+├── InternalError         INTERNAL             a bug of ours; the log has it
 ├── Overloaded            RESOURCE_EXHAUSTED   come back in `retry_after_s`
 ├── DeadlineExceeded      DEADLINE_EXCEEDED
 └── Unavailable           UNAVAILABLE          try again, here or elsewhere
@@ -52,6 +53,10 @@ class ItemFailed(RewardServeError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.grpc = code
+
+
+class InternalError(RewardServeError):
+    grpc = "INTERNAL"
 
 
 class Overloaded(RewardServeError):

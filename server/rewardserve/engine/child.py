@@ -44,7 +44,6 @@ class Child:
         self._outbox.connect(f"ipc://{folder}/out")
 
     def run(self) -> None:
-        threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
         try:
             loaded = load_runner(self._options)
         except LoadFailed as error:
@@ -86,7 +85,8 @@ def _exit_with_parent(parent: int) -> None:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # they are the front's to handle: it drains first
         signal.signal(number, signal.SIG_IGN)
-    folder, options, log_format, log_level, name = sys.argv[1:]
+    folder, parent, options, log_format, log_level, name = sys.argv[1:]
+    threading.Thread(target=_exit_with_parent, args=(int(parent),), daemon=True).start()
     set_up_logging(log_format, log_level, f"engine[{name}]")
     Child(folder, NativeOptions(**json.loads(options))).run()
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -87,11 +88,11 @@ class EngineProcess:
         flight = _InFlight(request, asyncio.get_running_loop().create_future())
         self._flights[request.request_id] = flight
         try:
-            await self._child.send(self._encoder.encode(Score(request)))
+            self._child.send(self._encoder.encode(Score(request)))
             return await flight.future
         except asyncio.CancelledError:
             if self._child is not None:
-                await self._child.send(self._encoder.encode(Cancel(request.request_id)))
+                self._child.send(self._encoder.encode(Cancel(request.request_id)))
             raise
         finally:
             self._flights.pop(request.request_id, None)
@@ -177,14 +178,14 @@ class EngineProcess:
             if self._info.version != before.version:
                 self._fail_flights(EngineDied(f"{reason}, and its checkpoint has changed since the request came"))
             self._listener.on_up(self._info)
-            await self._resubmit()
+            self._resubmit()
             return True
 
-    async def _resubmit(self) -> None:
+    def _resubmit(self) -> None:
         for flight in list(self._flights.values()):
             flight.num_attempts += 1
             if self._child is not None:
-                await self._child.send(self._encoder.encode(Score(flight.request)))
+                self._child.send(self._encoder.encode(Score(flight.request)))
 
     def _fail_flights(self, error: RewardServeError, at_attempt: int = 1) -> None:
         for flight in self._flights.values():
@@ -202,6 +203,14 @@ class EngineProcess:
     # -- messages --------------------------------------------------------------------------------------------------
 
     async def _read(self, child: "_Child") -> None:
+        """Without a reader nobody would ever be answered: what it trips over ends the child, and so is made good."""
+        try:
+            await self._read_forever(child)
+        except Exception:
+            log.exception("a message of the engine of model '%s' cannot be handled; restarting it", self._name)
+            child.process.kill()
+
+    async def _read_forever(self, child: "_Child") -> None:
         while True:
             message = self._decoder.decode(await child.receive())
             self._heard_at = time.monotonic()
@@ -234,6 +243,8 @@ class _Child:
         self.reader: asyncio.Task[None] | None = None
         self._folder = folder
         self._to_child, self._from_child = sockets
+        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
+        self._writer = asyncio.create_task(self._write())
 
     @classmethod
     async def spawn(cls, options: NativeOptions, log_options: Sequence[str]) -> "_Child":
@@ -245,28 +256,35 @@ class _Child:
             socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
             socket.bind(f"ipc://{folder}/{name}")
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "rewardserve.engine.child", folder, json.dumps(asdict(options)), *log_options
+            *(sys.executable, "-m", "rewardserve.engine.child", folder, str(os.getpid())),
+            json.dumps(asdict(options)),
+            *log_options,
         )
         return cls(process, folder, sockets)
 
-    async def send(self, message: bytes) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # closed: the child just died, and its supervisor knows
-            await self._to_child.send(message)
+    def send(self, message: bytes) -> None:
+        """Never waits: a socket whose other end died takes nothing, and what is in flight goes to the next child."""
+        self._outbox.put_nowait(message)
+
+    async def _write(self) -> None:
+        while True:
+            await self._to_child.send(await self._outbox.get())
 
     async def receive(self) -> bytes:
         return await self._from_child.recv()
 
     async def end(self, stop_message: bytes, patience_s: float = 10.0) -> None:
         """Asks it to stop, and kills it if it does not."""
-        await self.send(stop_message)
+        self.send(stop_message)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.process.wait(), patience_s)
         await self.kill()
 
     async def kill(self) -> None:
-        if self.reader is not None:
-            self.reader.cancel()
-            await asyncio.gather(self.reader, return_exceptions=True)
+        tasks = [task for task in (self.reader, self._writer) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()

@@ -42,7 +42,12 @@ async def rank(service: ScoringService, request: ScoreRequest, top_k: int) -> Ra
 
 async def compare(service: ScoringService, request: ScoreRequest) -> Comparison:
     """`request` has one group of two responses, a and b. Raises ItemFailed if one has no score."""
-    renames = {"groups[0].responses[0]": "response_a", "groups[0].responses[1]": "response_b", "groups[0].": ""}
+    renames = {
+        "groups[0].responses[0]": "response_a",
+        "groups[0].responses[1]": "response_b",
+        "groups[0].": "",
+        "groups": "response_a",
+    }
     with _fields_of_one_group(renames):
         result = await service.score(request)
     a, b = result.groups[0].items

@@ -15,7 +15,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
-from rewardserve.errors import ControlDisabled, DeadlineExceeded, InvalidRequest, RewardServeError
+from rewardserve.errors import ControlDisabled, DeadlineExceeded, InternalError, InvalidRequest, RewardServeError
 from rewardserve.service.rank import compare, rank
 from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
@@ -97,8 +97,8 @@ class GrpcDoor:
         async def handle(message: Message | _Malformed, context: grpc.aio.ServicerContext) -> Message:
             try:
                 return await method(_checked(message), context)
-            except RewardServeError as error:
-                await context.abort_with_status(rpc_status.to_status(status_of(error)))
+            except Exception as error:
+                await context.abort_with_status(rpc_status.to_status(status_of(_foreseen(error))))
                 raise AssertionError("abort raises") from error
 
         return grpc.unary_unary_rpc_method_handler(handle, _parser(request), lambda reply: reply.SerializeToString())
@@ -144,7 +144,7 @@ class GrpcDoor:
         request_id = "" if isinstance(message, _Malformed) else message.request_id
         try:
             with self._counted(_checked(message)):
-                if request_id in seen:
+                if request_id and request_id in seen:
                     raise InvalidRequest("request_id", f"{request_id!r} is under way on this stream already")
                 seen.add(request_id)
                 try:
@@ -152,8 +152,8 @@ class GrpcDoor:
                     return convert.score_response(await self._service.score(request))
                 finally:
                     seen.discard(request_id)
-        except RewardServeError as error:
-            return scoring_pb2.ScoreResponse(request_id=request_id, error=status_of(error))
+        except Exception as error:
+            return scoring_pb2.ScoreResponse(request_id=request_id, error=status_of(_foreseen(error)))
 
     def _counted(self, message: Any) -> "_Counted":
         return _Counted(self._registry, message, self._options)
@@ -270,6 +270,14 @@ class _Counted:
             if self._options.log_text:
                 fields["text"] = str(self._message)
             log.info("request", extra={"fields": fields})
+
+
+def _foreseen(error: Exception) -> RewardServeError:
+    """A bug of ours is answered too, without its details; the log has them."""
+    if isinstance(error, RewardServeError):
+        return error
+    log.error("a request failed unforeseen", exc_info=error)
+    return InternalError("the server failed; its log says how")
 
 
 def _is_cancel(error: BaseException | None) -> bool:

@@ -13,6 +13,7 @@ class Health:
     def __init__(self) -> None:
         self.servicer = health.aio.HealthServicer()
         self._draining = False
+        self._started = False
 
     async def update(self, registry: Registry, model: LiveModel) -> None:
         """The server serves when it has models and all of them serve."""
@@ -22,10 +23,17 @@ class Health:
 
     async def update_server(self, registry: Registry) -> None:
         models = registry.models
+        if self._started:  # one that comes or goes on demand does not take the others out of service
+            models = [m for m in models if m.state not in (ModelState.LOADING, ModelState.DRAINING)]
         ready = bool(models) and all(m.state is ModelState.SERVING for m in models)
         for service in ("", SCORING):
             await self._set(service, ready)
         await self._set(MODELS, True)
+
+    async def started(self, registry: Registry) -> None:
+        """All models that were asked for at the start are there."""
+        self._started = True
+        await self.update_server(registry)
 
     async def drain(self) -> None:
         """NOT_SERVING from now on, whatever happens: load balancers should look elsewhere."""

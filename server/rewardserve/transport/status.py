@@ -6,16 +6,26 @@ from google.rpc import error_details_pb2, status_pb2
 
 from rewardserve.errors import InvalidRequest, Overloaded, RewardServeError
 
+MAX_MESSAGE_BYTES = 1000  # three times in the trailers, once percent-encoded; clients take 8 KiB of them
+
 
 def status_of(error: RewardServeError) -> status_pb2.Status:
     code: int = grpc.StatusCode[error.grpc].value[0]
-    return status_pb2.Status(code=code, message=str(error), details=[_any(detail) for detail in _details(error)])
+    details = [_any(detail) for detail in _details(error)]
+    return status_pb2.Status(code=code, message=_short(str(error)), details=details)
+
+
+def _short(text: str) -> str:
+    """Callers' own words come back in messages, and may be of any length."""
+    data = text.encode(errors="replace")
+    return text if len(data) <= MAX_MESSAGE_BYTES else data[:MAX_MESSAGE_BYTES].decode(errors="ignore") + "..."
 
 
 def _details(error: RewardServeError) -> list[message.Message]:
     match error:
         case InvalidRequest():
-            violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.description)
+            description = _short(error.description)
+            violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=description)
             return [error_details_pb2.BadRequest(field_violations=[violation])]
         case Overloaded():
             delay = duration_pb2.Duration()

@@ -1,0 +1,410 @@
+"""Train the demo reward model from scratch and write it, with its model card, to a folder.
+
+    python examples/train_demo_model.py --output examples/demo_model
+
+Everything happens on the CPU, in TRL's trainers; this file only prepares what they are given:
+
+1. The prompts are split by hash into train, validation and test (`demo_data.py`).
+2. A byte-level BPE tokenizer is trained on the training part.
+3. `SFTTrainer` trains the decoder as a language model on the training part's conversations for a while. Every token
+   teaches something there, while a preference pair teaches one bit: what fluent text looks like is learned far sooner.
+4. `RewardTrainer` turns it into a reward model, with judge preferences, human preferences, and good answers against
+   broken ones.
+5. The written model is measured on the test part, and the figures go into its model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import random
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import demo_data
+import evaluate_demo_model
+import torch
+from datasets import Dataset
+from demo_data import CORRUPTIONS, CandidatePrompt, Message, Pair, Split
+from evaluate_demo_model import Figure
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, set_seed
+from transformers import Qwen3ForCausalLM as LanguageModel
+from transformers import Qwen3ForSequenceClassification as RewardModel
+from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+logger = logging.getLogger("train_demo_model")
+
+PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
+MAX_POSITIONS = 2048
+MODEL_CARD = Path(__file__).with_name("demo_model_card.md.in")
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<|im_start|>assistant\\n' }}
+{%- endif -%}
+"""
+# Words with their leading space, single digits, runs of punctuation, line breaks: as Qwen's tokenizers split text.
+WORD_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a helpful, honest and harmless assistant.",
+    "Answer the user's question clearly and briefly.",
+)
+SYSTEM_PROMPT_SHARE = 0.08
+
+
+class PairSampler:
+    """Draws training pairs of every kind from the training part.
+
+    Off-topic pairs come in twos with the answers exchanged, so that nothing about an answer by itself (its length,
+    its style) tells which is better: only its relation to the prompt does.
+    """
+
+    def __init__(self, train: Split, seed: int) -> None:
+        """Prepare to draw from `train`; the same seed draws the same pairs."""
+        self.rng = random.Random(seed)
+        self.prompts = train.candidates
+        self.harmless = demo_data.harmless_pairs(train.harmless)
+        by_prompt = (demo_data.preference_pairs([prompt], min_gap=0.1) for prompt in train.candidates)
+        self.preferences = [pairs for pairs in by_prompt if pairs]
+
+    def mixture(self, number: int) -> list[Pair]:
+        """Pairs of all kinds, mixed."""
+        shares: list[tuple[float, Callable[[], list[Pair]]]] = [
+            (0.28, self._preference),
+            (0.08, self._off_topic),
+            (0.08, partial(self._off_topic, excerpt=True)),
+            (0.04, self._off_topic_continuation),
+            (0.14, partial(self._corrupted, "shuffled")),
+            (0.16, partial(self._corrupted, "truncated")),
+            (0.12, partial(self._corrupted, "repeated")),
+            (0.02, self._lazy),
+            (0.04, lambda: [self.rng.choice(self.harmless)]),
+            (0.02, self._harmless_off_topic),
+            (0.02, self._harmless_corrupted),
+        ]
+        pairs = [pair for share, sample in shares for pair in self._draw(sample, round(share * number))]
+        self.rng.shuffle(pairs)
+        return pairs
+
+    def _draw(self, sample: Callable[[], list[Pair]], number: int) -> list[Pair]:
+        pairs: list[Pair] = []
+        while len(pairs) < number:
+            pairs += (pair for pair in sample() if pair.chosen != pair.rejected)
+        return pairs
+
+    def _answer(self, prompt: CandidatePrompt) -> str:
+        """Mostly one of the best answers, sometimes any, so that few texts are seen too often."""
+        return self.rng.choice(prompt.answers[: self.rng.choice((3, 3, 10, 25))]).text
+
+    def _preference(self) -> list[Pair]:
+        return [self.rng.choice(self.rng.choice(self.preferences))]
+
+    def _off_topic(self, excerpt: bool = False) -> list[Pair]:
+        two = self.rng.sample(self.prompts, 2)
+        answers = [self._answer(prompt) for prompt in two]
+        if excerpt:
+            answers = [_excerpt(answer, self.rng) for answer in answers]
+        return _exchanged([prompt.messages for prompt in two], answers)
+
+    def _off_topic_continuation(self) -> list[Pair]:
+        """A passage of one answer as the prompt: more varied prompts than the data has."""
+        two = self.rng.sample(self.prompts, 2)
+        prompts = [[{"role": "user", "content": _excerpt(self._answer(prompt), self.rng)}] for prompt in two]
+        return _exchanged(prompts, [_excerpt(self._answer(prompt), self.rng) for prompt in two])
+
+    def _corrupted(self, kind: str) -> list[Pair]:
+        prompt = self.rng.choice(self.prompts)
+        good = self._answer(prompt)
+        source = good if self.rng.random() < 0.6 else self._answer(prompt)
+        if kind == "truncated":
+            return [Pair(kind, prompt.messages, good, demo_data.truncate(source, self.rng, low=0.1, high=0.9))]
+        return [Pair(kind, prompt.messages, good, CORRUPTIONS[kind](source, self.rng))]
+
+    def _lazy(self) -> list[Pair]:
+        prompt = self.rng.choice(self.prompts)
+        return [Pair("lazy", prompt.messages, self._answer(prompt), self.rng.choice(demo_data.LAZY_ANSWERS))]
+
+    def _harmless_off_topic(self) -> list[Pair]:
+        two = self.rng.sample(self.harmless, 2)
+        return _exchanged([pair.messages for pair in two], [pair.chosen for pair in two])
+
+    def _harmless_corrupted(self) -> list[Pair]:
+        pair = self.rng.choice(self.harmless)
+        corrupt = self.rng.choice(list(CORRUPTIONS.values()))
+        return [Pair("harmless_corrupted", pair.messages, pair.chosen, corrupt(pair.chosen, self.rng))]
+
+
+def _exchanged(prompts: list[list[Message]], answers: list[str]) -> list[Pair]:
+    """Two prompts, each with its own answer as the better and the other's as the worse."""
+    return [
+        Pair("off_topic", prompts[0], answers[0], answers[1]),
+        Pair("off_topic", prompts[1], answers[1], answers[0]),
+    ]
+
+
+def _excerpt(text: str, rng: random.Random) -> str:
+    """A passage of 15 to 60 words, often the opening: relatedness is as visible there, at a fraction of the cost."""
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
+    length = rng.randint(15, 60)
+    start = rng.choice((0, rng.randrange(max(1, len(spans) - length))))
+    passage = spans[start : start + length]
+    return text[passage[0][0] : passage[-1][1]]
+
+
+def training_texts(train: Split) -> list[str]:
+    """Every message and answer of the training part."""
+    texts = [text for prompt in train.candidates for text in (prompt.prompt, *(a.text for a in prompt.answers))]
+    for pair in train.harmless:
+        texts += [*(message["content"] for message in pair.messages), pair.chosen, pair.rejected]
+    return texts
+
+
+def train_tokenizer(train: Split, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer with a ChatML template on the training part."""
+    bpe = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, START, END], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(training_texts(train), trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        model_max_length=MAX_POSITIONS,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def model_config(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> Qwen3Config:
+    """A small Qwen3 with one output."""
+    return Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads,
+        head_dim=args.head_dim,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=False,
+        num_labels=1,
+        id2label={0: "reward"},
+        label2id={"reward": 0},
+    )
+
+
+def to_dataset(pairs: list[Pair], batch_size: int, seed: int) -> Dataset:
+    """Pairs in TRL's conversational preference format, a few with a system message before them.
+
+    Pairs of similar length lie together in runs of one batch, the runs in random order. This saves most of the
+    padding, and with gradient accumulation every optimizer step still sees all lengths and so all kinds.
+    """
+    rng = random.Random(seed)
+    by_length = sorted(pairs, key=_text_length)
+    runs = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
+    rng.shuffle(runs)
+    return Dataset.from_list([_to_row(pair, rng) for run in runs for pair in run])
+
+
+def _text_length(pair: Pair) -> int:
+    return sum(len(m["content"]) for m in pair.messages) + max(len(pair.chosen), len(pair.rejected))
+
+
+def _to_row(pair: Pair, rng: random.Random) -> dict[str, list[Message]]:
+    with_system = rng.random() < SYSTEM_PROMPT_SHARE
+    system = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if with_system else []
+    return {
+        "prompt": system + [{"role": m["role"], "content": m["content"]} for m in pair.messages],
+        "chosen": [{"role": "assistant", "content": pair.chosen}],
+        "rejected": [{"role": "assistant", "content": pair.rejected}],
+    }
+
+
+def conversations(train: Split) -> list[list[Message]]:
+    """The training part's conversations, with every answer but the ones people rejected."""
+    answered = [(prompt.messages, answer.text) for prompt in train.candidates for answer in prompt.answers]
+    answered += [(pair.messages, pair.chosen) for pair in train.harmless]
+    return [[*messages, {"role": "assistant", "content": text}] for messages, text in answered]
+
+
+def trainer_settings(scratch: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What both stages have in common."""
+    return {
+        "output_dir": scratch,
+        "per_device_train_batch_size": args.batch_size,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 40,
+        "adam_beta2": 0.98,
+        "weight_decay": 0.01,
+        "gradient_checkpointing": False,
+        "bf16": args.bf16,
+        "use_cpu": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "logging_steps": 25,
+        "seed": args.seed,
+    }
+
+
+def train_language_model(train: Split, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> LanguageModel:
+    """Train a randomly initialised decoder on `args.language_tokens` tokens of conversations."""
+    texts = conversations(train)
+    random.Random(args.seed).shuffle(texts)
+    model = LanguageModel(model_config(tokenizer, args))
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SFTConfig(
+            **trainer_settings(scratch, args),
+            max_steps=args.language_tokens // (args.batch_size * args.language_context),
+            learning_rate=args.language_learning_rate,
+            max_length=args.language_context,
+            packing=True,
+            packing_strategy="wrapped",
+        )
+        dataset = Dataset.from_list([{"messages": messages} for messages in texts])
+        SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer).train()
+    return model
+
+
+def train_reward_model(
+    language_model: LanguageModel, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
+) -> RewardModel:
+    """Put a score head on the decoder and pass once over the pairs; pairs over the length limit are left out."""
+    model = RewardModel(language_model.config)
+    model.model.load_state_dict(language_model.model.state_dict())
+    with tempfile.TemporaryDirectory() as scratch:
+        config = RewardConfig(
+            **trainer_settings(scratch, args),
+            num_train_epochs=1,
+            gradient_accumulation_steps=args.accumulate,
+            learning_rate=args.learning_rate,
+            max_length=args.max_length,
+            train_sampling_strategy="sequential",  # `to_dataset` has already shuffled
+            center_rewards_coefficient=0.001,
+        )
+        dataset = to_dataset(pairs, args.batch_size, args.seed)
+        RewardTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer).train()
+    return model
+
+
+def save(model: RewardModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the model in bfloat16 and the tokenizer, under a class name that all recent transformers know."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("backend", None)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def model_card(
+    model: RewardModel, splits: dict[str, Split], figures: dict[str, Figure], minutes: float, args: argparse.Namespace
+) -> str:
+    """The model card with the measured figures filled in."""
+    config = model.config
+    facts = {
+        "parameters": f"{model.num_parameters() / 1e6:.1f} million",
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "vocab_size": config.vocab_size,
+        "max_positions": config.max_position_embeddings,
+        "max_length": args.max_length,
+        "language_tokens": f"{args.language_tokens / 1e6:.1f} million",
+        "pairs": f"{args.pairs:,}",
+        "minutes": f"{minutes:.0f}",
+        "threads": torch.get_num_threads(),
+        "figures": evaluate_demo_model.figures_table(figures),
+        **{f"{name}_prompts": len(split.candidates) for name, split in splits.items()},
+        **{f"{name}_conversations": f"{len(split.harmless):,}" for name, split in splits.items()},
+    }
+    return MODEL_CARD.read_text(encoding="utf-8").format(**facts)
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, default=demo_data.DEFAULT_DATA_DIR, help="folder of the data files")
+    parser.add_argument("--output", type=Path, default=here / "demo_model", help="folder to write the model to")
+    parser.add_argument("--language-tokens", type=int, default=1_800_000, help="tokens of the first stage")
+    parser.add_argument("--language-context", type=int, default=512, help="context of the first stage, in tokens")
+    parser.add_argument("--language-learning-rate", type=float, default=2e-3, help="its highest learning rate")
+    parser.add_argument("--pairs", type=int, default=10_000, help="pairs of the second stage")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="its highest learning rate")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences or pairs computed together")
+    parser.add_argument("--accumulate", type=int, default=2, help="batches of pairs per optimizer step")
+    parser.add_argument("--max-length", type=int, default=640, help="longest conversation trained on, in tokens")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="size of the tokenizer's vocabulary")
+    parser.add_argument("--hidden-size", type=int, default=256, help="width of the model")
+    parser.add_argument("--intermediate-size", type=int, default=640, help="width of the feed-forward layers")
+    parser.add_argument("--layers", type=int, default=4, help="number of decoder layers")
+    parser.add_argument("--heads", type=int, default=2, help="number of attention heads")
+    parser.add_argument("--head-dim", type=int, default=64, help="width of an attention head")
+    parser.add_argument("--seed", type=int, default=1, help="seed of weights, pairs and order")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    parser.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=True, help="compute in bfloat16 (needs AVX-512 or AMX)"
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, measure and write."""
+    args = parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    set_seed(args.seed)
+    torch.set_num_threads(args.threads)
+    splits = demo_data.load_splits(args.data_dir)
+    logger.info("training the tokenizer")
+    tokenizer = train_tokenizer(splits["train"], args.vocab_size)
+    start = time.monotonic()
+    logger.info("training the language model")
+    language_model = train_language_model(splits["train"], tokenizer, args)
+    logger.info("training the reward model")
+    pairs = PairSampler(splits["train"], args.seed).mixture(args.pairs)
+    model = train_reward_model(language_model, pairs, tokenizer, args)
+    minutes = (time.monotonic() - start) / 60
+    save(model, tokenizer, args.output)
+
+    logger.info("measuring the written model")
+    model, tokenizer = evaluate_demo_model.load(args.output)
+    for part in ("validation", "test"):
+        figures = evaluate_demo_model.evaluate(model, tokenizer, splits[part])
+        logger.info("%s after %.1f minutes of training\n%s", part, minutes, evaluate_demo_model.figures_table(figures))
+    card = model_card(model, splits, figures, minutes, args)
+    (args.output / "README.md").write_text(card, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""SIGTERM drains; whatever ends the front, no caller hangs and no engine is left behind."""
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import psutil
+import pytest
+
+Code = grpc.StatusCode
+NUM_REQUESTS = 48
+
+
+def slow_requests(kit):
+    return [kit.ids_request(kit.random_ids(i, 1500), [kit.random_ids(500 + i, 500)] * 2) for i in range(NUM_REQUESTS)]
+
+
+def send(server, request, timeout=60):
+    try:
+        return server.scoring.Score(request, timeout=timeout)
+    except grpc.RpcError as error:
+        return error
+
+
+def gone(processes, kit, within_s=20):
+    def are_gone():
+        return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in processes)
+
+    try:
+        kit.until(are_gone, within_s)
+    except (AssertionError, psutil.NoSuchProcess):
+        return are_gone()
+    return True
+
+
+def start_slow_work(pool, server, kit):
+    futures = [pool.submit(send, server, request) for request in slow_requests(kit)]
+    kit.until(lambda: server.metric("in_flight_requests") == NUM_REQUESTS)
+    return futures
+
+
+def test_sigterm_answers_all_that_was_admitted_and_refuses_what_comes_after(start, bf16_checkpoint, kit):
+    server = start("--model", f"tiny={bf16_checkpoint}", "--grace-s", "60").ready()
+    engine = server.engine()
+    watch = kit.Watch(server, "")
+    kit.until(lambda: watch.statuses)
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        futures = start_slow_work(pool, server, kit)
+        server.terminate()
+        server.wait_for_log("draining: ")
+        late = send(server, kit.ids_request([1], [[2]]), timeout=20)
+        assert not server.is_serving() and not server.is_serving("rewardserve.v1.Scoring/tiny")
+        ends = [future.result(90) for future in futures]
+    assert isinstance(late, grpc.RpcError) and late.code() is Code.UNAVAILABLE
+    assert "shutting down" in late.details()
+    failed = [end for end in ends if isinstance(end, grpc.RpcError)]
+    assert not failed, failed[0]
+    assert all(None not in kit.scores_of(end) for end in ends)
+    kit.until(lambda: watch.statuses == [kit.SERVING, kit.NOT_SERVING])
+    watch.end()
+    assert server.wait() == 0
+    assert gone([engine], kit)
+
+
+def test_a_grace_too_short_ends_in_bounds_and_every_caller_hears_of_it(start, bf16_checkpoint, kit):
+    server = start("--model", f"tiny={bf16_checkpoint}", "--grace-s", "0.2").ready()
+    engine = server.engine()
+    with ThreadPoolExecutor(NUM_REQUESTS) as pool:
+        futures = start_slow_work(pool, server, kit)
+        server.terminate()
+        code = server.wait(30)
+        ends = [future.result(10) for future in futures]
+    failed = [end for end in ends if isinstance(end, grpc.RpcError)]
+    assert failed, "the grace was not too short for this machine"
+    assert {error.code() for error in failed} == {Code.UNAVAILABLE}, "callers should know that a retry is safe"
+    assert code == 0
+    assert gone([engine], kit)
+
+
+def test_a_second_signal_ends_it_at_once(start, bf16_checkpoint, kit):
+    server = start("--model", f"tiny={bf16_checkpoint}", "--grace-s", "60").ready()
+    engine = server.engine()
+    engine.suspend()  # nothing will ever be finished
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(send, server, kit.ids_request([1], [[2]]))
+        kit.until(lambda: server.metric("in_flight_requests") == 1)
+        server.terminate()
+        server.wait_for_log("draining: ")
+        server.terminate()
+        assert server.wait(10) == 130
+        assert isinstance(future.result(20), grpc.RpcError)
+    engine.resume()
+    assert gone([engine], kit)
+
+
+def test_an_engine_whose_front_is_killed_goes_away_by_itself(start, bf16_checkpoint, kit):
+    server = start("--model", f"tiny={bf16_checkpoint}").ready()
+    engine = server.engine()
+    server.process.kill()
+    assert gone([engine], kit)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 1.5])
+def test_an_engine_that_is_loading_when_its_front_is_killed_goes_away_too(start, bf16_checkpoint, kit, after_s):
+    server = start("--model", f"tiny={bf16_checkpoint}").listen()
+    kit.until(server.engines)
+    engine = server.engine()
+    time.sleep(after_s)
+    server.process.kill()
+    assert gone([engine], kit)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_loading_ends_cleanly(start, bf16_checkpoint, kit, number):
+    server = start("--model", f"tiny={bf16_checkpoint}").listen()
+    kit.until(server.engines)
+    assert not server.is_serving()
+    engine = server.engine()
+    server.process.send_signal(number)
+    assert server.wait(20) == 0
+    assert gone([engine], kit)
+    assert not any("Traceback" in line for line in server.log), "\n".join(server.log)
+
+
+def test_a_checkpoint_that_is_not_there_ends_the_server_with_one_clear_line(start, tmp_path):
+    server = start("--model", f"tiny={tmp_path}/nowhere")
+    assert server.wait(30) == 1
+    assert f"{tmp_path}/nowhere: no such folder" in server.log[-1]
+    assert not any("Traceback" in line for line in server.log)
+
+
+def test_a_model_name_that_cannot_be_is_refused_without_a_traceback(start, bf16_checkpoint):
+    server = start("--model", f"a name={bf16_checkpoint}")
+    assert server.wait(30) in (1, 2)
+    assert "'a name" in server.log[-1]
+    assert not any("Traceback" in line for line in server.log), "\n".join(server.log)
+
+
+def test_a_taken_port_is_said_so(start, bf16_checkpoint):
+    first = start("--allow-model-control").listen()
+    second = start("--allow-model-control", "--port", str(first.port))
+    assert second.wait(30) == 1
+    assert "--port" in second.log[-1] and str(first.port) in second.log[-1]
+    third = start("--allow-model-control", "--metrics-port", str(first.metrics_port))
+    assert third.wait(30) == 1
+    assert "--metrics-port" in third.log[-1]
+    assert not any("Traceback" in line for line in second.log + third.log)
