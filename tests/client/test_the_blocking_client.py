@@ -87,7 +87,15 @@ def wait_until(condition, limit_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_an_interrupt_cancels_the_call_at_the_server(server):
+@pytest.fixture
+def interruptible():
+    """As in a shell's foreground: what is started in its background ignores the signal, and so would the test."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_cancels_the_call_at_the_server(server, interruptible):
     server.servicer.hang = True
 
     def interrupt() -> None:
