@@ -2,15 +2,17 @@
 
     python examples/train_demo_model.py --output examples/demo_model
 
-Everything happens on the CPU, in TRL's trainers; this file only prepares what they are given:
+Everything happens on the CPU, in TRL's trainer; this file only prepares what it is given:
 
 1. The prompts are split by hash into train, validation and test (`demo_data.py`).
 2. A byte-level BPE tokenizer is trained on the training part.
-3. `SFTTrainer` trains the decoder as a language model on the training part's conversations for a while. Every token
-   teaches something there, while a preference pair teaches one bit: what fluent text looks like is learned far sooner.
-4. `RewardTrainer` turns it into a reward model, with judge preferences, human preferences, and good answers against
-   broken ones.
-5. The written model is measured on the test part, and the figures go into its model card.
+3. A model is set up whose attention starts out comparing tokens with each other (`start_matching`). Whether an answer
+   shares words with its prompt is then visible from the first step. Ordinary random weights did not get there in runs
+   of this size, but were tried at higher learning rates only.
+4. `RewardTrainer` trains it on many short pairs of a related and an unrelated answer.
+5. `RewardTrainer` goes on with judge preferences, human preferences, good answers against broken ones, and more of the
+   short pairs, without which the model forgets what it learned from them.
+6. The written model is measured on the test part, and the figures go into its model card.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ import random
 import re
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import demo_data
 import evaluate_demo_model
@@ -36,9 +38,9 @@ from demo_data import CORRUPTIONS, CandidatePrompt, Message, Pair, Split
 from evaluate_demo_model import Figure
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, set_seed
-from transformers import Qwen3ForCausalLM as LanguageModel
 from transformers import Qwen3ForSequenceClassification as RewardModel
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+from trl import RewardConfig, RewardTrainer
 
 logger = logging.getLogger("train_demo_model")
 
@@ -63,6 +65,8 @@ SYSTEM_PROMPTS = (
     "Answer the user's question clearly and briefly.",
 )
 SYSTEM_PROMPT_SHARE = 0.08
+WORD = re.compile(r"[A-Za-z]+")
+COMMON_WORDS = 120  # the most frequent ones, which say nothing about the topic
 
 
 class PairSampler:
@@ -79,22 +83,63 @@ class PairSampler:
         self.harmless = demo_data.harmless_pairs(train.harmless)
         by_prompt = (demo_data.preference_pairs([prompt], min_gap=0.1) for prompt in train.candidates)
         self.preferences = [pairs for pairs in by_prompt if pairs]
+        counts = Counter(word for text in training_texts(train) for word in WORD.findall(text))
+        self.common_words = {word for word, _ in counts.most_common(COMMON_WORDS)}
+        self.words = sorted(word for word, count in counts.items() if count >= 3 and len(word) >= 3)
+
+    def related(self, number: int) -> list[Pair]:
+        """Short pairs of a related and an unrelated answer."""
+        shares: list[tuple[float, Callable[[], list[Pair]]]] = [
+            (0.3, self._word_lists),
+            (0.35, self._passages),
+            (0.35, partial(self._off_topic, excerpt=True)),
+        ]
+        return self._mix(shares, number)
 
     def mixture(self, number: int) -> list[Pair]:
         """Pairs of all kinds, mixed."""
         shares: list[tuple[float, Callable[[], list[Pair]]]] = [
-            (0.28, self._preference),
-            (0.08, self._off_topic),
-            (0.08, partial(self._off_topic, excerpt=True)),
-            (0.04, self._off_topic_continuation),
-            (0.14, partial(self._corrupted, "shuffled")),
-            (0.16, partial(self._corrupted, "truncated")),
+            (0.14, self._preference),
+            (0.12, self._off_topic),
+            (0.20, partial(self._off_topic, excerpt=True)),
+            (0.12, self._passages),
+            (0.10, partial(self._corrupted, "shuffled")),
+            (0.11, partial(self._corrupted, "truncated")),
             (0.12, partial(self._corrupted, "repeated")),
             (0.02, self._lazy),
             (0.04, lambda: [self.rng.choice(self.harmless)]),
             (0.02, self._harmless_off_topic),
             (0.02, self._harmless_corrupted),
         ]
+        return self._mix(shares, number)
+
+    def broken(self, number: int) -> list[Pair]:
+        """As `mixture`, but mostly good answers against broken ones."""
+        shares: list[tuple[float, Callable[[], list[Pair]]]] = [
+            (0.12, self._preference),
+            (0.06, self._off_topic),
+            (0.10, partial(self._off_topic, excerpt=True)),
+            (0.06, self._passages),
+            (0.20, partial(self._corrupted, "shuffled")),
+            (0.22, partial(self._corrupted, "truncated")),
+            (0.22, partial(self._corrupted, "repeated")),
+            (0.02, lambda: [self.rng.choice(self.harmless)]),
+        ]
+        return self._mix(shares, number)
+
+    def finishing(self, number: int) -> list[Pair]:
+        """As `broken`, with judge preferences, which that stage had made too little of."""
+        shares: list[tuple[float, Callable[[], list[Pair]]]] = [
+            (0.36, self._preference),
+            (0.05, self._off_topic),
+            (0.12, partial(self._off_topic, excerpt=True)),
+            (0.12, partial(self._corrupted, "shuffled")),
+            (0.20, partial(self._corrupted, "truncated")),
+            (0.15, partial(self._corrupted, "repeated")),
+        ]
+        return self._mix(shares, number)
+
+    def _mix(self, shares: list[tuple[float, Callable[[], list[Pair]]]], number: int) -> list[Pair]:
         pairs = [pair for share, sample in shares for pair in self._draw(sample, round(share * number))]
         self.rng.shuffle(pairs)
         return pairs
@@ -119,11 +164,38 @@ class PairSampler:
             answers = [_excerpt(answer, self.rng) for answer in answers]
         return _exchanged([prompt.messages for prompt in two], answers)
 
-    def _off_topic_continuation(self) -> list[Pair]:
-        """A passage of one answer as the prompt: more varied prompts than the data has."""
-        two = self.rng.sample(self.prompts, 2)
-        prompts = [[{"role": "user", "content": _excerpt(self._answer(prompt), self.rng)}] for prompt in two]
-        return _exchanged(prompts, [_excerpt(self._answer(prompt), self.rng) for prompt in two])
+    def _passages(self) -> list[Pair]:
+        """One passage of an answer as the prompt, another as the answer: more varied prompts than the data has.
+
+        Half of the time some words are renamed, so that only their recurrence tells what belongs together.
+        """
+        halves = [_two_passages(self._answer(prompt), self.rng) for prompt in self.rng.sample(self.prompts, 2)]
+        texts = [text for half in halves for text in half]
+        if self.rng.random() < 0.5:
+            texts = self._renamed(texts, self.rng.choice((0.3, 0.6, 1.0)))
+        return _exchanged([_question(texts[0]), _question(texts[2])], [texts[1], texts[3]])
+
+    def _renamed(self, texts: list[str], share: float) -> list[str]:
+        """The texts with a share of their less common words replaced by random ones, everywhere alike."""
+        names: dict[str, str] = {}
+
+        def rename(match: re.Match[str]) -> str:
+            word = match.group()
+            if len(word) < 3 or word in self.common_words:
+                return word
+            return names.setdefault(word, self.rng.choice(self.words) if self.rng.random() < share else word)
+
+        return [WORD.sub(rename, text) for text in texts]
+
+    def _word_lists(self) -> list[Pair]:
+        """Random words as the prompt, some of them among others as the answer: relatedness and nothing else."""
+        size = self.rng.randint(3, 8)
+        prompts = [self.rng.choices(self.words, k=size) for _ in range(2)]
+        shared, others = self.rng.randint(1, size), self.rng.randint(0, 6)
+        answers = [self.rng.sample(words, shared) + self.rng.choices(self.words, k=others) for words in prompts]
+        for words in answers:
+            self.rng.shuffle(words)
+        return _exchanged([_question(" ".join(words)) for words in prompts], [" ".join(words) for words in answers])
 
     def _corrupted(self, kind: str) -> list[Pair]:
         prompt = self.rng.choice(self.prompts)
@@ -155,13 +227,29 @@ def _exchanged(prompts: list[list[Message]], answers: list[str]) -> list[Pair]:
     ]
 
 
+def _question(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
+def _two_passages(text: str, rng: random.Random) -> tuple[str, str]:
+    """Two passages of up to 30 words, the second from after the first, not overlapping it."""
+    spans = [match.span() for match in re.finditer(r"\S+", text)]
+    middle = rng.randint(max(1, len(spans) // 3), max(1, 2 * len(spans) // 3))
+    first = _passage(text, spans[:middle], rng.randint(6, 30), rng)
+    return first, _passage(text, spans[middle:] or spans, rng.randint(6, 30), rng)
+
+
+def _passage(text: str, spans: list[tuple[int, int]], length: int, rng: random.Random) -> str:
+    """`length` words of the text in a row, or fewer where there are fewer; often the first ones."""
+    start = rng.choice((0, rng.randrange(max(1, len(spans) - length + 1))))
+    passage = spans[start : start + length]
+    return text[passage[0][0] : passage[-1][1]]
+
+
 def _excerpt(text: str, rng: random.Random) -> str:
     """A passage of 15 to 60 words, often the opening: relatedness is as visible there, at a fraction of the cost."""
     spans = [match.span() for match in re.finditer(r"\S+", text)]
-    length = rng.randint(15, 60)
-    start = rng.choice((0, rng.randrange(max(1, len(spans) - length))))
-    passage = spans[start : start + length]
-    return text[passage[0][0] : passage[-1][1]]
+    return _passage(text, spans, rng.randint(15, 60), rng)
 
 
 def training_texts(train: Split) -> list[str]:
@@ -219,6 +307,66 @@ def model_config(tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -
     )
 
 
+@torch.no_grad()
+def start_matching(model: RewardModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let the attention start out comparing tokens with each other; everything stays trainable.
+
+    - Embeddings are large beside what the layers add at first, so that a token stays recognisable.
+    - One head of the first layer looks for the role names: each token learns whose turn it is in.
+    - Half of the heads of the next two layers have equal query and key weights: a token looks at its own earlier
+      occurrences, and so an answer's words at the prompt's.
+
+    These heads use the slowly rotating dimensions only, where the distance between two tokens hardly matters.
+    """
+    embeddings = model.model.embed_tokens.weight
+    shared = torch.randn(model.config.hidden_size)  # a direction that all tokens have in common
+    embeddings.copy_(0.05 * torch.randn_like(embeddings) + 0.03 * shared)
+    embeddings[tokenizer.pad_token_id] = 0
+    shared /= shared.norm()
+    roles = embeddings[[tokenizer(role)["input_ids"][0] for role in ("user", "assistant")]].mean(dim=0)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight *= 0.3
+        layer.self_attn.o_proj.weight *= 0.5
+    first, *next_two = (layer.self_attn for layer in model.model.layers[:3])
+    _look_for(first, roles, shared)
+    for attention in next_two:
+        _look_for_equals(attention, shared)
+    for attention in (first, *next_two):
+        attention.q_norm.weight *= 1.5  # sharper attention
+
+
+def keep_matching(model: RewardModel, layers: int) -> None:
+    """Freeze the attention of the first layers, which by now finds what two texts share; it is easily unlearned."""
+    for layer in model.model.layers[:layers]:
+        layer.self_attn.requires_grad_(False)
+
+
+def _look_for(attention: Qwen3Attention, wanted: torch.Tensor, shared: torch.Tensor) -> None:
+    """Turn the first head of every token towards tokens like `wanted`."""
+    width = attention.head_dim
+    wanted = wanted - (wanted @ shared) * shared
+    meeting_point = torch.randn(width) * _slow(width)
+    meeting_point /= meeting_point.norm()
+    query, key = (projection.weight[:width] for projection in (attention.q_proj, attention.k_proj))
+    query.copy_(torch.outer(meeting_point, shared))
+    key.copy_(key * _slow(width)[:, None] + 0.4 * torch.outer(meeting_point, wanted / wanted.norm()))
+
+
+def _look_for_equals(attention: Qwen3Attention, shared: torch.Tensor) -> None:
+    """Give half of the heads equal query and key weights, blind to what all tokens share."""
+    width = attention.head_dim
+    rows = attention.q_proj.out_features // width // 2 * width
+    query, key = (projection.weight[:rows] for projection in (attention.q_proj, attention.k_proj))
+    query -= torch.outer(query @ shared, shared)
+    query *= _slow(width).repeat(rows // width)[:, None]
+    key.copy_(query)
+
+
+def _slow(width: int) -> torch.Tensor:
+    """Which of a head's dimensions the rotary position embedding turns slowly."""
+    return torch.arange(width) % (width // 2) >= 0.45 * (width // 2)
+
+
 def to_dataset(pairs: list[Pair], batch_size: int, seed: int) -> Dataset:
     """Pairs in TRL's conversational preference format, a few with a system message before them.
 
@@ -246,70 +394,41 @@ def _to_row(pair: Pair, rng: random.Random) -> dict[str, list[Message]]:
     }
 
 
-def conversations(train: Split) -> list[list[Message]]:
-    """The training part's conversations, with every answer but the ones people rejected."""
-    answered = [(prompt.messages, answer.text) for prompt in train.candidates for answer in prompt.answers]
-    answered += [(pair.messages, pair.chosen) for pair in train.harmless]
-    return [[*messages, {"role": "assistant", "content": text}] for messages, text in answered]
-
-
-def trainer_settings(scratch: str, args: argparse.Namespace) -> dict[str, Any]:
-    """What both stages have in common."""
-    return {
-        "output_dir": scratch,
-        "per_device_train_batch_size": args.batch_size,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 40,
-        "adam_beta2": 0.98,
-        "weight_decay": 0.01,
-        "gradient_checkpointing": False,
-        "bf16": args.bf16,
-        "use_cpu": True,
-        "save_strategy": "no",
-        "report_to": [],
-        "logging_steps": 25,
-        "seed": args.seed,
-    }
-
-
-def train_language_model(train: Split, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> LanguageModel:
-    """Train a randomly initialised decoder on `args.language_tokens` tokens of conversations."""
-    texts = conversations(train)
-    random.Random(args.seed).shuffle(texts)
-    model = LanguageModel(model_config(tokenizer, args))
-    with tempfile.TemporaryDirectory() as scratch:
-        config = SFTConfig(
-            **trainer_settings(scratch, args),
-            max_steps=args.language_tokens // (args.batch_size * args.language_context),
-            learning_rate=args.language_learning_rate,
-            max_length=args.language_context,
-            packing=True,
-            packing_strategy="wrapped",
-        )
-        dataset = Dataset.from_list([{"messages": messages} for messages in texts])
-        SFTTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer).train()
-    return model
-
-
 def train_reward_model(
-    language_model: LanguageModel, pairs: list[Pair], tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace
-) -> RewardModel:
-    """Put a score head on the decoder and pass once over the pairs; pairs over the length limit are left out."""
-    model = RewardModel(language_model.config)
-    model.model.load_state_dict(language_model.model.state_dict())
+    model: RewardModel,
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+    accumulate: int,
+    learning_rate: float,
+    warmup_steps: int = 40,
+) -> None:
+    """Pass once over the pairs; pairs over the length limit are left out."""
+    batch_size = args.batch_size // accumulate
     with tempfile.TemporaryDirectory() as scratch:
         config = RewardConfig(
-            **trainer_settings(scratch, args),
+            output_dir=scratch,
             num_train_epochs=1,
-            gradient_accumulation_steps=args.accumulate,
-            learning_rate=args.learning_rate,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=warmup_steps,
+            adam_beta2=0.98,
+            weight_decay=0.01,
+            gradient_checkpointing=False,
+            bf16=args.bf16,
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            logging_steps=25,
+            seed=args.seed,
             max_length=args.max_length,
             train_sampling_strategy="sequential",  # `to_dataset` has already shuffled
             center_rewards_coefficient=0.001,
         )
-        dataset = to_dataset(pairs, args.batch_size, args.seed)
+        dataset = to_dataset(pairs, batch_size, args.seed)
         RewardTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer).train()
-    return model
 
 
 def save(model: RewardModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -338,8 +457,10 @@ def model_card(
         "vocab_size": config.vocab_size,
         "max_positions": config.max_position_embeddings,
         "max_length": args.max_length,
-        "language_tokens": f"{args.language_tokens / 1e6:.1f} million",
+        "related_pairs": f"{args.related_pairs:,}",
         "pairs": f"{args.pairs:,}",
+        "broken_pairs": f"{args.broken_pairs:,}",
+        "finishing_pairs": f"{args.finishing_pairs:,}",
         "minutes": f"{minutes:.0f}",
         "threads": torch.get_num_threads(),
         "figures": evaluate_demo_model.figures_table(figures),
@@ -357,19 +478,22 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--data-dir", type=Path, default=demo_data.DEFAULT_DATA_DIR, help="folder of the data files")
     parser.add_argument("--output", type=Path, default=here / "demo_model", help="folder to write the model to")
-    parser.add_argument("--language-tokens", type=int, default=1_800_000, help="tokens of the first stage")
-    parser.add_argument("--language-context", type=int, default=512, help="context of the first stage, in tokens")
-    parser.add_argument("--language-learning-rate", type=float, default=2e-3, help="its highest learning rate")
-    parser.add_argument("--pairs", type=int, default=10_000, help="pairs of the second stage")
-    parser.add_argument("--learning-rate", type=float, default=5e-4, help="its highest learning rate")
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences or pairs computed together")
-    parser.add_argument("--accumulate", type=int, default=2, help="batches of pairs per optimizer step")
+    parser.add_argument("--related-pairs", type=int, default=3_200, help="pairs of the first stage: related or not")
+    parser.add_argument("--pairs", type=int, default=5_000, help="pairs of the second stage: all kinds")
+    parser.add_argument("--broken-pairs", type=int, default=3_400, help="pairs of the third stage: broken answers")
+    parser.add_argument("--finishing-pairs", type=int, default=900, help="pairs of the last stage: all kinds again")
+    parser.add_argument("--finishing-learning-rate", type=float, default=1.5e-4, help="highest of the last stage")
+    parser.add_argument("--related-learning-rate", type=float, default=2e-4, help="highest of the first stage")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="highest of the second and the third stage")
+    parser.add_argument("--keep", type=int, default=3, help="layers whose attention the later stages leave as it is")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs per optimizer step")
+    parser.add_argument("--accumulate", type=int, default=2, help="parts in which the second stage computes a step")
     parser.add_argument("--max-length", type=int, default=640, help="longest conversation trained on, in tokens")
     parser.add_argument("--vocab-size", type=int, default=8192, help="size of the tokenizer's vocabulary")
     parser.add_argument("--hidden-size", type=int, default=256, help="width of the model")
     parser.add_argument("--intermediate-size", type=int, default=640, help="width of the feed-forward layers")
     parser.add_argument("--layers", type=int, default=4, help="number of decoder layers")
-    parser.add_argument("--heads", type=int, default=2, help="number of attention heads")
+    parser.add_argument("--heads", type=int, default=4, help="number of attention heads")
     parser.add_argument("--head-dim", type=int, default=64, help="width of an attention head")
     parser.add_argument("--seed", type=int, default=1, help="seed of weights, pairs and order")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
@@ -389,11 +513,16 @@ def main() -> None:
     logger.info("training the tokenizer")
     tokenizer = train_tokenizer(splits["train"], args.vocab_size)
     start = time.monotonic()
-    logger.info("training the language model")
-    language_model = train_language_model(splits["train"], tokenizer, args)
     logger.info("training the reward model")
-    pairs = PairSampler(splits["train"], args.seed).mixture(args.pairs)
-    model = train_reward_model(language_model, pairs, tokenizer, args)
+    sampler = PairSampler(splits["train"], args.seed)
+    model = RewardModel(model_config(tokenizer, args))
+    start_matching(model, tokenizer)
+    train_reward_model(model, sampler.related(args.related_pairs), tokenizer, args, 1, args.related_learning_rate)
+    keep_matching(model, args.keep)
+    train_reward_model(model, sampler.mixture(args.pairs), tokenizer, args, args.accumulate, args.learning_rate)
+    train_reward_model(model, sampler.broken(args.broken_pairs), tokenizer, args, args.accumulate, args.learning_rate)
+    finishing = sampler.finishing(args.finishing_pairs)
+    train_reward_model(model, finishing, tokenizer, args, args.accumulate, args.finishing_learning_rate, warmup_steps=8)
     minutes = (time.monotonic() - start) / 60
     save(model, tokenizer, args.output)
 
