@@ -44,6 +44,7 @@ class ModelSpec:
     folder: Path
     config: PreTrainedConfig
     architecture: str
+    weight_files: tuple[Path, ...]
     head_weight: torch.Tensor  # [1, hidden_size] fp32
     head_bias: torch.Tensor | None  # [1] fp32
     stored_dtype: torch.dtype
@@ -78,6 +79,7 @@ def read_spec(source: str) -> ModelSpec:
         folder=folder,
         config=config,
         architecture=(config.architectures or [type(config).__name__])[0],
+        weight_files=files,
         head_weight=head_weight,
         head_bias=head_bias,
         stored_dtype=stored_dtype,
