@@ -18,6 +18,11 @@ OPTIONS = {
 }
 
 
+def attend(q, k, v, pool_k, pool_v, segments, scale, window=0, last_rows_only=False, **options):
+    plan = chunked.plan_attention(segments, q.dtype, q.device, window, last_rows_only)
+    return chunked.tree_attention(q, k, v, pool_k, pool_v, plan, scale, **options)
+
+
 def _case(dtype: torch.dtype, head_size: int = 24, v_head_size: int = 16, heads: int = 6, kv_heads: int = 2):
     """Segments over a pool of which every slot they may not read is NaN."""
     torch.manual_seed(0)
@@ -42,7 +47,7 @@ def test_chunked_attention_equals_the_dense_oracle(name: str, dtype: torch.dtype
     *tensors, segments = _case(dtype)
     options = dict(OPTIONS[name])
     sinks = torch.randn(6, dtype=torch.float64) if options.pop("sinks", None) else None
-    got = chunked.tree_attention(*tensors, segments, 0.2, sinks=None if sinks is None else sinks.to(dtype), **options)
+    got = attend(*tensors, segments, 0.2, sinks=None if sinks is None else sinks.to(dtype), **options)
     wanted = reference.tree_attention(*(t.double() for t in tensors), segments, 0.2, sinks=sinks, **options)
     assert (got.double() - wanted).norm() / wanted.norm() < tolerance
 
@@ -52,10 +57,10 @@ def test_the_last_rows_alone_are_bitwise_what_they_are_among_all(name: str) -> N
     *tensors, segments = _case(torch.bfloat16)
     options = dict(OPTIONS[name])
     options["sinks"] = torch.randn(6).bfloat16() if options.pop("sinks", None) else None
-    everything = chunked.tree_attention(*tensors, segments, 0.2, **options)
+    everything = attend(*tensors, segments, 0.2, **options)
     last = torch.tensor([s.row + s.num_rows - 1 for s in segments])
     q, *rest = tensors
-    alone = chunked.tree_attention(q[:, last], *rest, segments, 0.2, last_rows_only=True, **options)
+    alone = attend(q[:, last], *rest, segments, 0.2, last_rows_only=True, **options)
     assert torch.equal(alone, everything[last])
 
 
@@ -67,10 +72,10 @@ def test_siblings_that_share_their_beginning_do_not_see_one_another() -> None:
     store_segment(pool_v, v[:, :100], segments[0])
     segments += [Segment(100, 90, 100, (3,), store=False), Segment(190, 3, 100, (3,), store=False)]
     k[:, 140:190], v[:, 140:190] = float("nan"), float("nan")  # the first sibling's later rows are broken
-    got = chunked.tree_attention(q[:, :193], k[:, :193], v[:, :193], pool_k, pool_v, segments, 0.2)
+    got = attend(q[:, :193], k[:, :193], v[:, :193], pool_k, pool_v, segments, 0.2)
     alone = [segments[0], Segment(100, 3, 100, (3,), store=False)]
     rows = [*range(100), 190, 191, 192]
-    wanted = chunked.tree_attention(q[:, rows], k[:, rows], v[:, rows], pool_k, pool_v, alone, 0.2)
+    wanted = attend(q[:, rows], k[:, rows], v[:, rows], pool_k, pool_v, alone, 0.2)
     assert got[141:190].isnan().any()
     assert torch.equal(got[190:], wanted[100:])
 
@@ -84,9 +89,9 @@ def test_where_a_sequence_is_cut_into_segments_changes_no_bit_in_bf16(cut: int) 
     whole = Segment(0, length, 0, (0, 1, 2), store=True)
     for pool, rows in zip(pools, (k, v), strict=True):
         store_segment(pool, rows, whole)
-    wanted = chunked.tree_attention(q, k, v, *pools, [whole], 0.17)
+    wanted = attend(q, k, v, *pools, [whole], 0.17)
     tail = Segment(0, length - cut, cut, (0, 1, 2), store=False)
-    got = chunked.tree_attention(q[:, cut:], k[:, cut:], v[:, cut:], *pools, [tail], 0.17)
+    got = attend(q[:, cut:], k[:, cut:], v[:, cut:], *pools, [tail], 0.17)
     assert torch.equal(got, wanted[cut:])
 
 

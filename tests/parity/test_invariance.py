@@ -79,3 +79,33 @@ async def test_where_prompt_and_response_are_divided_changes_no_bit(checkpoint: 
     async with native(checkpoint) as scorer:
         scores = [(await scorer.scores([(whole[:cut], [whole[cut:]])])).item() for cut in (0, 1, 127, 128, 301)]
     assert len(set(scores)) == 1
+
+
+async def same_alone_and_together(checkpoint: Path) -> None:
+    """Responses of one token and of many, each by a fresh engine, in one batch, and warm one by one."""
+    generator = random.Random(1)
+    prompt = [generator.randrange(400) for _ in range(230)]
+    responses = [[generator.randrange(400) for _ in range(n)] for n in (1, 2, 17, 1, 64, 200)]
+    async with native(checkpoint) as scorer:
+        together = (await scorer.scores([(prompt, responses)])).tolist()
+        warm = [(await scorer.scores([(prompt, [response])])).item() for response in responses]
+    assert warm == together
+    for response, wanted in zip(responses[:3], together, strict=False):
+        assert await alone(checkpoint, (prompt, response)) == wanted
+    async with native(checkpoint) as scorer:  # a forward of a single row
+        first = (await scorer.scores([([], [[7]])])).item()
+        assert (await scorer.scores([([], [[7]]), (prompt, responses)]))[0].item() == first
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"hidden_size": 1024, "intermediate_size": 3072},
+        {"hidden_size": 2048, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16},
+    ],
+    ids=["the widths of Qwen3-0.6B", "as many key heads as heads"],
+)
+async def test_a_wide_model_gives_one_row_the_same_bits_as_many(tmp_path: Path, shape: dict[str, int]) -> None:
+    """A product of one row takes another path in oneDNN once the inner dimension is 2048 or more."""
+    save_checkpoint(tmp_path, "llama", torch.bfloat16, num_hidden_layers=2, **shape)
+    await same_alone_and_together(tmp_path)

@@ -39,9 +39,9 @@ TEMPLATE = (
 )
 
 
-def make_model(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Weights large enough that attention and every nonlinearity matter."""
-    options = {**COMMON, **(FAMILIES | NOT_PACKABLE)[family]}
+def make_model(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """Weights large enough that attention and every nonlinearity matter. `overrides` are of the config."""
+    options = {**COMMON, **(FAMILIES | NOT_PACKABLE)[family], **overrides}
     config = AutoConfig.for_model(family, **options)
     config.num_labels, config.pad_token_id = 1, 0
     torch.manual_seed(0)
@@ -59,9 +59,10 @@ def save_checkpoint(
     texts: Sequence[str] = (),
     template: str | None = TEMPLATE,
     max_shard_size: str = "5GB",
+    **overrides: Any,
 ) -> PreTrainedModel:
     """Writes a checkpoint, with a tokenizer if there are `texts` to train it on, and returns the model."""
-    model = make_model(family, dtype)
+    model = make_model(family, dtype, **overrides)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     if texts:
         make_tokenizer(texts, template).save_pretrained(folder)

@@ -6,76 +6,132 @@ Batch invariance. Work is cut at absolute positions of the sequence, never at po
 prompt and response: the row at position p is always computed against keys [0, ceil_block(p + 1)), those after p being
 masked. So the products that make up a row have the same shapes and the same order whatever was cached, and whatever
 else is in the pack. What is left to the library is that a row of a matrix product does not depend on how many other
-rows there are, which oneDNN keeps in bf16 (tests/parity holds it to that).
+rows there are, which oneDNN keeps in bf16 from two rows on (tests/parity holds it to that); a single one is doubled.
 """
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from rewardserve_kernels.kv_cache.paged import gather_prefix
-from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, ceil_block, floor_block
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, floor_block
 
 
-class _Keys:
-    """Keys and values of one sequence, contiguous, from position `base` on; the shared beginning is gathered once."""
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """Rows of one segment within one block of positions: one product with the keys of that block and before."""
 
-    def __init__(self, pool_k: torch.Tensor, pool_v: torch.Tensor, first: Segment, base: int, end: int) -> None:
-        self.base = base
-        length = ceil_block(end) - base
-        self.k = pool_k.new_zeros(pool_k.shape[1], length, pool_k.shape[3])
-        self.v = pool_v.new_zeros(pool_v.shape[1], length, pool_v.shape[3])
-        gather_prefix(pool_k, first.blocks, base, first.start, self.k)
-        gather_prefix(pool_v, first.blocks, base, first.start, self.v)
+    rows: slice  # of the queries and of the result
+    num_rows: int
+    own_rows: slice  # of the pack: those of the segment's own keys that the product sees ...
+    own_keys: slice  # ... and where they go in the buffer
+    stale: slice | None  # of the buffer: what a longer sibling left there
+    ceiling: (
+        torch.Tensor
+    )  # [num_rows, last keys]: -inf where a row does not see one of the buffer's last keys, else inf
 
-    def put_own(self, k: torch.Tensor, v: torch.Tensor, segment: Segment) -> None:
-        """Puts the segment's own rows behind the beginning, and zeros after them.
 
-        The zeros matter: a masked key has weight 0, and 0 times what a sibling left there must not be NaN.
-        """
-        rows = slice(segment.row, segment.row + segment.num_rows)
-        begin, end = segment.start - self.base, segment.end - self.base
-        stop = ceil_block(segment.end) - self.base
-        self.k[:, begin:end], self.v[:, begin:end] = k[:, rows], v[:, rows]
-        self.k[:, end:stop], self.v[:, end:stop] = 0, 0
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One block of positions after a stored beginning, for all segments that continue it.
+
+    Their products share a buffer of keys [first_key, first_key + num_keys), of which those before `num_stored` are
+    gathered once. A buffer as long as the block sees, and no longer, is what the matrix products take without a copy.
+    """
+
+    blocks: tuple[int, ...]
+    first_key: int
+    num_keys: int
+    num_stored: int
+    products: tuple[_Product, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the attention of one pack is cut into products: the same for all layers of one window."""
+
+    num_rows: int
+    steps: tuple[_Step, ...]
+
+
+def plan_attention(
+    segments: Sequence[Segment], dtype: torch.dtype, device: torch.device, window: int = 0, last_rows_only: bool = False
+) -> Plan:
+    """`dtype` is that of the queries; `window` is in tokens, 0 for none.
+
+    With `last_rows_only` there is one query row per segment, its last.
+    """
+    steps: list[_Step] = []
+    row = 0
+    for siblings in _siblings(segments):
+        by_block: dict[int, list[tuple[Segment, int, int]]] = {}
+        for segment in siblings:
+            position = segment.end - 1 if last_rows_only else segment.start
+            while position < segment.end:
+                by_block.setdefault(floor_block(position), []).append((segment, position, row))
+                stop = min(segment.end, floor_block(position) + BLOCK_TOKENS)
+                row, position = row + stop - position, stop
+        steps += [_step(block, parts, window, dtype, device) for block, parts in by_block.items()]
+    return Plan(row, tuple(steps))
+
+
+def _siblings(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Consecutive segments that continue the same stored beginning."""
+    runs: list[list[Segment]] = []
+    for segment in segments:
+        if runs and (runs[-1][0].blocks, runs[-1][0].start) == (segment.blocks, segment.start):
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    return runs
+
+
+def _step(
+    block: int, parts: Sequence[tuple[Segment, int, int]], window: int, dtype: torch.dtype, device: torch.device
+) -> _Step:
+    """`parts` are (segment, first position in this block, its row); `block` is the block's first position."""
+    first_key, last_key = _first_key(block, window), block + BLOCK_TOKENS
+    start = parts[0][0].start
+    products, filled = [], 0
+    for segment, position, row in parts:
+        stop = min(segment.end, last_key)
+        begin = max(start, first_key)
+        own_keys = slice(begin - first_key, stop - first_key)
+        own_rows = slice(segment.row + begin - start, segment.row + stop - start)
+        stale = slice(own_keys.stop, filled) if filled > own_keys.stop else None
+        filled = max(filled, own_keys.stop)
+        rows = slice(row, row + stop - position)
+        ceiling = _ceiling(position, stop, first_key, last_key, window, dtype, device)
+        products.append(_Product(rows, stop - position, own_rows, own_keys, stale, ceiling))
+    num_stored = max(0, min(start, last_key) - first_key)
+    return _Step(parts[0][0].blocks, first_key, last_key - first_key, num_stored, tuple(products))
+
+
+def _ceiling(
+    first_row: int, last_row: int, first_key: int, last_key: int, window: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    if window:
+        row, key = torch.arange(first_row, last_row)[:, None], torch.arange(first_key, last_key)
+        return _limits((key > row) | (row - key >= window), dtype, device)
+    offset = first_row % BLOCK_TOKENS  # only the last block holds keys after a row
+    return _triangle(dtype, device)[offset : offset + last_row - first_row]
+
+
+@functools.cache
+def _triangle(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    position = torch.arange(BLOCK_TOKENS)
+    return _limits(position > position[:, None], dtype, device)
+
+
+def _limits(hidden: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.where(hidden, float("-inf"), float("inf")).to(device, dtype)
 
 
 def _first_key(position: int, window: int) -> int:
     """First key, at a block's border, that the block of rows around `position` can see."""
     return floor_block(max(0, floor_block(position) - window + 1)) if window else 0
-
-
-def _mask(scores: torch.Tensor, first_row: int, num_rows: int, first_key: int, window: int) -> None:
-    """Masks, in place, scores [..., num_rows, keys] of keys after their row or out of its window."""
-    num_keys = scores.shape[-1]
-    row = torch.arange(first_row, first_row + num_rows, device=scores.device)[:, None]
-    if not window:  # only the last block holds keys after a row
-        key = torch.arange(first_key + num_keys - BLOCK_TOKENS, first_key + num_keys, device=scores.device)
-        scores[..., -BLOCK_TOKENS:].masked_fill_(key > row, float("-inf"))
-        return
-    key = torch.arange(first_key, first_key + num_keys, device=scores.device)
-    scores.masked_fill_((key > row) | (row - key >= window), float("-inf"))
-
-
-def _attend(
-    q: torch.Tensor, keys: _Keys, position: int, scale: float, window: int, softcap: float, sinks: torch.Tensor | None
-) -> torch.Tensor:
-    """Rows at `position`, `position` + 1, ... of one block: q [kv_heads, group, rows, head_size] -> [..., v_size]."""
-    kv_heads, group, num_rows, head_size = q.shape
-    first_key = _first_key(position, window)
-    own = slice(first_key - keys.base, floor_block(position) + BLOCK_TOKENS - keys.base)
-    flat = q.reshape(kv_heads, group * num_rows, head_size)
-    scores = torch.baddbmm(flat.new_empty(1), flat, keys.k[:, own].transpose(1, 2), beta=0, alpha=scale)
-    if softcap:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    per_head = scores.view(kv_heads, group, num_rows, -1)
-    _mask(per_head, position, num_rows, first_key, window)
-    if sinks is not None:
-        sink = sinks.to(scores.dtype).view(kv_heads, group, 1, 1).expand(-1, -1, num_rows, 1)
-        weights = torch.cat([per_head, sink], -1).softmax(-1)[..., :-1].reshape(scores.shape)
-    else:
-        weights = scores.softmax(-1)
-    return torch.bmm(weights, keys.v[:, own]).view(kv_heads, group, num_rows, -1)
 
 
 def tree_attention(
@@ -84,47 +140,62 @@ def tree_attention(
     v: torch.Tensor,
     pool_k: torch.Tensor,
     pool_v: torch.Tensor,
-    segments: Sequence[Segment],
+    plan: Plan,
     scale: float,
-    window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
-    last_rows_only: bool = False,
 ) -> torch.Tensor:
-    """Causal attention of every segment to its stored beginning and to itself.
+    """Causal attention of every segment of the plan to its stored beginning and to itself.
 
     q [heads, rows, head_size], k and v [kv_heads, rows, ...]; pools [blocks, kv_heads, BLOCK_TOKENS, ...]. What
-    segments store must be in the pools already. Returns [rows, heads, v_head_size]. `window` 0 means none, `softcap` 0
-    none, `sinks` [heads] are logits of keys without a value (GPT-OSS).
-
-    With `last_rows_only` q holds one row per segment, its last, and so does the result.
+    segments store must be in the pools already. Returns [rows of q, heads, v_head_size]. `softcap` 0 means none,
+    `sinks` [heads] are logits of keys without a value (GPT-OSS).
     """
-    heads, num_rows, head_size = q.shape
+    heads, _, head_size = q.shape
     kv_heads = k.shape[0]
-    q = q.view(kv_heads, heads // kv_heads, num_rows, head_size)
-    out = q.new_empty(num_rows, kv_heads, heads // kv_heads, v.shape[-1])
-    keys, shared = None, None
-    ends = _longest_end(segments)
-    for index, segment in enumerate(segments):
-        beginning = (segment.blocks, segment.start)
-        if keys is None or beginning != shared:
-            base = _first_key(segment.start, window)
-            keys, shared = _Keys(pool_k, pool_v, segment, base, ends[beginning]), beginning
-        keys.put_own(k, v, segment)
-        position, row = (segment.end - 1, index) if last_rows_only else (segment.start, segment.row)
-        while position < segment.end:
-            stop = min(segment.end, floor_block(position) + BLOCK_TOKENS)
-            rows = slice(row, row + stop - position)
-            part = _attend(q[:, :, rows], keys, position, scale, window, softcap, sinks)
-            out[rows] = part.permute(2, 0, 1, 3)
-            row, position = rows.stop, stop
-    return out.view(num_rows, heads, -1)
+    q = q.view(kv_heads, heads // kv_heads, -1, head_size)
+    out = q.new_empty(plan.num_rows, kv_heads, heads // kv_heads, v.shape[-1])
+    for step in plan.steps:
+        keys = k.new_empty(kv_heads, step.num_keys, head_size)
+        values = v.new_empty(kv_heads, step.num_keys, v.shape[-1])
+        # What no row sees has weight 0 and is multiplied all the same: it must not be NaN. It lies in the last block.
+        keys[:, -BLOCK_TOKENS:], values[:, -BLOCK_TOKENS:] = 0, 0
+        gather_prefix(pool_k, step.blocks, step.first_key, step.first_key + step.num_stored, keys)
+        gather_prefix(pool_v, step.blocks, step.first_key, step.first_key + step.num_stored, values)
+        for product in step.products:
+            keys[:, product.own_keys] = k[:, product.own_rows]
+            values[:, product.own_keys] = v[:, product.own_rows]
+            if product.stale is not None:
+                keys[:, product.stale], values[:, product.stale] = 0, 0
+            part = _attend(q, keys, values, product, scale, softcap, sinks)
+            out[product.rows] = part.permute(2, 0, 1, 3)
+    return out.view(plan.num_rows, heads, -1)
 
 
-def _longest_end(segments: Sequence[Segment]) -> dict[tuple[tuple[int, ...], int], int]:
-    """For each shared beginning, how far the longest segment that continues it reaches."""
-    ends: dict[tuple[tuple[int, ...], int], int] = {}
-    for segment in segments:
-        beginning = (segment.blocks, segment.start)
-        ends[beginning] = max(segment.end, ends.get(beginning, 0))
-    return ends
+def _attend(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    product: _Product,
+    scale: float,
+    softcap: float,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """q [kv_heads, group, rows, head_size] -> the product's rows, [kv_heads, group, num_rows, v_head_size]."""
+    kv_heads, group, _, head_size = q.shape
+    num_rows = product.num_rows
+    flat = q[:, :, product.rows].reshape(kv_heads, group * num_rows, head_size)
+    if flat.shape[1] == 1:
+        flat = flat.expand(-1, 2, -1)
+    scores = torch.baddbmm(flat.new_empty(1), flat, keys.transpose(1, 2), beta=0, alpha=scale)
+    if softcap:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    per_head = scores.view(kv_heads, -1, num_rows, scores.shape[-1])  # of a doubled row: twice as many heads
+    # Four times as fast as masked_fill_ on a CPU.
+    per_head[..., -product.ceiling.shape[1] :].clamp_(max=product.ceiling)
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).view(kv_heads, group, 1, 1).expand(-1, per_head.shape[1], num_rows, 1)
+        weights = torch.cat([per_head, sink], -1).softmax(-1)[..., :-1].reshape(scores.shape)
+    else:
+        weights = scores.softmax(-1)
+    return torch.bmm(weights, values)[:, : group * num_rows].view(kv_heads, group, num_rows, -1)

@@ -8,11 +8,11 @@ every model family passes keyword arguments through.
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from rewardserve_kernels.attention.chunked import tree_attention
+from rewardserve_kernels.attention.chunked import Plan, plan_attention, tree_attention
 from rewardserve_kernels.kv_cache.paged import store_segment
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from torch import nn
@@ -72,10 +72,16 @@ class _Forward:
     num_calls: int = 0
     capturing: bool = False
     captured: tuple[torch.Tensor, torch.Tensor] | None = None
-    pooled_segments: tuple[Segment, ...] = field(init=False)
+    plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.pooled_segments = tuple(self.pack.segments[i] for i in self.pack.pooled)
+    def plan(self, q: torch.Tensor, window: int, pooled_only: bool) -> Plan:
+        """How the attention of this pack is cut, or that of its pooled rows; made once for all layers of a window."""
+        key = (window, pooled_only)
+        if key not in self.plans:
+            pack = self.pack
+            segments = tuple(pack.segments[i] for i in pack.pooled) if pooled_only else pack.segments
+            self.plans[key] = plan_attention(segments, q.dtype, q.device, window, pooled_only)
+        return self.plans[key]
 
 
 _current = threading.local()
@@ -98,12 +104,11 @@ def _attend(
     forward: _Forward = _current.forward
     layer = forward.num_calls
     forward.num_calls += 1
-    options = (scale, window, softcap, sinks)
     if forward.captured is not None:
         keys, values = forward.captured
         pools = forward.pool.layer(forward.last_layer, keys, values)
-        segments = forward.pooled_segments
-        return tree_attention(q[0], keys, values, *pools, segments, *options, last_rows_only=True)[None]
+        plan = forward.plan(q, window, pooled_only=True)
+        return tree_attention(q[0], keys, values, *pools, plan, scale, softcap, sinks)[None]
     keys, values = k[0], v[0]
     pools = forward.pool.layer(layer, keys, values)
     for segment in forward.pack.segments:
@@ -114,7 +119,8 @@ def _attend(
     if forward.capturing:
         forward.captured = (keys, values)
         raise _KeysCaptured
-    return tree_attention(q[0], keys, values, *pools, forward.pack.segments, *options)[None]
+    plan = forward.plan(q, window, pooled_only=False)
+    return tree_attention(q[0], keys, values, *pools, plan, scale, softcap, sinks)[None]
 
 
 _library = torch.library.Library("rewardserve", "DEF")
@@ -208,12 +214,32 @@ class _FullPrecisionNorm(nn.Module):
         return self.norm(hidden_states.float())
 
 
-def check_packable(config: PreTrainedConfig) -> None:
+def rope_switch(config: PreTrainedConfig) -> int | None:
+    """The length, in tokens, beyond which this model's rotary embedding is another one ("longrope"); None: it never is.
+
+    Hugging Face decides it once for a forward, by the longest sequence in it. So a sequence has a score of its own only
+    in a forward without sequences from the other side of the switch.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for kind in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if kind.get("rope_type") == "longrope":
+            original = kind.get("original_max_position_embeddings")
+            return int(original or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+    return None
+
+
+def check_packable(config: PreTrainedConfig, max_length: int) -> None:
     """Raises NotPackable for what is known to keep its mask, or a state, outside the attention interface.
 
     Necessary, not sufficient: the calls are counted on every forward, and the canary compares scores at load.
     """
     text = config.get_text_config()
+    switch = rope_switch(text)
+    if switch is not None and max_length > switch:
+        raise NotPackable(
+            f"its rotary embedding is another one for sequences beyond {switch} tokens, and one pack holds both kinds; "
+            f"with max_length = {switch} it can be packed"
+        )
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if not kinds <= PACKABLE_LAYERS:
         raise NotPackable(f"it has layers of kind {', '.join(sorted(kinds - PACKABLE_LAYERS))}")
@@ -235,33 +261,48 @@ class Backbone:
         self._pruned = False
         _widen_final_norm(module)
 
-    def prepare_packed(self, prune: bool, compile_layers: bool) -> None:
+    def prepare_packed(self, prune: bool, max_length: int) -> None:
         """Routes attention to ours and, with `prune`, cuts the last layer short. Raises NotPackable."""
-        check_packable(self.config)
+        check_packable(self.config, max_length)
         self.module.set_attn_implementation(ATTENTION)
         if self.module.config._attn_implementation != ATTENTION:
             raise NotPackable("it does not take another attention implementation")
-        if self._layers is None:
-            return
-        if compile_layers:
-            for layer in self._layers[:-1]:
-                layer.compile(dynamic=True, fullgraph=True)
-        if prune:
+        if prune and self._layers is not None:
             self._layers[-1] = _PrunedLayer(self._layers[-1])
             self._pruned = True
 
     def prepare_padded(self) -> None:
-        """Back to the model as it was loaded."""
+        """Back to the model as it was loaded; weights that were laid out anew stay so, they give the same bits."""
+        self.set_compiled(False)
         self.module.set_attn_implementation(self._padded_attention)
         if self._pruned and self._layers is not None:
             self._layers[-1] = self._layers[-1].layer
             self._pruned = False
+
+    @property
+    def decoder_layers(self) -> Sequence[nn.Module]:
+        """Layers that are all of one kind; empty where they cannot be told."""
+        return [] if self._layers is None else list(self._layers)
+
+    def set_compiled(self, compiled: bool) -> None:
+        """Runs the decoder layers through torch.compile, or as they are. What was compiled once is kept.
+
+        One graph serves all layers; the last one, when it is pruned, leaves its forward half-way and stays as it is.
+        """
+        for layer in self.decoder_layers:
+            if isinstance(layer, _PrunedLayer):
+                continue
+            if compiled:
+                layer.compile(dynamic=True, fullgraph=True)
+            else:
+                layer._compiled_call_impl = None  # torch has no public way back
 
     def run_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
         """Final hidden states of the pooled rows, [len(pack.pooled), hidden_size].
 
         Raises NotPackable if not every layer asked our attention exactly once: such a backbone's states are wrong.
         """
+        num_pooled, pack = len(pack.pooled), _at_least_two_rows(pack)
         last_layer = self.config.num_hidden_layers - 1 if self._pruned else -1
         forward = _Forward(pack, pool, last_layer)
         _current.forward = forward
@@ -274,7 +315,7 @@ class Backbone:
         expected = self.config.num_hidden_layers + (1 if self._pruned and pack.pooled else 0)
         if forward.num_calls != expected:
             raise NotPackable(f"attention was called {forward.num_calls} times instead of {expected} in a forward")
-        return hidden if self._pruned else hidden[pack.pooled_rows]
+        return (hidden if self._pruned else hidden[pack.pooled_rows])[:num_pooled]
 
     def run_padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """Final hidden states of the last token of each row, [len(rows), hidden_size], by a right-padded forward.
@@ -286,6 +327,17 @@ class Backbone:
         mask = (torch.arange(input_ids.shape[1], device=self.device)[None] < lengths[:, None]).long()
         hidden = self.module(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
         return hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+
+
+def _at_least_two_rows(pack: Pack) -> Pack:
+    """Doubles a single row, computed or pooled: a product of one row takes another path in oneDNN, to other bits."""
+    if len(pack.pooled) == 1:
+        pack = replace(pack, pooled=pack.pooled * 2, pooled_rows=pack.pooled_rows.repeat(2))
+    if len(pack.input_ids) == 1:
+        alone = Segment(row=1, num_rows=1, start=0, blocks=(), store=False)
+        ids, positions = pack.input_ids.repeat(2), torch.cat([pack.position_ids, pack.position_ids.new_zeros(1)])
+        pack = replace(pack, input_ids=ids, position_ids=positions, segments=(*pack.segments, alone))
+    return pack
 
 
 def _decoder_layers(module: nn.Module, num_layers: int) -> nn.ModuleList | None:

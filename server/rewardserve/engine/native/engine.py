@@ -38,7 +38,7 @@ class DevicePoisoned(RuntimeError):
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     plan: BatchPlan
-    inputs: object
+    inputs: object  # or the exception that making them ended in; it is handled in its turn
     epoch: int  # of the scheduler when planned; a later epoch means it was rolled back
 
 
@@ -127,7 +127,10 @@ class EngineLoop:
                 self._lock.wait(timeout=None if self._scheduler.idle else 0.05)
             else:
                 return None
-        return _Prepared(plan, self._runner.prepare(plan), epoch)
+        try:
+            return _Prepared(plan, self._runner.prepare(plan), epoch)
+        except Exception as error:
+            return _Prepared(plan, error, epoch)
 
     def _check_when_idle(self) -> None:
         """Looks through every block, which takes milliseconds: not after each request of a quiet hour."""
@@ -146,6 +149,8 @@ class EngineLoop:
                 self._scheduler.begin(prepared.plan)
             started = time.perf_counter()
             try:
+                if isinstance(prepared.inputs, Exception):
+                    raise prepared.inputs
                 scores = self._runner.run(prepared.inputs)
             except NotPackable as error:
                 self._fall_back(str(error))

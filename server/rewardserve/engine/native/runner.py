@@ -6,7 +6,7 @@ import torch
 
 from rewardserve.engine.native.batch import build_pack, build_rows
 from rewardserve.engine.native.sequence import BatchPlan
-from rewardserve.models.backbone import KVPool, Pack
+from rewardserve.models.backbone import KVPool, Pack, rope_switch
 from rewardserve.models.reward_model import RewardModel
 
 
@@ -43,6 +43,7 @@ class PaddedRunner:
     def __init__(self, model: RewardModel, max_batch_tokens: int) -> None:
         self._model = model
         self._max_batch_tokens = max_batch_tokens
+        self._rope_switch = rope_switch(model.backbone.config)
 
     def prepare(self, plan: BatchPlan) -> list[torch.Tensor]:
         return build_rows(plan)
@@ -52,10 +53,17 @@ class PaddedRunner:
         scores = [0.0] * len(prepared)
         order = sorted(range(len(prepared)), key=lambda i: -len(prepared[i]))
         while order:
-            count = max(1, self._max_batch_tokens // len(prepared[order[0]]))
+            count = self._fitting([len(prepared[i]) for i in order])
             batch, order = order[:count], order[count:]
             for index, score in zip(
                 batch, self._model.score_padded([prepared[i] for i in batch]).tolist(), strict=True
             ):
                 scores[index] = score
         return scores
+
+    def _fitting(self, lengths: list[int]) -> int:
+        """How many of `lengths`, longest first, make one padded batch: at least one."""
+        count = max(1, self._max_batch_tokens // lengths[0])
+        if self._rope_switch is not None and lengths[0] > self._rope_switch:
+            count = min(count, sum(length > self._rope_switch for length in lengths))
+        return count

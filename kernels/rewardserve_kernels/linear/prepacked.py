@@ -1,0 +1,73 @@
+"""Linear layers whose bf16 weights are laid out for the CPU's matrix units once, instead of on every product.
+
+The product itself is oneDNN's either way and gives the same bits. torch.compile does not take a tensor in oneDNN's own
+layout, so the product is an opaque operator that is handed a number and looks the weight up.
+"""
+
+import itertools
+import weakref
+
+import torch
+from torch import nn
+
+_weights: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+_numbers = itertools.count()
+
+
+def _linear(x: torch.Tensor, number: torch.Tensor, out_features: int) -> torch.Tensor:
+    weight, bias = _weights[int(number)]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+_library = torch.library.Library("rewardserve", "FRAGMENT")
+_library.define("prepacked_linear(Tensor x, Tensor number, int out_features) -> Tensor")
+_library.impl("prepacked_linear", _linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("rewardserve::prepacked_linear", lib=_library)
+def _linear_fake(x: torch.Tensor, number: torch.Tensor, out_features: int) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+class PrepackedLinear(nn.Module):
+    """Takes the place of an nn.Linear in bf16 on a CPU, for inference: it has no parameters."""
+
+    def __init__(self, linear: nn.Linear, num_rows: int) -> None:
+        """`num_rows` is how many rows to lay the weight out for; others are right too, and nearly as fast."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        number = next(_numbers)
+        bias = None if linear.bias is None else linear.bias.detach()
+        _weights[number] = (torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows), bias)
+        weakref.finalize(self, _weights.pop, number)
+        # A tensor, since torch.compile makes another graph for every value of an int: one for each layer.
+        self.register_buffer("number", torch.tensor(number), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.rewardserve.prepacked_linear(x, self.number, self.out_features)
+
+
+def can_prepack(linear: nn.Module) -> bool:
+    """Exactly nn.Linear: what a subclass does besides is not known here."""
+    return (
+        type(linear) is nn.Linear
+        and linear.weight.dtype == torch.bfloat16
+        and linear.weight.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def prepack(module: nn.Module, num_rows: int) -> list[tuple[nn.Module, str, nn.Linear]]:
+    """Replaces every linear layer below `module` that can be; returns (parent, name, what was there) of each.
+
+    Who drops the list frees the weights that were replaced.
+    """
+    replaced: list[tuple[nn.Module, str, nn.Linear]] = []
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.Linear) and can_prepack(child):
+            setattr(module, name, PrepackedLinear(child, num_rows))
+            replaced.append((module, name, child))
+        else:
+            replaced += prepack(child, num_rows)
+    return replaced

@@ -1,0 +1,78 @@
+"""Is a packed forward right? Scored once by plain padded Hugging Face, then by every way of running that is tried."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, ceil_block
+
+from rewardserve.models.backbone import KVPool, Pack
+from rewardserve.models.reward_model import RewardModel
+from rewardserve.models.spec import ModelSpec
+
+LONGEST = 1500  # tokens; a window longer than that is not crossed by the canary
+
+
+class Canary:
+    """A prompt with responses, and the final hidden states that the padded forward gives them."""
+
+    def __init__(self, model: RewardModel, spec: ModelSpec) -> None:
+        """`model` must be on its padded path."""
+        self._prompt, self._responses = _tokens(spec)
+        self._wanted = _padded_reference(model, [self._prompt + response for response in self._responses])
+
+    def run(self, model: RewardModel) -> tuple[KVPool, float]:
+        """Relative difference to the padded states, the larger of the cold prompt's and of the prompt read from blocks.
+
+        The median over the responses: a mistake of ours shows in all of them, while in low precision a mixture of
+        experts may send a single token elsewhere for a difference of one rounding.
+        """
+        num_blocks = ceil_block(len(self._prompt)) // BLOCK_TOKENS
+        pool, blocks = KVPool(num_blocks), tuple(range(num_blocks))
+        packs = [self._pack(model.backbone.device, blocks, with_prompt) for with_prompt in (True, False)]
+        with torch.inference_mode():
+            states = [model.backbone.run_packed(pack, pool) for pack in packs]
+        wanted = self._wanted
+        errors = [((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median().item() for got in states]
+        return pool, max(float("inf") if math.isnan(error) else error for error in errors)
+
+    def _pack(self, device: torch.device, blocks: tuple[int, ...], with_prompt: bool) -> Pack:
+        prompt = self._prompt
+        ids = list(prompt) if with_prompt else []
+        positions = list(range(len(ids)))
+        segments = [Segment(0, len(prompt), 0, blocks, store=True)] if with_prompt else []
+        for response in self._responses:
+            segments.append(Segment(len(ids), len(response), len(prompt), blocks, store=False))
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+        pooled = tuple(i for i, segment in enumerate(segments) if not segment.store)
+        rows = [segments[i].row + segments[i].num_rows - 1 for i in pooled]
+        ids_, positions_, rows_ = (torch.tensor(values, device=device) for values in (ids, positions, rows))
+        return Pack(ids_, positions_, tuple(segments), pooled, rows_)
+
+
+def _padded_reference(model: RewardModel, rows: Sequence[list[int]]) -> torch.Tensor:
+    """Final hidden states by plain padded Hugging Face, in its eager attention: the one that knows every option."""
+    module = model.backbone.module
+    implementation = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    with torch.inference_mode():
+        hidden = model.backbone.run_padded([torch.tensor(row) for row in rows])
+    module.set_attn_implementation(implementation)
+    return hidden
+
+
+def _tokens(spec: ModelSpec) -> tuple[list[int], list[list[int]]]:
+    """A prompt and responses of pseudo-random ids: past a block's border, and past the attention window if in reach."""
+    config = spec.config.get_text_config()
+    window = getattr(config, "sliding_window", None) or 0
+    length = BLOCK_TOKENS + 9
+    if window and window + length < LONGEST:
+        length += window
+    length = min(length, spec.max_length - 30)
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, config.vocab_size, (max(1, count),), generator=generator).tolist()
+
+    return tokens(length), [tokens(count) for count in (21, 2, 1, 9, 5, 14, 30)]
