@@ -1,6 +1,6 @@
 """Who is served next."""
 
-from rewardserve.engine.native.fair_queue import FairQueue
+from rewardserve.engine.native.fair_queue import MAX_CLIENTS, FairQueue
 
 
 class Work:
@@ -88,3 +88,16 @@ def test_removed_work_is_never_served() -> None:
         queue.remove(work)
     assert [serve(queue) for _ in range(5)] == works[1::2]
     assert len(queue) == 0
+
+
+def test_clients_that_were_served_are_forgotten_however_busy_the_queue() -> None:
+    """Every connection is a client of its own; a server under constant load would remember each for ever."""
+    queue: FairQueue[object] = FairQueue(quantum=10)
+    for number in range(3 * MAX_CLIENTS):
+        queue.add(object(), f"client-{number}", 10, 0)
+        if number > 5:
+            served = queue.peek()
+            assert served is not None
+            queue.remove(served)
+    assert len(queue) > 0
+    assert len(queue._client_finish) <= MAX_CLIENTS

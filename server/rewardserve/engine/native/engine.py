@@ -67,6 +67,7 @@ class EngineLoop:
         self._epoch = 0
         self._stopping = False
         self._checked_at = 0.0
+        self._depth, self._depth_at = (0, 0), 0.0  # requests and tokens waiting, and when they were counted
         self._ahead: queue.Queue[_Prepared | None] = queue.Queue(maxsize=1)
         self._threads = [
             threading.Thread(target=self._guard, args=(body,), name=name, daemon=True)
@@ -162,18 +163,26 @@ class EngineLoop:
     def _complete(self, plan: BatchPlan, scores: list[float], compute_s: float) -> None:
         with self._lock:
             self._scheduler.complete(plan, scores)
+            self._measure_depth()
             report = BatchReport(
                 num_tokens=plan.num_tokens,
                 num_pairs=plan.num_scored,
                 num_prompt_tokens=plan.num_prompt_tokens,
                 num_cached_tokens=plan.num_cached_tokens,
                 compute_s=compute_s,
-                queued_requests=self._scheduler.num_waiting_requests,
-                queued_tokens=self._scheduler.num_waiting_tokens,
+                queued_requests=self._depth[0],
+                queued_tokens=self._depth[1],
             )
             self._deliver()
             self._lock.notify_all()
         self._on_batch(report)
+
+    def _measure_depth(self) -> None:
+        """Goes through the whole queue: after every forward while it is short, else a few times a second."""
+        now = time.monotonic()
+        if self._scheduler.num_waiting_groups < 100 or now - self._depth_at > 0.1:
+            self._depth = (self._scheduler.num_waiting_requests, self._scheduler.num_waiting_tokens)
+            self._depth_at = now
 
     def _recover(self, plan: BatchPlan, error: Exception) -> None:
         """Splits what failed; fails it if it is down to one item."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 Work = TypeVar("Work")
+MAX_CLIENTS = 4096  # whose service is remembered while the queue is never empty
 
 
 class _Entry(Generic[Work]):
@@ -49,6 +50,8 @@ class FairQueue(Generic[Work]):
         """`cost` in tokens."""
         start = max(self._now, self._client_finish.get(client, 0.0))
         self._client_finish[client] = start + cost
+        if len(self._client_finish) > MAX_CLIENTS:
+            self._forget_clients()
         entry = _Entry(work, priority, start, cost, self._arrivals)
         self._arrivals += 1
         self._entries[id(work)] = entry
@@ -78,6 +81,11 @@ class FairQueue(Generic[Work]):
             self._heap.clear()
             self._client_finish.clear()
             self._now = 0.0
+
+    def _forget_clients(self) -> None:
+        """Every connection is a client; those that were served least are forgotten, which costs nobody much."""
+        by_finish = sorted(self._client_finish.items(), key=lambda item: item[1])
+        self._client_finish = dict(by_finish[MAX_CLIENTS // 2 :])
 
     def _push(self, entry: _Entry[Work]) -> None:
         entry.finish = entry.start + min(entry.cost, self._quantum)

@@ -120,6 +120,10 @@ class Scheduler:
         return [job.request for job in self._jobs.values()]
 
     @property
+    def num_waiting_groups(self) -> int:
+        return len(self._queue)
+
+    @property
     def num_waiting_requests(self) -> int:
         return len({group.request_id for group in self._queue})
 
@@ -371,13 +375,12 @@ class Scheduler:
                 self._finish_if_done(group)
 
     def _in_flight(self, group: Group) -> bool:
-        job = self._jobs.get(group.request_id)
-        return job is not None and any(g is group for g in job.groups) and not group.finished
+        return not group.dropped and not group.finished
 
     def _finish_if_done(self, group: Group) -> None:
-        job = self._jobs.get(group.request_id)
-        if job is None or not group.finished or not any(g is group for g in job.groups):
+        if group.dropped or not group.finished:
             return
+        job = self._jobs[group.request_id]
         job.num_unfinished -= 1
         if job.num_unfinished == 0:
             del self._jobs[group.request_id]
@@ -405,6 +408,7 @@ class Scheduler:
     def _drop(self, request_id: str, expired: bool) -> None:
         job = self._jobs.pop(request_id)
         for group in job.groups:
+            group.dropped = True
             self._remove(group)
         self._outcomes.append(Outcome(request_id, None, expired))
 

@@ -46,6 +46,7 @@ class Group:
     num_cached: int = 0
     num_reserved: int = 0  # blocks it may still allocate; kept free for it, so that a started group can always finish
     started: bool = False
+    dropped: bool = False  # its request expired or was cancelled; forwards under way may still hold its chunks
 
     @classmethod
     def from_encoded(cls, request_id: str, encoded: EncodedGroup, keys: list[bytes]) -> "Group":
