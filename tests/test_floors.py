@@ -47,6 +47,8 @@ FRONT = (
     "rewardserve.config",
     "rewardserve.cli.main",
     "rewardserve.cli.serve",
+    "rewardserve.cli.bench",
+    "rewardserve.loadtest.loadgen",
     "rewardserve.transport.grpc_server",
     "rewardserve.service.score",
     "rewardserve.text.encoder",

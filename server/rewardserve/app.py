@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -78,7 +80,7 @@ class App:
         if self._config.metrics_port >= 0:
             self._serve_metrics()
         await self._server.start()
-        log.info("listening on %s:%d, metrics on port %s", self._config.host, self.port, self.metrics_port or "none")
+        log.info("listening on %s, metrics on port %s", _address(self._host, self.port), self.metrics_port or "none")
         for name, source in self._config.models.items():
             await self.registry.load(name, source)
         await self._health.started(self.registry)
@@ -106,21 +108,26 @@ class App:
         await asyncio.gather(*self._changes, return_exceptions=True)
 
     def _listen(self, server: grpc.aio.Server) -> int:
-        address = f"{self._config.host}:{self._config.port}"
+        address = _address(self._host, self._config.port)
         with contextlib.suppress(RuntimeError):
             if port := server.add_insecure_port(address):
                 return port
-        raise OSError(f"cannot listen on {address}: is another server there? choose another with --port")
+        raise OSError(f"cannot listen on {address}: {_why_not(self._host, self._config.port)}")
 
     def _serve_metrics(self) -> None:
-        port, host = self._config.metrics_port, self._config.host
+        port, host = self._config.metrics_port, self._host
         try:
             self._metrics_server, _ = prometheus_client.start_http_server(port, host, self.metrics.registry)
         except OSError as error:
             raise OSError(
-                f"cannot serve metrics on {host}:{port} ({error}); choose another with --metrics-port"
+                f"cannot serve metrics on {_address(host, port)} ({error}); choose another with --metrics-port"
             ) from error
         self.metrics_port = self._metrics_server.server_port
+
+    @property
+    def _host(self) -> str:
+        """An IPv6 address without its brackets, which gRPC needs and nobody else takes."""
+        return self._config.host.removeprefix("[").removesuffix("]")
 
     def _make_engine(self, name: str, source: str, dtype: str) -> Engine:
         config = self._config
@@ -143,3 +150,26 @@ class App:
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ]
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _why_not(host: str, port: int) -> str:
+    """gRPC does not say why it cannot listen; the system does."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as tried:
+            tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+            tried.listen()
+    except socket.gaierror as error:
+        return f"--host {host!r} does not resolve ({error.strerror})"
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return "is another server there? choose another with --port"
+        if error.errno == errno.EADDRNOTAVAIL:
+            return f"--host {host!r} is no address of this machine"
+        return f"{error.strerror}; choose another with --port"
+    return "gRPC refused, though the port is free"

@@ -4,26 +4,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from rewardserve.options import SERVE, ConfigError, Options, Repeated, load_options
+from rewardserve.options import SERVE, ConfigError, Options, Repeated, at_top_of_file, load_options
 from rewardserve.types import is_model_name
 
+DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+MAX_THREADS = 4096  # more is a slip of the finger, and ends in a crash of torch
 
+
+@at_top_of_file
 class ServeConfig(Options):
     """Serves reward models over gRPC."""
 
     model: Repeated = Field(
         default=[], description="checkpoint to serve: FOLDER, a hub name, or NAME=either; repeat for several"
     )
-    host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
     metrics_port: int = Field(default=9090, ge=-1, le=65535, description="Prometheus port; 0 picks one, -1 is none")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="precision of the backbone; auto is the checkpoint's own"
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:N")
     max_length: int = Field(default=0, ge=0, description="longest prompt + response in tokens; 0: the checkpoint's own")
     max_batch_tokens: int = Field(
         default=0, ge=0, description="token budget of one forward; 0: 2048 on a CPU, 8192 on a GPU"
@@ -37,8 +41,10 @@ class ServeConfig(Options):
         default="auto",
         description="packed refuses models that cannot be packed; padded serves all by plain Hugging Face",
     )
-    threads: int = Field(default=0, ge=0, description="torch threads of one engine on a CPU; 0: all cores")
-    tokenizer_threads: int = Field(default=2, ge=1, description="threads that tokenize text")
+    threads: int = Field(
+        default=0, ge=0, le=MAX_THREADS, description="torch threads of one engine on a CPU; 0: all cores"
+    )
+    tokenizer_threads: int = Field(default=2, ge=1, le=MAX_THREADS, description="threads that tokenize text")
 
     max_pairs_per_request: int = Field(default=8192, ge=1, description="most responses in one request")
     max_queued_requests: int = Field(default=4096, ge=1, description="requests under way per model; more are refused")
@@ -54,7 +60,33 @@ class ServeConfig(Options):
     log_format: Literal["text", "json"] = Field(default="text", description="form of the log lines")
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="least severe to log")
     log_requests: bool = Field(default=False, description="log every request, not only those that fail")
-    log_text: bool = Field(default=False, description="log prompts and responses too")
+    log_text: bool = Field(
+        default=False, description="log prompts and responses too, of every request unless --no-log-requests"
+    )
+
+    @model_validator(mode="after")
+    def _text_needs_requests(self) -> "ServeConfig":
+        if self.log_text and "log_requests" not in self.model_fields_set:
+            self.log_requests = True
+        return self
+
+    def check(self) -> None:
+        """Raises ConfigError for options that do not go together."""
+        self.require(
+            bool(self.models) or self.allow_model_control,
+            "no model: give --model FOLDER (or --allow-model-control to load one later)",
+        )
+        self.require(
+            self.port != self.metrics_port or self.port == 0,
+            f"--port and --metrics-port are both {self.port}; choose another for one of them",
+        )
+        self.require(
+            self.path != "padded" or self.compile != "on", "--compile on needs the packed path, not --path padded"
+        )
+        self.require(
+            not self.log_requests or self.log_level in ("debug", "info"),
+            f"requests are logged at level info, which --log-level {self.log_level} leaves out",
+        )
 
     @property
     def models(self) -> dict[str, str]:

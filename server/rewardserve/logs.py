@@ -2,7 +2,17 @@
 
 import json
 import logging
+import re
 import time
+from typing import Any
+
+# A name that a caller chose must not forge a line, steer the terminal it is read on, or turn its letters around.
+UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+
+def escape(text: str) -> str:
+    return UNSAFE.sub(lambda found: SHORT.get(found[0], f"\\u{ord(found[0]):04x}"), text)
 
 
 class _JsonFormatter(logging.Formatter):
@@ -21,16 +31,26 @@ class _JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        return json.dumps(entry, ensure_ascii=False)
+        return escape(json.dumps(entry, ensure_ascii=False, default=str))  # which leaves a few that terminals obey
 
 
 class _TextFormatter(logging.Formatter):
     def __init__(self, process: str) -> None:
         super().__init__(f"%(asctime)s %(levelname)s {process}%(message)s")
 
-    def format(self, record: logging.LogRecord) -> str:
-        fields = "".join(f" {name}={value}" for name, value in getattr(record, "fields", {}).items())
-        return super().format(record) + fields
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        fields = "".join(f" {name}={_shown(value)}" for name, value in getattr(record, "fields", {}).items())
+        return escape(super().formatMessage(record)) + fields
+
+    def formatException(self, ei: Any) -> str:
+        """Indented, for a line of it must not look like one of the log."""
+        return "\n".join(f"    {escape(line)}" for line in super().formatException(ei).split("\n"))
+
+
+def _shown(value: Any) -> str:
+    """In quotes where it would not be seen where it ends and the next field begins."""
+    text = str(value)
+    return escape(json.dumps(text, ensure_ascii=False) if re.search(r'[\s="]', text) or not text else text)
 
 
 def set_up_logging(form: str, level: str, process: str = "") -> None:

@@ -1,10 +1,69 @@
 """Every Prometheus series the server has. The registry is passed in; children are bound once per model."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.metrics_core import HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 SCORES = (-20, -10, -8, -6, -5, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
 STAGES = ("admission", "tokenization", "queue", "compute", "total")
+
+
+class Observations:
+    """One histogram of one model."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)  # the last one is +Inf's
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def observe_all(self, values: Iterable[float]) -> None:
+        bounds, counts = self._bounds, self._counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+            self._sum += value
+
+    def add_to(self, family: Metric, name: str, labels: dict[str, str]) -> None:
+        """The samples prometheus-client's own histogram gives: it, too, has no sum where values may be negative."""
+        total = 0
+        for bound, count in zip((*self._bounds, float("inf")), tuple(self._counts), strict=True):
+            total += count
+            family.add_sample(f"{name}_bucket", {**labels, "le": floatToGoString(bound)}, total)
+        family.add_sample(f"{name}_count", labels, total)
+        if self._bounds[0] >= 0:
+            family.add_sample(f"{name}_sum", labels, self._sum)
+
+
+class Histogram(Collector):
+    """Written on the event loop only, and read by scrapes on their threads.
+
+    prometheus-client's takes a lock and walks the buckets for each observation, and a request has one for each of its
+    scores and five for its stages.
+    """
+
+    def __init__(self, name: str, text: str, labels: tuple[str, ...], bounds: Sequence[float]) -> None:
+        self._name, self._text, self._labels, self._bounds = name, text, labels, bounds
+        self._children: dict[tuple[str, ...], Observations] = {}
+
+    def labels(self, *values: str) -> Observations:
+        return self._children.setdefault(values, Observations(self._bounds))
+
+    def describe(self) -> Iterable[Metric]:
+        return [HistogramMetricFamily(self._name, self._text)]
+
+    def collect(self) -> Iterable[Metric]:
+        family = HistogramMetricFamily(self._name, self._text)
+        for values, child in list(self._children.items()):
+            child.add_to(family, self._name, dict(zip(self._labels, values, strict=True)))
+        return [family]
 
 
 class Metrics:
@@ -17,10 +76,14 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"rewardserve_{name}", text, ("model", *labels), registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"rewardserve_{name}", text, ("model", *labels), buckets=buckets, registry=registry)
+        def histogram(name: str, text: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
+            made = Histogram(f"rewardserve_{name}", text, ("model", *labels), bounds)
+            registry.register(made)
+            return made
 
-        self.requests = counter("requests", "Requests answered, by gRPC status.", "status")
+        self.requests = counter(
+            "requests", "Requests answered, by gRPC status; model is empty where it is not known.", "status"
+        )
         self.item_failures = counter("item_failures", "Responses without a score, by code.", "code")
         self.rejections = counter("admission_rejections", "Requests refused before any work.", "reason")
         self.pairs = counter("pairs", "Prompt/response pairs scored.")
@@ -42,6 +105,10 @@ class Metrics:
         # Prometheus has no sum for a histogram that goes below zero.
         self.score_sum = gauge("score_total", "Sum of the scores given out; over rewardserve_pairs_total, their mean.")
 
+    def count_request_of_no_model(self, status: str) -> None:
+        """One that could not be read, or names a model nobody serves."""
+        self.requests.labels("", status).inc()
+
 
 class ModelMetrics:
     """The series of one model, bound."""
@@ -49,13 +116,12 @@ class ModelMetrics:
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics, self._model = metrics, model
         self._info_labels: tuple[str, ...] | None = None
+        self._requests_ok = metrics.requests.labels(model, "OK")
         self.pairs = metrics.pairs.labels(model)
         self.tokens = metrics.tokens.labels(model)
         self.cache_hits = metrics.prefix_cache_tokens.labels(model, "hit")
         self.cache_misses = metrics.prefix_cache_tokens.labels(model, "miss")
         self.restarts = metrics.restarts.labels(model)
-        self.in_flight = metrics.in_flight.labels(model)
-        self.in_flight_tokens = metrics.in_flight_tokens.labels(model)
         self.queued_requests = metrics.queued_requests.labels(model)
         self.queued_tokens = metrics.queued_tokens.labels(model)
         self.up = metrics.up.labels(model)
@@ -65,8 +131,14 @@ class ModelMetrics:
         self.score = metrics.score.labels(model)
         self.score_sum = metrics.score_sum.labels(model)
 
+    def watch_in_flight(self, num_requests: Callable[[], float], num_tokens: Callable[[], float]) -> None:
+        """Both are asked when metrics are scraped, and not written for each request."""
+        self._metrics.in_flight.labels(self._model).set_function(num_requests)
+        self._metrics.in_flight_tokens.labels(self._model).set_function(num_tokens)
+
     def count_request(self, status: str) -> None:
-        self._metrics.requests.labels(self._model, status).inc()
+        ok = status == "OK"  # looking up labels takes longer than counting
+        (self._requests_ok if ok else self._metrics.requests.labels(self._model, status)).inc()
 
     def count_item_failure(self, code: str) -> None:
         self._metrics.item_failures.labels(self._model, code).inc()

@@ -8,19 +8,27 @@ REWARDSERVE_<VERB>_ and stand in the file's table [<verb>].
 import difflib
 import json
 import os
+import re
 import tomllib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import pydantic
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsError
 from pydantic_settings import SettingsConfigDict as SettingsConfig
 
 PREFIX = "REWARDSERVE_"
 SERVE = "serve"
-OTHER_VERBS = ("score", "rank", "models", "health")
+OTHER_VERBS = ("score", "rank", "models", "health", "bench")
+
+# Kubernetes tells every pod of a namespace where its Services are, in variables that begin with the Service's name. One
+# named rewardserve, or rewardserve-metrics, must not keep the server from starting, nor be taken for its port.
+KUBERNETES = re.compile(
+    rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)"
+)
+KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")  # the value of <SERVICE>_PORT, which can be a name of ours
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -34,6 +42,17 @@ def _read_list(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return json.loads(value) if value.startswith("[") else [part.strip() for part in value.split(",") if part.strip()]
+
+
+def is_of_kubernetes(variable: str, value: str) -> bool:
+    name = variable.upper()
+    return bool(KUBERNETES.fullmatch(name) or (name.endswith("_PORT") and KUBERNETES_PORT.match(value)))
+
+
+def own_variables() -> dict[str, str]:
+    """What the environment says about our options; names in capitals, for any case has effect."""
+    named = {name.upper(): value for name, value in os.environ.items() if not is_of_kubernetes(name, value)}
+    return {name: value for name, value in named.items() if name.startswith(PREFIX)}
 
 
 Repeated = Annotated[list[str], NoDecode, BeforeValidator(_read_list)]  # a flag that may be given several times
@@ -51,12 +70,31 @@ class Options(BaseSettings):
         cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **sources: Any
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Flags are put in front by `load_options`; what a file says comes in as init arguments, weakest of all."""
-        return sources["env_settings"], init_settings
+        environment = sources["env_settings"]
+        environment.env_vars = {n: v for n, v in environment.env_vars.items() if not is_of_kubernetes(n, v or "")}
+        return environment, init_settings
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`port = true` would be port 1."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in (int, float):
+            raise ValueError("a number is needed, not true or false")
+        return value
 
     def require(self, holds: bool, message: str) -> None:
         """Raises ConfigError unless the options go together."""
         if not holds:
             raise ConfigError(message)
+
+
+_top_keys: list[str] = []
+
+
+def at_top_of_file(cls: type[O]) -> type[O]:
+    """The server's options: their keys stand in no table, and are known whichever verb reads the file."""
+    _top_keys.extend(cls.model_fields)
+    return cls
 
 
 def load_options(cls: type[O], verb: str, arguments: Sequence[str], file: Path | None = None) -> O:
@@ -88,7 +126,7 @@ def load_options(cls: type[O], verb: str, arguments: Sequence[str], file: Path |
 
 def _config_file(arguments: Sequence[str], prefix: str) -> Path | None:
     """Where the other options may stand; so it is looked for before them."""
-    named = os.environ.get(f"{prefix}CONFIG", "")
+    named = own_variables().get(f"{prefix}CONFIG", "")
     for index, argument in enumerate(arguments):
         if argument == "--config" and index + 1 < len(arguments):
             named = arguments[index + 1]
@@ -99,7 +137,7 @@ def _config_file(arguments: Sequence[str], prefix: str) -> Path | None:
 
 def _check_variables(cls: type[Options], verb: str, prefix: str) -> None:
     others = tuple(f"{PREFIX}{other.upper()}_" for other in OTHER_VERBS) if verb == SERVE else ()
-    for variable in map(str.upper, os.environ):  # any case has effect
+    for variable in own_variables():
         if not variable.startswith(prefix) or variable.startswith(others or "\0"):
             continue
         if variable.removeprefix(prefix).lower() not in cls.model_fields:
@@ -108,22 +146,45 @@ def _check_variables(cls: type[Options], verb: str, prefix: str) -> None:
 
 
 def _read_file(cls: type[Options], verb: str, file: Path) -> dict[str, Any]:
+    top = _parse_file(file)
+    tables = {name: top.pop(name) for name in OTHER_VERBS if name in top}
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"key '{name}' in {file} must be a table: [{name}], and its keys below")
+    for name, value in top.items():
+        _check_top_key(name, value, cls, file)
+    values = top if verb == SERVE else tables.get(verb, {})
+    for name in values:
+        _check_key(name, cls.model_fields, file)
+    return values
+
+
+def _parse_file(file: Path) -> dict[str, Any]:
     try:
-        values = tomllib.loads(file.read_text())
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"config file {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config file {file}: {error}") from None
-    if verb == SERVE:
-        values = {name: value for name, value in values.items() if name not in OTHER_VERBS}
-    else:
-        values = values.get(verb, {})
-    for name in values:
-        if name == "config":
-            raise ConfigError(f"key 'config' in {file}: a file cannot name another")
-        if name not in cls.model_fields:
-            raise ConfigError(f"key '{name}' in {file} is unknown{_nearest(name, list(cls.model_fields))}")
-    return values
+    except RecursionError:
+        raise ConfigError(f"config file {file}: is nested too deeply") from None
+
+
+def _check_top_key(name: str, value: Any, cls: type[Options], file: Path) -> None:
+    if name == SERVE:
+        raise ConfigError(f"key '{SERVE}' in {file} is unknown: the server's keys stand at the top, in no table")
+    if isinstance(value, dict) and name not in _top_keys:
+        raise ConfigError(f"table '{name}' in {file} is unknown{_nearest(name, OTHER_VERBS)}")
+    if name in cls.model_fields and name not in _top_keys:
+        raise ConfigError(f"key '{name}' in {file} stands at the top, where the server's do; put it into its table")
+    _check_key(name, _top_keys, file)
+
+
+def _check_key(name: str, known: Collection[str], file: Path) -> None:
+    if name == "config":
+        raise ConfigError(f"key 'config' in {file}: a file cannot name another")
+    if name not in known:
+        raise ConfigError(f"key '{name}' in {file} is unknown{_nearest(name, list(known))}")
 
 
 def _gather(arguments: Sequence[str], repeated: Collection[str]) -> list[str]:

@@ -31,6 +31,11 @@ class ItemFailure:
     code: ItemCode
     message: str
 
+    @property
+    def is_of_the_score(self) -> bool:
+        """Whether the model was computed, and what it gave is NaN or infinite. Engines say so at the message's end."""
+        return self.code is ItemCode.INTERNAL and self.message.endswith("not a number")
+
 
 @dataclass(frozen=True, slots=True)
 class Message:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from rewardserve.app import App
-from rewardserve.cli import models, rank, score
+from rewardserve.cli import health, models, rank, score
 from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine, EngineInfo
 from rewardserve.engine.fake import FakeEngine
@@ -18,7 +18,7 @@ from rewardserve.engine.native.engine import NativeEngine
 from rewardserve.engine.native.options import NativeOptions
 
 MAX_LENGTH = 128  # tokens, of the fake engine
-VERBS = {"score": score, "rank": rank, "models": models}
+VERBS = {"score": score, "rank": rank, "models": models, "health": health}
 MakeEngine = Callable[[str, str, str], Engine]
 
 

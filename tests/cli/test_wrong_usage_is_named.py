@@ -1,4 +1,5 @@
 import pytest
+from rewardserve.options import OTHER_VERBS
 
 GOOD = {"id": 1, "prompt": "two?", "response": "four"}
 
@@ -55,6 +56,17 @@ def test_a_bad_row_is_named_by_line_and_field_and_what_came_before_is_scored(cli
         ("models", ["lst"], "no action 'lst'; did you mean 'list'?"),
         ("models", ["load", "x"], "usage: rewardserve models load NAME SOURCE"),
         ("models", ["list", "x"], "usage: rewardserve models list"),
+        ("score", ["/dev/null", "-", "--timeout=1e10"], "--timeout"),
+        ("score", ["in", "out", "--model=x", "--threads=100000"], "--threads"),
+        ("score", ["/dev/null", "-", "--name=\udcff"], r"'\udcff' is not UTF-8"),
+        ("score", ["/dev/null", "-", "--endpoint=\udcff"], r"'\udcff' is not UTF-8"),
+        ("rank", ["--prompt-file=-", "--responses-file=-"], "stdin can hold the prompt or the responses, not both"),
+        ("rank", ["--prompt=x", "--responses-file=/dev/null"], "--responses-file is empty"),
+        ("rank", ["--prompt=\udcff", "--response=x"], r"'\udcff' is not UTF-8"),
+        ("health", ["--endpoint=http://x"], "--endpoint: an endpoint is a gRPC target"),
+        ("health", ["--endpoint="], "--endpoint: an endpoint is a gRPC target"),
+        ("health", ["--timeout=inf"], "--timeout"),
+        ("health", ["--timout=1"], "did you mean '--timeout'?"),
         ("models", ["--jsn"], "flag --jsn is unknown; did you mean '--json'?"),
     ],
 )
@@ -78,10 +90,46 @@ def test_an_unknown_environment_variable_is_refused_with_the_nearest_one(cli, mo
     assert ran.code == 2 and "did you mean 'REWARDSERVE_SCORE_WINDOW'?" in ran.err
 
 
-@pytest.mark.parametrize("verb", ["score", "rank", "models"])
+def test_what_a_server_says_back_cannot_steer_the_terminal(cli, server):
+    ran = cli("models", "get", "a\x1b[31mb", server.endpoint)
+    assert ran.code == 1 and "\x1b" not in ran.err and r"a\u001b[31mb" in ran.err
+
+
+# -- the config file -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["score", "rank", "models", "health"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[scroe]\nwindow = 3", "table 'scroe' in {} is unknown; did you mean 'score'?"),
+        ("prot = 3", "key 'prot' in {} is unknown; did you mean 'port'?"),
+        ("timeout = 3", "key 'timeout' in {} stands at the top, where the server's do; put it into its table"),
+        ("config = 'x'", "key 'config' in {}: a file cannot name another"),
+        ("[{verb}]\nconfig = 'x'", "key 'config' in {}: a file cannot name another"),
+        ("[{verb}]\ntimeut = 3", "key 'timeut' in {} is unknown; did you mean 'timeout'?"),
+        ("[{verb}]\ntimeout = true", "--timeout"),
+        *((f"{other} = 3", f"key '{other}' in {{}} must be a table: [{other}]") for other in OTHER_VERBS),
+    ],
+)
+def test_a_key_that_no_verb_knows_is_refused_by_all(cli, tmp_path, verb, text, said):
+    file = tmp_path / "rewardserve.toml"
+    file.write_text(text.replace("{verb}", verb))
+    ran = cli(verb, "--config", file, *(["in", "out"] if verb == "score" else []))
+    assert ran.code == 2 and said.replace("{}", str(file)) in ran.err and ran.err.count("\n") == 1
+
+
+def test_a_file_may_hold_the_options_of_the_server_and_of_every_verb(cli, server, rows_file, tmp_path):
+    file = tmp_path / "rewardserve.toml"
+    endpoint = server.endpoint.removeprefix("--endpoint=")
+    file.write_text(f"port = 3\nmodel = ['a=/x']\n[score]\nendpoint = '{endpoint}'\n[models]\njson_output = true\n")
+    assert cli("score", rows_file(GOOD), "-", "--config", file).rows[0]["id"] == 1
+
+
+@pytest.mark.parametrize("verb", ["score", "rank", "models", "health"])
 def test_help_lists_every_option_and_exits_with_0(verb, capsys):
-    from rewardserve.cli import models, rank, score
+    from rewardserve.cli import health, models, rank, score
 
     with pytest.raises(SystemExit) as exit_:
-        {"score": score, "rank": rank, "models": models}[verb].run(["--help"])
+        {"score": score, "rank": rank, "models": models, "health": health}[verb].run(["--help"])
     assert exit_.value.code == 0 and "--endpoint" in capsys.readouterr().out

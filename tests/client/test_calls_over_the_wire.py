@@ -11,6 +11,7 @@ from rewardserve.client import (
     ChatMessage,
     DeadlineExceeded,
     Group,
+    ModelNotFound,
     Overloaded,
     PermissionDenied,
     Rendered,
@@ -19,6 +20,7 @@ from rewardserve.client import (
     TokenIds,
     Unavailable,
 )
+from rewardserve.client.calls import gather_or_cancel
 
 Code = grpc.StatusCode
 GROUPS = [Group("p", ["a", "b"], id="first"), Group("q", ["c"], id="second")]
@@ -219,3 +221,43 @@ async def test_waiting_ends_at_once_where_it_cannot_help(server, monkeypatch):
     async with AsyncRewardClient(server.target) as client:
         with pytest.raises(PermissionDenied):
             await asyncio.wait_for(client.wait_ready(60), 10)
+
+
+async def test_a_model_that_stays_unknown_is_not_found_in_words_for_people(server, monkeypatch):
+    async def unknown(request, context):
+        context.set_code(Code.NOT_FOUND)  # as grpcio-health-checking does: a status, and no details
+        return b""
+
+    monkeypatch.setattr(server.servicer, "Check", unknown)
+    server.stop()
+    server.start()
+    async with AsyncRewardClient(server.target) as client:
+        with pytest.raises(ModelNotFound) as raised:
+            await client.wait_ready(0.3, "nope")
+        with pytest.raises(DeadlineExceeded, match="NOT_FOUND") as nameless:
+            await client.wait_ready(0.3)
+    assert str(raised.value) == f"NOT_FOUND: no model 'nope' is served there: {server.target}"
+    assert "AioRpcError" not in str(nameless.value) and "debug_error_string" not in str(nameless.value)
+
+
+async def test_a_model_that_appears_while_it_is_waited_for_is_ready(server, monkeypatch):
+    answers = iter([Code.NOT_FOUND, Code.NOT_FOUND, Code.OK])
+
+    async def check(request, context):
+        context.set_code(next(answers))
+        return b"\x08\x01"
+
+    monkeypatch.setattr(server.servicer, "Check", check)
+    server.stop()
+    server.start()
+    async with AsyncRewardClient(server.target) as client:
+        await client.wait_ready(20, "late")
+
+
+async def test_a_call_of_one_part_runs_in_the_callers_task():
+    async def task() -> object:
+        return asyncio.current_task()
+
+    assert await gather_or_cancel([task()]) == [asyncio.current_task()]
+    others = await gather_or_cancel([task(), task()])
+    assert asyncio.current_task() not in others and len(set(others)) == 2

@@ -5,6 +5,7 @@ import torch
 from rewardserve_kernels.attention import chunked, reference
 from rewardserve_kernels.kv_cache.paged import gather_prefix, store_segment
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from rewardserve_kernels.workspace import Workspace
 
 # (start, rows) of segments; starts in mid-block, a single row, exactly a block, one more than a block
 RAGGED = ((0, 1), (0, 129), (70, 33), (128, 128), (200, 5), (255, 1), (130, 300), (0, 128))
@@ -20,7 +21,7 @@ OPTIONS = {
 
 def attend(q, k, v, pool_k, pool_v, segments, scale, window=0, last_rows_only=False, **options):
     plan = chunked.plan_attention(segments, q.dtype, q.device, window, last_rows_only)
-    return chunked.tree_attention(q, k, v, pool_k, pool_v, plan, scale, **options)
+    return chunked.tree_attention(q, k, v, pool_k, pool_v, plan, Workspace(), scale, **options)
 
 
 def _case(dtype: torch.dtype, head_size: int = 24, v_head_size: int = 16, heads: int = 6, kv_heads: int = 2):
@@ -104,5 +105,5 @@ def test_what_is_stored_in_blocks_is_read_back_in_order(start: int, rows: int) -
     store_segment(pool, values[:, start:], Segment(0, rows, start, blocks, store=True))
     for begin in range(0, start + rows, BLOCK_TOKENS):
         out = torch.full((2, start + rows - begin, 3), float("nan"))
-        gather_prefix(pool, blocks, begin, start + rows, out)
+        gather_prefix(pool, blocks, begin, start + rows, out, Workspace())
         assert torch.equal(out, values[:, begin:])

@@ -47,6 +47,7 @@ class Engine(FakeEngine):
         self.num_stops = 0
         self.seen: list[EngineRequest] = []
         self.scores: list[float | ItemFailure] | None = None
+        self.warm_up_failure: ItemFailure | None = None
 
     @property
     def listener(self) -> EngineListener:
@@ -64,6 +65,8 @@ class Engine(FakeEngine):
         if not self._running:
             raise Unavailable("the engine is not running")
         if request.request_id == "warm-up":
+            if self.warm_up_failure is not None:
+                return EngineResult((EngineGroup((EngineItem(None, self.warm_up_failure),), 0),), 0.0, 0.0)
             return await super().score(request)
         self.seen.append(request)
         await self.may_score.wait()

@@ -195,3 +195,19 @@ def test_ids_are_counted_exactly_and_text_is_rather_too_many() -> None:
     text = "The quick brown fox jumps over the lazy dog. " * 20  # 200 words and full stops
     for prompt in (PlainText(text), Rendered(text), Conversation((Message("user", text),))):
         assert 200 <= estimate_tokens(ScoreRequest("r", "m", (PromptGroup("", prompt, ("",)),))) <= 400
+
+
+def test_what_is_longer_than_the_model_takes_counts_no_more_than_it_takes() -> None:
+    assert estimate_tokens(groups((3, 1, 2), (4, 5)), 100) == 15
+    assert estimate_tokens(groups((3000, 1, 2), (4, 5)), 100) == 2 * 100 + 9
+    huge = ScoreRequest("r", "m", (PromptGroup("", PlainText("x" * 48_000_000), ("",)),))
+    assert estimate_tokens(huge, 2048) == 2048
+
+
+async def test_one_huge_text_keeps_nobody_out(make_house, tools) -> None:
+    house = make_house(max_queued_tokens=1000)
+    await house.serve()  # max_length 100
+    model = house.registry.get("m")
+    with model.admission.admit(tools.request("x" * 100_000)):
+        await house.service.score(tools.request())
+    assert not house.sample("admission_rejections_total", reason="tokens")

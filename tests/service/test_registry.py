@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 from rewardserve.errors import Draining, InvalidRequest, LoadFailed, ModelExists, ModelNotFound, Unavailable
 from rewardserve.service.registry import ModelState
-from rewardserve.types import Probe, TextSpec
+from rewardserve.types import ItemCode, ItemFailure, Probe, TextSpec
 from tokenizers import Tokenizer, models
 
 LOADING, SERVING, RESTARTING = ModelState.LOADING, ModelState.SERVING, ModelState.RESTARTING
@@ -99,6 +99,22 @@ async def test_an_engine_that_dies_in_its_warm_up_was_not_loaded(house, tools) -
     with pytest.raises(LoadFailed, match="died"):
         await house.serve()
     assert not house.registry.models and engine.num_stops == 1 and house.sample("model_up") == 0
+
+
+@pytest.mark.parametrize("code", ItemCode)
+async def test_a_model_whose_forwards_fail_was_not_loaded(house, tools, code: ItemCode) -> None:
+    engine = house.engines.setdefault("m", tools.Engine())
+    engine.warm_up_failure = ItemFailure(code, "the forward failed: no kernel for sm_42")
+    with pytest.raises(LoadFailed, match="no kernel for sm_42"):
+        await house.serve()
+    assert not house.registry.models and engine.num_stops == 1 and house.sample("model_up") == 0
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "-inf"])
+async def test_a_model_whose_score_is_no_number_is_served(house, tools, score: str) -> None:
+    engine = house.engines.setdefault("m", tools.Engine())
+    engine.warm_up_failure = ItemFailure(ItemCode.INTERNAL, f"the model's score is {score}, not a number")
+    assert (await house.serve()).state is SERVING
 
 
 async def test_nothing_is_served_before_the_warm_up_is_done(house, tools) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import math
+import threading
 import time
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from rewardserve.engine.base import BatchReport
 from rewardserve.errors import DeadlineExceeded, InvalidRequest, ItemFailed
 from rewardserve.service.rank import bradley_terry, compare, rank
+from rewardserve.text.encoder import Abandoned
 from rewardserve.types import ItemFailure, Overflow, PromptGroup, ScoreRequest, TokenIds
 
 examples = settings(deadline=None, derandomize=True, max_examples=100)
@@ -260,3 +262,44 @@ async def test_compare_names_the_fields_of_its_own_message(house, tools) -> None
     assert await field(tools.request(bad, tools.pack(1))) == "response_a.token_ids"
     assert await field(tools.request(tools.pack(1), bad)) == "response_b.token_ids"
     assert await field(tools.request(tools.pack(1), tools.pack(1), prompt=bad)) == "prompt.token_ids"
+
+
+# -- threads -------------------------------------------------------------------------------------------------------
+
+
+async def test_many_ids_are_encoded_off_the_event_loop_and_few_on_it(make_house, tools) -> None:
+    house = await served(make_house)
+    model = house.registry.get("m")
+    encode, threads = model.encoder.encode, []
+
+    def noted(request, *abandoned):
+        threads.append(threading.current_thread())
+        return encode(request, *abandoned)
+
+    model.encoder.encode = noted
+    for count in (1, 2000):
+        await house.service.score(tools.request(*[tools.pack(4)] * count))
+    assert (threads[0] is threading.main_thread(), threads[1] is threading.main_thread()) == (True, False)
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+async def test_the_thread_that_encodes_hears_that_its_caller_has_left(house, tools, how: str) -> None:
+    await house.serve()
+    began, heard = threading.Event(), threading.Event()
+
+    def encode(request, abandoned: threading.Event):
+        began.set()
+        if abandoned.wait(20):
+            heard.set()
+        raise Abandoned
+
+    house.registry.get("m").encoder.encode = encode
+    deadline = time.monotonic() + 0.05 if how == "deadline" else None
+    call = asyncio.create_task(house.service.score(tools.request("text", deadline=deadline)))
+    await asyncio.to_thread(began.wait, 20)
+    if how == "cancelled":
+        call.cancel()
+    with pytest.raises((asyncio.CancelledError, DeadlineExceeded)):
+        await call
+    assert await asyncio.to_thread(heard.wait, 20)
+    assert house.registry.get("m").admission.num_requests == 0

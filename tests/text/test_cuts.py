@@ -3,7 +3,6 @@
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from rewardserve.text.tokenizer import JoinedText
 from rewardserve.types import Rendered
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Raw
@@ -82,8 +81,7 @@ def test_byte_level_bpe_with_special_tokens_is_cut(made, styles) -> None:
 def test_no_cut_is_made_in_front_of_a_special_token_that_eats_the_space_before_it(made, name: str) -> None:
     tokenizer = made[name].tokenizer
     assert tokenizer.cuts_are_exact, "there are others to cut at"
-    text = JoinedText("a</s> b <mask>", ("a</s> b <mask> c",))
-    assert tokenizer._cut(text) == len("a")
+    assert tokenizer.prompt("a</s> b <mask>").beginning == "a"
 
 
 def test_without_special_tokens_there_is_nowhere_to_cut(make_text, tools) -> None:
@@ -101,15 +99,23 @@ def test_the_beginning_is_tokenized_once_for_all_responses(made, monkeypatch: py
     monkeypatch.setattr(tokenizer, "_encode", lambda texts: seen.extend(texts) or encode(texts))
     long = "unhappy " * 100
     prompt = f"<|im_start|>{long}</s><|im_start|>"
-    tokenizer.encode_joined(JoinedText(prompt, tuple(prompt + r for r in ("a", "b", "c"))))
+    begun = tokenizer.prompt(prompt)
+    for batch in (["a", "b"], ["c"]):
+        tokenizer.encode_after(begun, [prompt + response for response in batch])
     assert sum(long in text for text in seen) == 1
 
 
-def test_texts_that_do_not_begin_alike_are_not_cut(made, tools) -> None:
-    tokenizer = made["byte level"].tokenizer
-    prompt_ids, wholes = tokenizer.encode_joined(JoinedText("aa</s>b", ("ab</s>bc", "aa</s>bc")))
-    assert [ids.tolist() for ids in wholes] == [made["byte level"].ids(t) for t in ("ab</s>bc", "aa</s>bc")]
-    assert prompt_ids.tolist() == made["byte level"].ids("aa</s>b")
+def test_a_text_that_does_not_begin_like_the_prompt_is_tokenized_whole(made, tools) -> None:
+    text = made["byte level"]
+    prompt = text.tokenizer.prompt("aa</s>b")
+    assert prompt.beginning == "aa"
+    texts = ("ab</s>bc", "aa</s>bc")
+    found = text.tokenizer.encode_after(prompt, texts)
+    assert prompt.ids.tolist() == text.ids("aa</s>b")
+    for whole, wanted in zip(found, texts, strict=True):
+        ids = text.ids(wanted)
+        assert [*prompt.ids.tolist()[: whole.border], *whole.tail.tolist()] == ids
+        assert whole.border == tools.common(prompt.ids.tolist(), ids)
 
 
 def check_exact(text, tools, prompt: str, response: str) -> None:

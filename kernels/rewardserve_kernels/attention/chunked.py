@@ -3,8 +3,8 @@
 On a CPU with bf16 matrix products this is three times as fast as torch's own flash kernel, which multiplies in fp32.
 
 Batch invariance. Work is cut at absolute positions of the sequence, never at positions in the pack or at the border of
-prompt and response: the row at position p is always computed against keys [0, ceil_block(p + 1)), those after p being
-masked. So the products that make up a row have the same shapes and the same order whatever was cached, and whatever
+prompt and response: the row at position p is always computed against the same number of keys (_last_key), those after
+p being masked. So the products that make up a row have the same shapes and the same order whatever was cached, and whatever
 else is in the pack. What is left to the library is that a row of a matrix product does not depend on how many other
 rows there are, which oneDNN keeps in bf16 from two rows on (tests/parity holds it to that); a single one is doubled.
 """
@@ -17,20 +17,20 @@ import torch
 
 from rewardserve_kernels.kv_cache.paged import gather_prefix
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, floor_block
+from rewardserve_kernels.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
 class _Product:
     """Rows of one segment within one block of positions: one product with the keys of that block and before."""
 
-    rows: slice  # of the queries and of the result
+    rows: slice  # of the result
     num_rows: int
+    queries: slice  # those rows, and some after them so that fewer shapes occur; their results are dropped
     own_rows: slice  # of the pack: those of the segment's own keys that the product sees ...
     own_keys: slice  # ... and where they go in the buffer
     stale: slice | None  # of the buffer: what a longer sibling left there
-    ceiling: (
-        torch.Tensor
-    )  # [num_rows, last keys]: -inf where a row does not see one of the buffer's last keys, else inf
+    ceiling: torch.Tensor  # [queries, last keys]: -inf where a row does not see one of the buffer's last keys, else inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class _Step:
     first_key: int
     num_keys: int
     num_stored: int
+    num_hideable: int  # last keys that not every row sees
     products: tuple[_Product, ...]
 
 
@@ -64,17 +65,27 @@ def plan_attention(
     With `last_rows_only` there is one query row per segment, its last.
     """
     steps: list[_Step] = []
+    num_rows = len(segments) if last_rows_only else sum(segment.num_rows for segment in segments)
     row = 0
     for siblings in _siblings(segments):
-        by_block: dict[int, list[tuple[Segment, int, int]]] = {}
+        by_block: dict[int, list[_Part]] = {}
         for segment in siblings:
             position = segment.end - 1 if last_rows_only else segment.start
             while position < segment.end:
-                by_block.setdefault(floor_block(position), []).append((segment, position, row))
+                by_block.setdefault(floor_block(position), []).append(_Part(segment, position, row))
                 stop = min(segment.end, floor_block(position) + BLOCK_TOKENS)
                 row, position = row + stop - position, stop
-        steps += [_step(block, parts, window, dtype, device) for block, parts in by_block.items()]
-    return Plan(row, tuple(steps))
+        steps += [_step(block, parts, num_rows, window, dtype, device) for block, parts in by_block.items()]
+    return Plan(num_rows, tuple(steps))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The rows of a segment within one block of positions."""
+
+    segment: Segment
+    position: int  # of the first
+    row: int
 
 
 def _siblings(segments: Sequence[Segment]) -> list[list[Segment]]:
@@ -89,40 +100,60 @@ def _siblings(segments: Sequence[Segment]) -> list[list[Segment]]:
 
 
 def _step(
-    block: int, parts: Sequence[tuple[Segment, int, int]], window: int, dtype: torch.dtype, device: torch.device
+    block: int, parts: Sequence[_Part], num_rows: int, window: int, dtype: torch.dtype, device: torch.device
 ) -> _Step:
-    """`parts` are (segment, first position in this block, its row); `block` is the block's first position."""
-    first_key, last_key = _first_key(block, window), block + BLOCK_TOKENS
-    start = parts[0][0].start
+    """`block` is the block's first position; `num_rows` are all there are."""
+    first_key, last_key = _first_key(block, window), _last_key(block)
+    start = parts[0].segment.start
     products, filled = [], 0
-    for segment, position, row in parts:
-        stop = min(segment.end, last_key)
+    for part in parts:
+        segment, position, row = part.segment, part.position, part.row
+        stop = min(segment.end, block + BLOCK_TOKENS)
         begin = max(start, first_key)
         own_keys = slice(begin - first_key, stop - first_key)
         own_rows = slice(segment.row + begin - start, segment.row + stop - start)
         stale = slice(own_keys.stop, filled) if filled > own_keys.stop else None
         filled = max(filled, own_keys.stop)
+        queries = slice(row, min(row + _rounded(stop - position), num_rows))
+        ceiling = _ceiling(position, queries.stop - row, first_key, last_key, window, dtype, device)
         rows = slice(row, row + stop - position)
-        ceiling = _ceiling(position, stop, first_key, last_key, window, dtype, device)
-        products.append(_Product(rows, stop - position, own_rows, own_keys, stale, ceiling))
-    num_stored = max(0, min(start, last_key) - first_key)
-    return _Step(parts[0][0].blocks, first_key, last_key - first_key, num_stored, tuple(products))
+        products.append(_Product(rows, stop - position, queries, own_rows, own_keys, stale, ceiling))
+    num_stored = max(0, min(start, block + BLOCK_TOKENS) - first_key)
+    return _Step(
+        parts[0].segment.blocks, first_key, last_key - first_key, num_stored, last_key - block, tuple(products)
+    )
+
+
+def _rounded(num_rows: int) -> int:
+    """Up to a power of two or a multiple of 16.
+
+    For every new shape oneDNN spends as much time on making a product as on multiplying, and keeps it: half a megabyte.
+    """
+    return -(-num_rows // 16) * 16 if num_rows > 16 else 1 << (num_rows - 1).bit_length()
+
+
+def _last_key(block: int) -> int:
+    """Keys up to here are multiplied for the rows of a block: a multiple of more blocks the further it is from the
+    beginning, one up to 2048. So a long sequence has few shapes, too, at the price of an eighth of its keys at most."""
+    end = block + BLOCK_TOKENS
+    granule = BLOCK_TOKENS << max(0, (end - 1).bit_length() - 11)
+    return -(-end // granule) * granule
 
 
 def _ceiling(
-    first_row: int, last_row: int, first_key: int, last_key: int, window: int, dtype: torch.dtype, device: torch.device
+    position: int, num_rows: int, first_key: int, last_key: int, window: int, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     if window:
-        row, key = torch.arange(first_row, last_row)[:, None], torch.arange(first_key, last_key)
+        row, key = torch.arange(position, position + num_rows)[:, None], torch.arange(first_key, last_key)
         return _limits((key > row) | (row - key >= window), dtype, device)
-    offset = first_row % BLOCK_TOKENS  # only the last block holds keys after a row
-    return _triangle(dtype, device)[offset : offset + last_row - first_row]
+    block = floor_block(position)  # no row of it is before a key before it
+    return _triangle(last_key - block, dtype, device)[position - block : position - block + num_rows]
 
 
 @functools.cache
-def _triangle(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    position = torch.arange(BLOCK_TOKENS)
-    return _limits(position > position[:, None], dtype, device)
+def _triangle(num_keys: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    row, key = torch.arange(2 * BLOCK_TOKENS)[:, None], torch.arange(num_keys)
+    return _limits(key > row, dtype, device)
 
 
 def _limits(hidden: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -141,6 +172,7 @@ def tree_attention(
     pool_k: torch.Tensor,
     pool_v: torch.Tensor,
     plan: Plan,
+    workspace: Workspace,
     scale: float,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
@@ -156,18 +188,19 @@ def tree_attention(
     q = q.view(kv_heads, heads // kv_heads, -1, head_size)
     out = q.new_empty(plan.num_rows, kv_heads, heads // kv_heads, v.shape[-1])
     for step in plan.steps:
-        keys = k.new_empty(kv_heads, step.num_keys, head_size)
-        values = v.new_empty(kv_heads, step.num_keys, v.shape[-1])
-        # What no row sees has weight 0 and is multiplied all the same: it must not be NaN. It lies in the last block.
-        keys[:, -BLOCK_TOKENS:], values[:, -BLOCK_TOKENS:] = 0, 0
-        gather_prefix(pool_k, step.blocks, step.first_key, step.first_key + step.num_stored, keys)
-        gather_prefix(pool_v, step.blocks, step.first_key, step.first_key + step.num_stored, values)
+        keys = workspace.take("keys", (kv_heads, step.num_keys, head_size), k)
+        values = workspace.take("values", (kv_heads, step.num_keys, v.shape[-1]), v)
+        # What no row sees has weight 0 and is multiplied all the same: it must not be NaN.
+        keys[:, -step.num_hideable :], values[:, -step.num_hideable :] = 0, 0
+        end = step.first_key + step.num_stored
+        gather_prefix(pool_k, step.blocks, step.first_key, end, keys, workspace)
+        gather_prefix(pool_v, step.blocks, step.first_key, end, values, workspace)
         for product in step.products:
             keys[:, product.own_keys] = k[:, product.own_rows]
             values[:, product.own_keys] = v[:, product.own_rows]
             if product.stale is not None:
                 keys[:, product.stale], values[:, product.stale] = 0, 0
-            part = _attend(q, keys, values, product, scale, softcap, sinks)
+            part = _attend(q, keys, values, product, workspace, scale, softcap, sinks)
             out[product.rows] = part.permute(2, 0, 1, 3)
     return out.view(plan.num_rows, heads, -1)
 
@@ -177,19 +210,21 @@ def _attend(
     keys: torch.Tensor,
     values: torch.Tensor,
     product: _Product,
+    workspace: Workspace,
     scale: float,
     softcap: float,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """q [kv_heads, group, rows, head_size] -> the product's rows, [kv_heads, group, num_rows, v_head_size]."""
     kv_heads, group, _, head_size = q.shape
-    num_rows = product.num_rows
-    flat = q[:, :, product.rows].reshape(kv_heads, group * num_rows, head_size)
+    num_rows = product.ceiling.shape[0]
+    flat = q[:, :, product.queries].reshape(kv_heads, group * num_rows, head_size)
     if flat.shape[1] == 1:
         flat = flat.expand(-1, 2, -1)
-    scores = torch.baddbmm(flat.new_empty(1), flat, keys.transpose(1, 2), beta=0, alpha=scale)
+    scores = workspace.take("scores", (*flat.shape[:2], keys.shape[1]), q)
+    torch.baddbmm(flat.new_empty(1), flat, keys.transpose(1, 2), beta=0, alpha=scale, out=scores)
     if softcap:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores.div_(softcap).tanh_().mul_(softcap)
     per_head = scores.view(kv_heads, -1, num_rows, scores.shape[-1])  # of a doubled row: twice as many heads
     # Four times as fast as masked_fill_ on a CPU.
     per_head[..., -product.ceiling.shape[1] :].clamp_(max=product.ceiling)
@@ -197,5 +232,6 @@ def _attend(
         sink = sinks.to(scores.dtype).view(kv_heads, group, 1, 1).expand(-1, per_head.shape[1], num_rows, 1)
         weights = torch.cat([per_head, sink], -1).softmax(-1)[..., :-1].reshape(scores.shape)
     else:
-        weights = scores.softmax(-1)
-    return torch.bmm(weights, values)[:, : group * num_rows].view(kv_heads, group, num_rows, -1)
+        weights = torch.softmax(scores, -1, out=scores)  # a row is read whole before it is written
+    part = torch.bmm(weights, values)[:, : group * num_rows].view(kv_heads, group, num_rows, -1)
+    return part[:, :, : product.num_rows]

@@ -6,6 +6,7 @@ import torch
 
 from rewardserve_kernels.kv_cache.paged import gather_prefix
 from rewardserve_kernels.ragged import Segment
+from rewardserve_kernels.workspace import Workspace
 
 
 def tree_attention(
@@ -45,6 +46,6 @@ def tree_attention(
 def _whole(own: torch.Tensor, pool: torch.Tensor, segment: Segment) -> torch.Tensor:
     """The sequence's stored beginning and the segment's own rows, one after the other: [kv_heads, end, head_size]."""
     out = own.new_empty(own.shape[0], segment.end, own.shape[2])
-    gather_prefix(pool.to(own.dtype), segment.blocks, 0, segment.start, out)
+    gather_prefix(pool.to(own.dtype), segment.blocks, 0, segment.start, out, Workspace())
     out[:, segment.start :] = own
     return out

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from rewardserve_kernels.workspace import Workspace
 
 
 def store_segment(pool: torch.Tensor, rows: torch.Tensor, segment: Segment) -> None:
@@ -22,7 +23,9 @@ def store_segment(pool: torch.Tensor, rows: torch.Tensor, segment: Segment) -> N
         position = stop
 
 
-def gather_prefix(pool: torch.Tensor, blocks: Sequence[int], begin: int, end: int, out: torch.Tensor) -> None:
+def gather_prefix(
+    pool: torch.Tensor, blocks: Sequence[int], begin: int, end: int, out: torch.Tensor, workspace: Workspace
+) -> None:
     """Copies positions [begin, end) of the sequence in `blocks` to `out` [kv_heads, >= end - begin, head_size].
 
     `begin` is a multiple of BLOCK_TOKENS.
@@ -32,8 +35,10 @@ def gather_prefix(pool: torch.Tensor, blocks: Sequence[int], begin: int, end: in
     kv_heads, _, head_size = out.shape
     if num_whole:
         index = torch.tensor(blocks[first : first + num_whole], device=pool.device)
-        whole = pool.index_select(0, index).transpose(0, 1).reshape(kv_heads, -1, head_size)
-        out[:, : num_whole * BLOCK_TOKENS] = whole
+        whole = workspace.take("blocks", (num_whole, *pool.shape[1:]), pool)
+        torch.index_select(pool, 0, index, out=whole)
+        place = out[:, : num_whole * BLOCK_TOKENS].view(kv_heads, num_whole, BLOCK_TOKENS, head_size)
+        place.copy_(whole.transpose(0, 1))
     rest = end - begin - num_whole * BLOCK_TOKENS
     if rest:
         out[:, num_whole * BLOCK_TOKENS : end - begin] = pool[blocks[first + num_whole], :, :rest]

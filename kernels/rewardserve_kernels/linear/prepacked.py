@@ -44,6 +44,8 @@ class PrepackedLinear(nn.Module):
         self.register_buffer("number", torch.tensor(number), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] in any precision -> [..., out_features] in bf16."""
+        x = x.to(torch.bfloat16)  # here, where torch.compile sees it and makes it part of what came before
         return torch.ops.rewardserve.prepacked_linear(x, self.number, self.out_features)
 
 

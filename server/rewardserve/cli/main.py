@@ -9,21 +9,48 @@ VERBS = {
     "score": "score a JSONL file of prompts and responses, against a server or offline",
     "rank": "rank responses to one prompt, best first",
     "models": "list what a server serves; load and unload",
+    "bench": "measure a server: latency against load, as a picture",
     "health": "exit code 0 if a server is ready to score; for container probes",
 }
 USAGE = "usage: rewardserve VERB [OPTIONS]\n\n" + "".join(f"  {verb:8} {text}\n" for verb, text in VERBS.items())
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
+    _stand_in_for_closed_streams()
+    code: int | str | None
+    try:
+        try:
+            code = _run(sys.argv[1:])
+        except SystemExit as exit_:  # of --help
+            code = exit_.code
+        sys.stdout.flush()
+    except OSError as error:  # nobody reads it, or the disk is full
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"rewardserve: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("rewardserve: interrupted", file=sys.stderr)
+        code = 130
+    raise SystemExit(code)
+
+
+def _stand_in_for_closed_streams() -> None:
+    """Or the next file or socket would get the number of stdout, and what is printed with it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE + "\nrewardserve VERB --help lists a verb's options.")
-        raise SystemExit(0 if arguments else 2)
+        return 0 if arguments else 2
     if arguments[0] == "--version":
         from rewardserve import __version__
 
         print(f"rewardserve {__version__}")
-        return
+        return 0
     if arguments[0] not in VERBS:
         import difflib
 
@@ -33,11 +60,11 @@ def main() -> None:
             file=sys.stderr,
         )
         print(USAGE, file=sys.stderr)
-        raise SystemExit(2)
+        return 2
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")  # engines are new programs, not forks; spares a warning
     try:
         verb = importlib.import_module(f"rewardserve.cli.{arguments[0]}")
     except ModuleNotFoundError as error:
         print(f"rewardserve {arguments[0]} needs '{error.name}': pip install 'rewardserve[server]'", file=sys.stderr)
-        raise SystemExit(1) from None
-    raise SystemExit(verb.run(arguments[1:]))
+        return 1
+    return verb.run(arguments[1:])

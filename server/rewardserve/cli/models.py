@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewardserve.cli.running import DEFAULT_ENDPOINT, connect, guarded
+from rewardserve.cli.running import DEFAULT_ENDPOINT, MAX_TIMEOUT_S, connect, guarded
 from rewardserve.cli.table import TABLE, make_console, one_line
 from rewardserve.client import AsyncRewardClient, ModelInfo
 from rewardserve.options import ConfigError, Options, Repeated, load_options
@@ -43,7 +43,7 @@ class ModelsOptions(Options):
         default="auto", description="load: precision of the backbone; auto is as the server was told"
     )
     timeout: float = Field(
-        default=600.0, gt=0, allow_inf_nan=False, description="seconds a server may take; loading takes long"
+        default=600.0, gt=0, le=MAX_TIMEOUT_S, description="seconds a server may take; loading takes long"
     )
     json_output: bool = Field(default=False, description="print JSON instead of a table")
 

@@ -39,6 +39,8 @@ class RankOptions(ScoringOptions):
         single = (self.prompt, self.prompt_file, self.response, self.responses_file)
         self.require(not (self.input and any(single)), "--input brings its own prompts and responses; give it alone")
         self.require(bool(self.input or any(single)), "give --prompt and --response, or --input FILE; see --help")
+        both = self.prompt_file == self.responses_file == "-"
+        self.require(not both, "stdin can hold the prompt or the responses, not both; give one of them by a file")
         if not self.input:
             self.require(bool(self.prompt) != bool(self.prompt_file), "give the prompt by --prompt or by --prompt-file")
             self.require(bool(self.response or self.responses_file), "no response: give --response or --responses-file")
@@ -67,7 +69,9 @@ def _row_of(options: RankOptions) -> Row:
     lines = _read(options.responses_file).splitlines() if options.responses_file else []
     responses = [*options.response, *(_response(line) for line in lines if line.strip())]
     if not prompt.strip() or not responses:
-        raise ConfigError(f"{options.responses_file if prompt.strip() else 'the prompt'} is empty")
+        raise ConfigError(f"{'--responses-file' if prompt.strip() else 'the prompt'} is empty")
+    for text in (prompt, *responses):
+        text.encode()  # raises UnicodeEncodeError: named here, for a tokenizer would say it with a traceback
     return Row(prompt, responses)
 
 

@@ -1,5 +1,6 @@
 """What goes wrong in a verb, as one line on stderr and an exit code."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -12,31 +13,52 @@ from rewardserve.client import (
     RewardClientError,
     Unavailable,
 )
+from rewardserve.config import ServeConfig
 from rewardserve.errors import RewardServeError
+from rewardserve.logs import escape
 from rewardserve.options import ConfigError
 
-DEFAULT_ENDPOINT = "127.0.0.1:50051"
+DEFAULT_ENDPOINT = f"127.0.0.1:{ServeConfig.model_fields['port'].default}"
+MAX_TIMEOUT_S = 1e9  # much more, and gRPC takes it for a moment that has passed
 
 
 def guarded(verb: str, work: Callable[[], int]) -> int:
     """Runs `work`. What goes wrong becomes one line on stderr and an exit code: 1 while running, 2 for wrong usage."""
     try:
-        return work()
+        code = work()
+        sys.stdout.flush()  # or the interpreter does at its exit, when nobody can say what went wrong
+        return code
     except ConfigError as error:
         code, message = 2, str(error)
     except RewardClientError as error:
         code, message = 1, f"{error}{_advice(verb, error)}"
+    except UnicodeEncodeError as error:  # bytes of the command line that are no text; protobuf does not take them
+        code, message = 2, f"{error.object!r} is not UTF-8"
     except ModuleNotFoundError as error:
         code, message = 1, f"needs '{error.name}': pip install 'rewardserve[server]'"
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its exit
-        return 1
     except (RewardServeError, OSError) as error:
+        if isinstance(error, OSError):
+            _settle_stdout()
+        if getattr(error, "errno", None) == errno.EPIPE:
+            return 1
         code, message = 1, str(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted"
-    print(f"rewardserve {verb}: {' '.join(message.split())}", file=sys.stderr)
+    complain(verb, message)
     return code
+
+
+def complain(verb: str, message: str) -> None:
+    """One line, whatever a server or a file has put into it."""
+    print(f"rewardserve {verb}: {escape(' '.join(message.split()))}", file=sys.stderr)
+
+
+def _settle_stdout() -> None:
+    """What cannot be written is dropped: the interpreter flushes once more at its exit, and would complain of it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def counted(number: int, noun: str) -> str:

@@ -91,11 +91,15 @@ def _open_output(options: ScoreOptions) -> Iterator["Output"]:
         return
     if os.path.exists(path) and options.input != "-" and os.path.samefile(path, options.input):
         raise ConfigError(f"OUTPUT {path} is INPUT; choose another file")
+    is_file = os.path.isfile(path) or not os.path.exists(path)  # /dev/null or a pipe has nothing to resume from
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open(path, "a+b"))
+            file = stack.enter_context(open(path, "a+b" if is_file else "wb"))
         except OSError as error:
             raise ConfigError(f"OUTPUT {path}: {error.strerror}") from None
+        if not is_file:
+            yield Output(file)
+            return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

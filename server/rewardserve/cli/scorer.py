@@ -14,7 +14,7 @@ import grpc
 from pydantic import Field
 
 from rewardserve import types
-from rewardserve.cli.running import DEFAULT_ENDPOINT, connect
+from rewardserve.cli.running import DEFAULT_ENDPOINT, MAX_TIMEOUT_S, connect
 from rewardserve.client import (
     AsyncRewardClient,
     Group,
@@ -27,6 +27,7 @@ from rewardserve.client import (
     TokenIds,
     VersionMismatch,
 )
+from rewardserve.config import DEVICE, MAX_THREADS
 from rewardserve.errors import InvalidRequest as ServiceInvalidRequest
 from rewardserve.options import Options, Repeated
 
@@ -54,10 +55,8 @@ class ScoringOptions(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="offline: precision of the backbone; auto is the checkpoint's own"
     )
-    device: str = Field(
-        default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="offline: auto, cpu, cuda or cuda:N"
-    )
-    threads: int = Field(default=0, ge=0, description="offline: torch threads on a CPU; 0: all cores")
+    device: str = Field(default="auto", pattern=DEVICE, description="offline: auto, cpu, cuda or cuda:N")
+    threads: int = Field(default=0, ge=0, le=MAX_THREADS, description="offline: torch threads on a CPU; 0: all cores")
     max_batch_tokens: int = Field(
         default=0, ge=0, description="offline: token budget of one forward; 0: 2048 on a CPU, 8192 on a GPU"
     )
@@ -65,7 +64,7 @@ class ScoringOptions(Options):
         default="error", description="what to do with prompt + response longer than the model takes"
     )
     timeout: float = Field(
-        default=600.0, gt=0, allow_inf_nan=False, description="seconds a server may take for one row, retries included"
+        default=600.0, gt=0, le=MAX_TIMEOUT_S, description="seconds a server may take for one row, retries included"
     )
     window: int = Field(default=64, ge=1, description="rows under way at the same time")
 

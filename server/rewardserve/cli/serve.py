@@ -20,8 +20,7 @@ log = logging.getLogger(__name__)
 def run(arguments: Sequence[str]) -> int:
     try:
         config = load_config(arguments)
-        if not config.models and not config.allow_model_control:
-            raise ConfigError("no model: give --model FOLDER (or --allow-model-control to load one later)")
+        config.check()
     except ConfigError as error:
         print(f"rewardserve serve: {error}", file=sys.stderr)
         return 2

@@ -152,11 +152,16 @@ class TableView:
         return table
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the BrokenPipeError; rich would exit from inside the event loop
+
+
 def make_console() -> Console:
     """stdout: coloured and as wide as it is on a terminal, plain and of a fixed width elsewhere."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a letter the terminal does not know is no reason to stop
-    return Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, markup=False, emoji=False)
+    return _Console(width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False, markup=False, emoji=False)
 
 
 def one_line(text: str) -> str:

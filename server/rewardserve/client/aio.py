@@ -88,7 +88,7 @@ class AsyncRewardClient:
             share = [sent[index] for index in indices]
             return scoring_pb2.ScoreRequest(request_id=part_id, model=model, groups=share, options=options)
 
-        keys = [messages.prompt_key(group.prompt) for group in sent]
+        keys = [self._key(group.prompt) for group in sent]
         parts = await self._calls.split(keys, build, deadline)
         return messages.score_result(request_id, sent, parts)
 
@@ -142,7 +142,7 @@ class AsyncRewardClient:
             top_k=top_k,
             options=messages.options(overflow, priority),
         )
-        key = messages.prompt_key(group.prompt)
+        key = self._key(group.prompt)
         endpoint, reply = await self._calls.unary(rpcs.RANK, request, key, deadline)
         return messages.rank_result(reply, len(group.responses), endpoint)
 
@@ -167,7 +167,7 @@ class AsyncRewardClient:
             response_b=messages.response(b),
             options=messages.options(overflow, priority),
         )
-        key = messages.prompt_key(request_prompt)
+        key = self._key(request_prompt)
         _, reply = await self._calls.unary(rpcs.COMPARE, request, key, deadline)
         return messages.compare_result(reply)
 
@@ -205,8 +205,8 @@ class AsyncRewardClient:
     async def wait_ready(self, timeout: float, model: str = "") -> None:
         """Returns when every endpoint is ready to score with `model` (or is up, where no model is named).
 
-        Raises DeadlineExceeded naming those that are not, and at once what waiting cannot cure (PermissionDenied, a
-        server without health service).
+        Raises DeadlineExceeded naming those that are not, ModelNotFound if one then still knows no such model, and at
+        once what waiting cannot cure (PermissionDenied, a server without health service).
         """
         await Readiness(self._channels, model).wait(self._endpoints.names, Deadline.after(timeout))
 
@@ -219,6 +219,9 @@ class AsyncRewardClient:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
+
+    def _key(self, prompt: scoring_pb2.Prompt) -> bytes:
+        return messages.prompt_key(prompt) if len(self._endpoints) > 1 else b""  # there is nothing to choose
 
     def _timeout(self, timeout: float | None) -> float:
         return self._timeout_s if timeout is None else timeout

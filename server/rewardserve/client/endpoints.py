@@ -36,6 +36,8 @@ class Endpoints:
 
     def choose(self, key: bytes, tried: Collection[str] = ()) -> str:
         """The key's first choice among those not in `tried`; one that is cooling down only if there is no other."""
+        if len(self.names) == 1:
+            return self.names[0]
         order = [name for name in rendezvous_order(self.names, key) if name not in tried]
         return min(order, key=self._is_cooling)  # min is stable: rendezvous order among equals
 

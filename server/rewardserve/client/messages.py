@@ -8,9 +8,11 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 import grpc
+from google.rpc import status_pb2
 
 from rewardserve.client import types
 from rewardserve.client.errors import ServerError, VersionMismatch
@@ -18,6 +20,9 @@ from rewardserve.client.token_ids import TokenIds
 from rewardserve.client.translate import CODES
 from rewardserve.v1 import models_pb2, scoring_pb2
 
+_KINDS = {number: word.removeprefix("SCORE_KIND_").lower() for word, number in scoring_pb2.ScoreKind.items()}
+_OK = types.Status(grpc.StatusCode.OK)
+_STAGES = attrgetter(*(f.name for f in fields(types.Timings)))
 _OVERFLOWS = {
     "error": scoring_pb2.OVERFLOW_ERROR,
     "truncate_prompt_left": scoring_pb2.OVERFLOW_TRUNCATE_PROMPT_LEFT,
@@ -129,11 +134,12 @@ def _group_score(
 
 
 def item_score(item: scoring_pb2.ItemScore) -> types.ItemScore:
-    status = _item_status(item)
+    score = item.score if item.HasField("score") else math.nan
+    status = _item_status(item.status, score)
     return types.ItemScore(
         status=status,
-        score_or_none=item.score if status.code is grpc.StatusCode.OK else None,
-        kind=_word(scoring_pb2.ScoreKind, item.kind, "SCORE_KIND_"),
+        score_or_none=score if status.code is grpc.StatusCode.OK else None,
+        kind=_KINDS.get(item.kind) or str(item.kind),  # a number newer than this client stands for itself
         num_prompt_tokens=item.num_prompt_tokens,
         num_response_tokens=item.num_response_tokens,
         num_cached_tokens=item.num_cached_tokens,
@@ -141,13 +147,12 @@ def item_score(item: scoring_pb2.ItemScore) -> types.ItemScore:
     )
 
 
-def _item_status(item: scoring_pb2.ItemScore) -> types.Status:
-    code = CODES.get(item.status.code, grpc.StatusCode.UNKNOWN)
-    if code is not grpc.StatusCode.OK:
-        return types.Status(code, item.status.message)
-    if not item.HasField("score") or not math.isfinite(item.score):  # the server promises neither happens
+def _item_status(status: status_pb2.Status, score: float) -> types.Status:
+    if status.code:
+        return types.Status(CODES.get(status.code, grpc.StatusCode.UNKNOWN), status.message)
+    if not math.isfinite(score):  # the server promises that it never happens
         return types.Status(grpc.StatusCode.INTERNAL, "the server sent an item without a finite score as OK")
-    return types.Status(code)
+    return _OK
 
 
 def rank_result(reply: scoring_pb2.RankResponse, num_responses: int, endpoint: str) -> types.RankResult:
@@ -193,11 +198,11 @@ def model_info(model: models_pb2.Model, endpoint: str) -> types.ModelInfo:
 
 
 def _timings(timings: scoring_pb2.StageTimings) -> types.Timings:
-    return types.Timings(**{f.name: getattr(timings, f.name) for f in fields(types.Timings)})
+    return types.Timings(*_STAGES(timings))
 
 
 def _slowest(timings: Sequence[types.Timings]) -> types.Timings:
-    return types.Timings(**{f.name: max(getattr(t, f.name) for t in timings) for f in fields(types.Timings)})
+    return types.Timings(*map(max, zip(*map(_STAGES, timings), strict=True)))
 
 
 def _word(enum: object, number: int, prefix: str) -> str:

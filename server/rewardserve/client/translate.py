@@ -28,7 +28,9 @@ _CLASSES: dict[Code, type[errors.RewardClientError]] = {
 def from_rpc_error(error: grpc.RpcError, endpoint: str) -> errors.RewardClientError:
     """Of a whole call."""
     code = error.code() if hasattr(error, "code") else Code.UNKNOWN
-    details = (error.details() if hasattr(error, "details") else None) or str(error)
+    details = error.details() if hasattr(error, "details") else str(error)
+    if not details:  # str(error) would be a page about grpc's own objects
+        details = "nothing more was said"
     return _error(code, details, _rich_status(error), endpoint)
 
 

@@ -18,7 +18,7 @@ from rewardserve.errors import Unavailable
 
 def fake_score(prompt: bytes, response: bytes) -> float:
     """A number in [-1, 1) that depends on every token."""
-    return zlib.crc32(prompt + response) / 2**31 - 1
+    return zlib.crc32(response, zlib.crc32(prompt)) / 2**31 - 1
 
 
 class FakeEngine:
@@ -41,7 +41,7 @@ class FakeEngine:
         if self._delay_s:
             await asyncio.sleep(self._delay_s)
         groups = tuple(
-            EngineGroup(tuple(EngineItem(fake_score(group.prompt, r)) for r in group.responses), num_cached_tokens=0)
+            EngineGroup(tuple([EngineItem(fake_score(group.prompt, r)) for r in group.responses]), num_cached_tokens=0)
             for group in request.groups
         )
         compute_s = time.monotonic() - started

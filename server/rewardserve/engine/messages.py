@@ -19,6 +19,10 @@ class Stop(msgspec.Struct, tag=True, frozen=True):
     pass
 
 
+class Loading(msgspec.Struct, tag=True, frozen=True):
+    """Said every few seconds, so that a load that takes its time is told from one that hangs."""
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     info: EngineInfo
 
@@ -38,4 +42,4 @@ class Batch(msgspec.Struct, tag=True, frozen=True):
 
 
 ToChild = Score | Cancel | Stop
-ToParent = Ready | CannotLoad | Done | Batch
+ToParent = Loading | Ready | CannotLoad | Done | Batch

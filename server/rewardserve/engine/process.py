@@ -17,22 +17,35 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from rewardserve.engine.base import EngineInfo, EngineListener, EngineRequest, EngineResult
-from rewardserve.engine.messages import POISONED_EXIT, Batch, Cancel, CannotLoad, Done, Ready, Score, Stop, ToParent
+from rewardserve.engine.messages import (
+    POISONED_EXIT,
+    Batch,
+    Cancel,
+    CannotLoad,
+    Done,
+    Loading,
+    Ready,
+    Score,
+    Stop,
+    ToParent,
+)
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.errors import DeadlineExceeded, EngineDied, LoadFailed, RewardServeError, Unavailable
 
 log = logging.getLogger(__name__)
 
+CHILD_PROGRAM = (sys.executable, "-m", "rewardserve.engine.child")
 RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 RESTART_WINDOW_S = 300.0
+RETRY_SEND_S = 0.01
+MESSAGES_AT_ONCE = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -52,8 +65,13 @@ class EngineProcess:
         stall_timeout_s: float = 600.0,
         log_format: str = "text",
         log_level: str = "info",
+        program: Sequence[str] = CHILD_PROGRAM,
     ) -> None:
-        """A child that has work but is silent for `stall_timeout_s` is killed and restarted."""
+        """A child that loads or has work, but is silent for `stall_timeout_s`, is killed and restarted.
+
+        `program` starts it.
+        """
+        self._program = tuple(program)
         self._options = options
         self._name = name
         self._stall_timeout_s = stall_timeout_s
@@ -110,7 +128,7 @@ class EngineProcess:
 
     async def _launch(self) -> None:
         """Starts a child and waits until it is ready. Raises LoadFailed or EngineDied."""
-        child = await _Child.spawn(self._options, self._log_options)
+        child = await _Child.spawn(self._program, self._options, self._log_options)
         try:
             first = await self._first_message(child)
         except BaseException:
@@ -123,27 +141,40 @@ class EngineProcess:
         self._info = first.info
         self._heard_at = time.monotonic()
         self._child = child
-        child.reader = asyncio.create_task(self._read(child))
+        child.listen(lambda message: self._hear(child, message))
 
     async def _first_message(self, child: "_Child") -> ToParent:
-        message = asyncio.ensure_future(child.receive())
+        """What comes of loading. Raises EngineDied when the child dies over it, or says nothing for too long."""
         death = asyncio.ensure_future(child.process.wait())
         try:
-            await asyncio.wait((message, death), return_when=asyncio.FIRST_COMPLETED)
-            if not message.done():
-                raise EngineDied(f"the engine of model '{self._name}' {_cause(death.result())} while loading")
-            return self._decoder.decode(message.result())
+            while isinstance(message := await self._next_message(child, death), Loading):
+                pass
+            return message
         finally:
-            for task in (message, death):
-                task.cancel()
-            await asyncio.gather(message, death, return_exceptions=True)
+            death.cancel()
+            await asyncio.gather(death, return_exceptions=True)
+
+    async def _next_message(self, child: "_Child", death: asyncio.Future[int]) -> ToParent:
+        message = asyncio.ensure_future(child.next_message())
+        try:
+            await asyncio.wait((message, death), return_when=asyncio.FIRST_COMPLETED, timeout=self._stall_timeout_s)
+            if message.done():
+                return self._decoder.decode(message.result())
+            if death.done():
+                raise EngineDied(f"the engine of model '{self._name}' {_cause(death.result())} while loading")
+            raise EngineDied(
+                f"the engine of model '{self._name}' was silent for {self._stall_timeout_s:.0f} s while loading"
+            )
+        finally:
+            message.cancel()
+            await asyncio.gather(message, return_exceptions=True)
 
     async def _supervise(self) -> None:
         while True:
             assert self._child is not None
             child = self._child
             code = await child.process.wait()
-            await asyncio.sleep(0)  # let the reader take what the child still said
+            child.drain()  # what it still said counts
             self._child = None
             await child.kill()
             reason = f"the engine of model '{self._name}' {_cause(code)}"
@@ -202,26 +233,24 @@ class EngineProcess:
 
     # -- messages --------------------------------------------------------------------------------------------------
 
-    async def _read(self, child: "_Child") -> None:
-        """Without a reader nobody would ever be answered: what it trips over ends the child, and so is made good."""
+    def _hear(self, child: "_Child", message: bytes) -> None:
+        """Who cannot be understood would leave callers waiting: it is ended, and so is made good."""
+        self._heard_at = time.monotonic()
         try:
-            await self._read_forever(child)
+            self._handle(self._decoder.decode(message))
         except Exception:
             log.exception("a message of the engine of model '%s' cannot be handled; restarting it", self._name)
             child.process.kill()
 
-    async def _read_forever(self, child: "_Child") -> None:
-        while True:
-            message = self._decoder.decode(await child.receive())
-            self._heard_at = time.monotonic()
-            match message:
-                case Done():
-                    self._resolve(message)
-                case Batch(report):
-                    self._listener.on_batch(report)
-                case Ready(info):  # it fell back to another path
-                    self._info = info
-                    self._listener.on_up(info)
+    def _handle(self, message: ToParent) -> None:
+        match message:
+            case Done():
+                self._resolve(message)
+            case Batch(report):
+                self._listener.on_batch(report)
+            case Ready(info):  # it fell back to another path
+                self._info = info
+                self._listener.on_up(info)
 
     def _resolve(self, done: Done) -> None:
         flight = self._flights.get(done.request_id)
@@ -234,44 +263,97 @@ class EngineProcess:
 
 
 class _Child:
-    """One child process and the sockets to it. A new child gets new sockets: nothing of the old one can arrive."""
+    """One child process and the sockets to it. A new child gets new sockets: nothing of the old one can arrive.
+
+    The sockets are zmq's plain ones, watched by the event loop: zmq.asyncio makes futures and timers for each message,
+    several times the cost of moving it.
+    """
 
     def __init__(
-        self, process: asyncio.subprocess.Process, folder: str, sockets: tuple[zmq.asyncio.Socket, ...]
+        self, process: asyncio.subprocess.Process, folder: str, sockets: tuple[zmq.Socket[bytes], ...]
     ) -> None:
         self.process = process
-        self.reader: asyncio.Task[None] | None = None
         self._folder = folder
         self._to_child, self._from_child = sockets
-        self._outbox: asyncio.Queue[bytes] = asyncio.Queue()
-        self._writer = asyncio.create_task(self._write())
+        self._outbox: deque[bytes] = deque()
+        self._retry: asyncio.TimerHandle | None = None
+        self._hear: Callable[[bytes], None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._from_child.FD, self._on_readable)
 
     @classmethod
-    async def spawn(cls, options: NativeOptions, log_options: Sequence[str]) -> "_Child":
+    async def spawn(cls, program: Sequence[str], options: NativeOptions, log_options: Sequence[str]) -> "_Child":
         folder = tempfile.mkdtemp(prefix="rewardserve-")
-        context = zmq.asyncio.Context.instance()
+        context = zmq.Context.instance()
         sockets = tuple(context.socket(kind) for kind in (zmq.PUSH, zmq.PULL))
-        for socket, name in zip(sockets, ("in", "out"), strict=True):
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
-            socket.bind(f"ipc://{folder}/{name}")
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "rewardserve.engine.child", folder, str(os.getpid())),
-            json.dumps(asdict(options)),
-            *log_options,
-        )
+        try:
+            for socket, name in zip(sockets, ("in", "out"), strict=True):
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
+                socket.bind(f"ipc://{folder}/{name}")
+            command = (*program, folder, str(os.getpid()), json.dumps(asdict(options)), *log_options)
+            process = await asyncio.create_subprocess_exec(*command)
+        except BaseException:  # cancelled, too: a model may be unloaded while its engine is restarted
+            for socket in sockets:
+                socket.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         return cls(process, folder, sockets)
 
     def send(self, message: bytes) -> None:
         """Never waits: a socket whose other end died takes nothing, and what is in flight goes to the next child."""
-        self._outbox.put_nowait(message)
+        self._outbox.append(message)
+        if self._retry is None:
+            self._flush()
 
-    async def _write(self) -> None:
-        while True:
-            await self._to_child.send(await self._outbox.get())
+    def _flush(self) -> None:
+        self._retry = None
+        try:
+            while self._outbox:
+                self._to_child.send(self._outbox[0], zmq.NOBLOCK)
+                self._outbox.popleft()
+        except zmq.Again:  # nobody is connected: not yet, or not any more
+            self._retry = self._loop.call_later(RETRY_SEND_S, self._flush)
 
-    async def receive(self) -> bytes:
-        return await self._from_child.recv()
+    def listen(self, hear: Callable[[bytes], None]) -> None:
+        """Every message from now on, those already here first."""
+        self._hear = hear
+        self.drain()
+
+    def drain(self) -> None:
+        """Hands over all that has arrived: zmq's descriptor tells only of what comes after."""
+        while self._take_one():
+            pass
+
+    def _on_readable(self) -> None:
+        """The same in parts, for the event loop has others to serve."""
+        for _ in range(MESSAGES_AT_ONCE):
+            if not self._take_one():
+                return
+        self._loop.call_soon(self._on_readable)
+
+    def _take_one(self) -> bool:
+        if self._hear is None:
+            return False
+        try:
+            message = self._from_child.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._hear(message)
+        return True
+
+    async def next_message(self) -> bytes:
+        first: asyncio.Future[bytes] = self._loop.create_future()
+
+        def hear(message: bytes) -> None:
+            self._hear = None  # what follows waits for `listen`
+            first.set_result(message)
+
+        self.listen(hear)
+        try:
+            return await first
+        finally:
+            self._hear = None
 
     async def end(self, stop_message: bytes, patience_s: float = 10.0) -> None:
         """Asks it to stop, and kills it if it does not."""
@@ -281,10 +363,12 @@ class _Child:
         await self.kill()
 
     async def kill(self) -> None:
-        tasks = [task for task in (self.reader, self._writer) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._from_child.closed:
+            return
+        self._hear = None
+        self._loop.remove_reader(self._from_child.FD)
+        if self._retry is not None:
+            self._retry.cancel()
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()

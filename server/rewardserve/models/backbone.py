@@ -15,6 +15,7 @@ import torch
 from rewardserve_kernels.attention.chunked import Plan, plan_attention, tree_attention
 from rewardserve_kernels.kv_cache.paged import store_segment
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from rewardserve_kernels.workspace import Workspace, untouched
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
@@ -35,14 +36,15 @@ class KVPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.workspace = Workspace()  # of the attention that reads from here
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The pools of layer `index`, shaped for k and v [kv_heads, rows, head_size]."""
         if index == len(self._layers):
             shapes = [(self.num_blocks, t.shape[0], BLOCK_TOKENS, t.shape[2]) for t in (k, v)]
-            # Not zeroed: no slot is read before it is written, and untouched pages cost no memory on a CPU.
-            self._layers.append((k.new_empty(shapes[0]), v.new_empty(shapes[1])))
+            # No slot is read before it is written.
+            self._layers.append((untouched(shapes[0], k), untouched(shapes[1], v)))
         return self._layers[index]
 
     @property
@@ -108,7 +110,7 @@ def _attend(
         keys, values = forward.captured
         pools = forward.pool.layer(forward.last_layer, keys, values)
         plan = forward.plan(q, window, pooled_only=True)
-        return tree_attention(q[0], keys, values, *pools, plan, scale, softcap, sinks)[None]
+        return tree_attention(q[0], keys, values, *pools, plan, forward.pool.workspace, scale, softcap, sinks)[None]
     keys, values = k[0], v[0]
     pools = forward.pool.layer(layer, keys, values)
     for segment in forward.pack.segments:
@@ -120,7 +122,7 @@ def _attend(
         forward.captured = (keys, values)
         raise _KeysCaptured
     plan = forward.plan(q, window, pooled_only=False)
-    return tree_attention(q[0], keys, values, *pools, plan, scale, softcap, sinks)[None]
+    return tree_attention(q[0], keys, values, *pools, plan, forward.pool.workspace, scale, softcap, sinks)[None]
 
 
 _library = torch.library.Library("rewardserve", "DEF")
@@ -154,6 +156,7 @@ def _attention_interface(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embedding is in fp32 where the residual is
     out = torch.ops.rewardserve.attend(query, key, value, scale, sliding_window or 0, softcap or 0.0, s_aux)
     return out, None
 
@@ -259,6 +262,9 @@ class Backbone:
         self._padded_attention = module.config._attn_implementation
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
         self._pruned = False
+        # Between layers, hidden states in fp32: what every layer adds to is not rounded each time. For layers whose
+        # products take any precision (rewardserve_kernels.linear); a fifth to a third off the error of bf16.
+        self.residual_in_fp32 = False
         _widen_final_norm(module)
 
     def prepare_packed(self, prune: bool, max_length: int) -> None:
@@ -308,7 +314,7 @@ class Backbone:
         _current.forward = forward
         try:
             hidden = self.module(
-                input_ids=pack.input_ids[None], position_ids=pack.position_ids[None], use_cache=False
+                **self._inputs(pack.input_ids[None]), position_ids=pack.position_ids[None], use_cache=False
             ).last_hidden_state[0]
         finally:
             _current.forward = None
@@ -316,6 +322,11 @@ class Backbone:
         if forward.num_calls != expected:
             raise NotPackable(f"attention was called {forward.num_calls} times instead of {expected} in a forward")
         return (hidden if self._pruned else hidden[pack.pooled_rows])[:num_pooled]
+
+    def _inputs(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not self.residual_in_fp32:
+            return {"input_ids": input_ids}
+        return {"inputs_embeds": self.module.get_input_embeddings()(input_ids).float()}
 
     def run_padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """Final hidden states of the last token of each row, [len(rows), hidden_size], by a right-padded forward.

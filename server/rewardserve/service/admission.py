@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rewardserve.errors import InvalidRequest, Overloaded
 from rewardserve.metrics import ModelMetrics
-from rewardserve.types import Conversation, Prompt, ScoreRequest, TokenIds
+from rewardserve.types import Conversation, Prompt, PromptGroup, ScoreRequest, TokenIds
 
 CHARACTERS_PER_TOKEN = 3.5  # of English and code, a little low on purpose: the estimate should rather be too large
 
@@ -27,6 +27,8 @@ class Admission:
         self._num_requests = 0
         self._num_tokens = 0
         self._tokens_per_s = 0.0  # of finished work, a moving average
+        self.max_length: int | None = None  # of prompt + response; set when the model is loaded
+        metrics.watch_in_flight(lambda: self._num_requests, lambda: self._num_tokens)
 
     @property
     def num_requests(self) -> int:
@@ -36,7 +38,7 @@ class Admission:
     def admit(self, request: ScoreRequest) -> Iterator[None]:
         """Counts the request until the block is left. Raises InvalidRequest or Overloaded."""
         self._check_shape(request)
-        tokens = estimate_tokens(request)
+        tokens = estimate_tokens(request, self.max_length)
         self._check_room(tokens)
         self._count(+1, tokens)
         try:
@@ -83,19 +85,22 @@ class Admission:
     def _count(self, requests: int, tokens: int) -> None:
         self._num_requests += requests
         self._num_tokens += tokens
-        self._metrics.in_flight.set(self._num_requests)
-        self._metrics.in_flight_tokens.set(self._num_tokens)
 
 
-def estimate_tokens(request: ScoreRequest) -> int:
-    """From lengths alone: exact for ids, a guess for text."""
-    return sum(_size(group.prompt) + sum(_size(response) for response in group.responses) for group in request.groups)
+def estimate_tokens(request: ScoreRequest, max_length: int | None = None) -> int:
+    """From lengths alone: exact for ids, a guess for text. What is longer than the model takes, no engine will see."""
+    return sum([_group_size(group, max_length) for group in request.groups])
+
+
+def _group_size(group: PromptGroup, max_length: int | None) -> int:
+    size = _size(group.prompt) + sum(map(_size, group.responses))
+    return size if max_length is None else min(size, len(group.responses) * max_length)
 
 
 def _size(part: Prompt | str) -> int:
+    if isinstance(part, TokenIds):  # before the others: a pattern costs three times as much
+        return len(part.data) // 4
     match part:
-        case TokenIds(data):
-            return len(data) // 4
         case Conversation(messages):
             return sum(int(len(m.content) / CHARACTERS_PER_TOKEN) + 4 for m in messages)
         case str():

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 import enum
 import logging
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable
 from concurrent.futures import Executor
 
 from rewardserve.engine.base import BatchReport, Engine, EngineInfo, EngineListener, EngineRequest
@@ -19,9 +20,9 @@ from rewardserve.errors import (
 )
 from rewardserve.metrics import Metrics, ModelMetrics
 from rewardserve.service.admission import Admission, Limits
-from rewardserve.text.encoder import EncodedRequest, Encoder
+from rewardserve.text.encoder import EncodedRequest, Encoder, is_quickly_encoded
 from rewardserve.text.tokenizer import Tokenizer
-from rewardserve.types import EncodedGroup, ScoreRequest, TokenIds, is_model_name
+from rewardserve.types import EncodedGroup, ScoreRequest, is_model_name
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +92,20 @@ class LiveModel:
         return None if info.text is None else Tokenizer(info.text)
 
     async def _warm_up(self) -> None:
-        """The first request should not pay for what the first forward sets up."""
+        """The first request should not pay for what the first forward sets up. Raises LoadFailed if none can succeed.
+
+        A score that is not finite does not say so: it may be these ids', and each item says it for itself.
+        """
         group = EncodedGroup(prompt=bytes(4 * 8), responses=(bytes(4 * 8),))
-        await self.engine.score(EngineRequest("warm-up", (group,)))
+        result = await self.engine.score(EngineRequest("warm-up", (group,)))
+        failure = result.groups[0].items[0].failure
+        if failure is not None and not failure.is_of_the_score:
+            raise LoadFailed(f"it was loaded, but cannot score: {failure.message}")
 
     def _use(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
         self.info = info
         self.encoder = Encoder(tokenizer, info.vocab_size, info.max_length, info.text_missing_reason, info.bos_token_id)
+        self.admission.max_length = info.max_length
         self.metrics.set_info(info.version, info.architecture, info.path, info.dtype)
 
     def _on_batch(self, report: BatchReport) -> None:
@@ -117,18 +125,15 @@ class LiveModel:
             raise Unavailable(f"model '{self.name}' is {self.state.value}: {self.message}".removesuffix(": "))
 
     async def encode(self, request: ScoreRequest, executor: Executor) -> EncodedRequest:
-        """Text goes to `executor`, off the event loop; token ids need less work than handing them over."""
+        """Text goes to `executor`, off the event loop; few token ids need less work than handing them over."""
         assert self.encoder is not None
-        if _only_ids(request):
+        if is_quickly_encoded(request):
             return self.encoder.encode(request)
-        return await asyncio.get_running_loop().run_in_executor(executor, self.encoder.encode, request)
-
-
-def _only_ids(request: ScoreRequest) -> bool:
-    return all(
-        isinstance(group.prompt, TokenIds) and all(isinstance(r, TokenIds) for r in group.responses)
-        for group in request.groups
-    )
+        abandoned = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, self.encoder.encode, request, abandoned)
+        finally:
+            abandoned.set()  # cancelled, by a caller who left or by the deadline: the thread does not hear of it
 
 
 class Registry:
@@ -144,7 +149,7 @@ class Registry:
     ) -> None:
         """`make_engine(name, source, dtype)`; `on_change` hears of every change of a model's state."""
         self._make_engine = make_engine
-        self._metrics = metrics
+        self.metrics = metrics
         self._limits = limits
         self._executor = executor
         self._on_change = on_change
@@ -165,14 +170,13 @@ class Registry:
         wanted = f"no model '{name}' here" if name else "name a model: there is not exactly one here"
         raise ModelNotFound(f"{wanted}; served are: {served}")
 
-    @contextlib.contextmanager
-    def serving(self, name: str) -> Iterator[LiveModel]:
-        """The model, if it can score now."""
+    def serving(self, name: str) -> LiveModel:
+        """The model, if it can score now. Raises Draining, ModelNotFound or Unavailable."""
         if self._draining:
             raise Draining("the server is shutting down")
         model = self.get(name)
         model.check_serving()
-        yield model
+        return model
 
     async def load(self, name: str, source: str, dtype: str = "auto") -> LiveModel:
         """Loads, checks and warms a model; it is served when this returns. Raises ModelExists or LoadFailed."""
@@ -181,7 +185,7 @@ class Registry:
         if name in self._models:
             raise ModelExists(f"a model '{name}' is served already; unload it first")
         engine = self._make_engine(name, source, dtype)
-        model = LiveModel(name, source, engine, ModelMetrics(self._metrics, name), self._limits)
+        model = LiveModel(name, source, engine, ModelMetrics(self.metrics, name), self._limits)
         self._models[name] = model
         self._on_change(model)
         try:

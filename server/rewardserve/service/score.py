@@ -1,20 +1,15 @@
 """The journey of one Score request."""
 
-import asyncio
 import itertools
 import time
-from collections.abc import Awaitable
 from concurrent.futures import Executor
-from typing import TypeVar
 
 from rewardserve.engine.base import EngineRequest, EngineResult
-from rewardserve.errors import DeadlineExceeded
 from rewardserve.metrics import ModelMetrics
+from rewardserve.service.deadlines import Deadlines
 from rewardserve.service.registry import LiveModel, Registry
 from rewardserve.text.encoder import EncodedItem, EncodedRequest
 from rewardserve.types import GroupScore, ItemScore, ScoreRequest, ScoreResult, Timings
-
-T = TypeVar("T")
 
 _numbers = itertools.count()
 
@@ -25,37 +20,31 @@ class ScoringService:
     def __init__(self, registry: Registry, executor: Executor) -> None:
         self._registry = registry
         self._executor = executor
+        self._deadlines = Deadlines()
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Scores every response, or raises a RewardServeError; failures of single responses are among the items."""
-        with self._registry.serving(request.model) as model, model.admission.admit(request):
-            admitted = time.monotonic()
-            encoded = await _before(request.deadline, model.encode(request, self._executor))
-            tokenized = time.monotonic()
-            assert model.info is not None
-            version = model.info.version
-            scored = await _before(request.deadline, _run(model, request, encoded))
-            timings = Timings(
-                admission_s=admitted - request.received_at,
-                tokenization_s=tokenized - admitted,
-                queue_s=scored.queue_s,
-                compute_s=scored.compute_s,
-                total_s=time.monotonic() - request.received_at,
-            )
-            result = _assemble(request, encoded, scored, model.name, version, timings)
-            observe(model.metrics, result)
-            return result
+        model = self._registry.serving(request.model)
+        with model.admission.admit(request), self._deadlines.until(request.deadline):
+            result = await self._score(model, request)
+        observe(model.metrics, result)
+        return result
 
-
-async def _before(deadline: float | None, work: Awaitable[T]) -> T:
-    """Awaits `work`, which is cancelled when the deadline (CLOCK_MONOTONIC, seconds) passes."""
-    if deadline is None:
-        return await work
-    try:
-        async with asyncio.timeout(deadline - time.monotonic()):
-            return await work
-    except TimeoutError:
-        raise DeadlineExceeded("the deadline passed before the scores were there") from None
+    async def _score(self, model: LiveModel, request: ScoreRequest) -> ScoreResult:
+        admitted = time.monotonic()
+        encoded = await model.encode(request, self._executor)
+        tokenized = time.monotonic()
+        assert model.info is not None
+        version = model.info.version
+        scored = await _run(model, request, encoded)
+        timings = Timings(
+            admission_s=admitted - request.received_at,
+            tokenization_s=tokenized - admitted,
+            queue_s=scored.queue_s,
+            compute_s=scored.compute_s,
+            total_s=time.monotonic() - request.received_at,
+        )
+        return _assemble(request, encoded, scored, model.name, version, timings)
 
 
 async def _run(model: LiveModel, request: ScoreRequest, encoded: EncodedRequest) -> EngineResult:
@@ -71,7 +60,7 @@ def _assemble(
     request: ScoreRequest, encoded: EncodedRequest, scored: EngineResult, model: str, version: str, timings: Timings
 ) -> ScoreResult:
     groups = tuple(
-        GroupScore(group.id, tuple(_item(item, scored) for item in items))
+        GroupScore(group.id, tuple([_item(item, scored) for item in items]))
         for group, items in zip(request.groups, encoded.items, strict=True)
     )
     return ScoreResult(request.request_id, model, version, groups, timings)
@@ -103,12 +92,12 @@ def observe(metrics: ModelMetrics, result: ScoreResult) -> None:
         ("total", timings.total_s),
     ):
         metrics.stages[stage].observe(seconds)
-    for item in (item for group in result.groups for item in group.items):
-        if item.score is None:
-            assert item.failure is not None
-            metrics.count_item_failure(item.failure.code.name)
-        else:
-            metrics.pairs.inc()
-            metrics.tokens.inc(item.num_prompt_tokens + item.num_response_tokens)
-            metrics.score.observe(item.score)
-            metrics.score_sum.inc(item.score)
+    items = [item for group in result.groups for item in group.items]
+    scores = [item.score for item in items if item.score is not None]
+    if len(scores) < len(items):
+        for failure in (item.failure for item in items if item.failure is not None):
+            metrics.count_item_failure(failure.code.name)
+    metrics.pairs.inc(len(scores))
+    metrics.tokens.inc(sum([i.num_prompt_tokens + i.num_response_tokens for i in items if i.score is not None]))
+    metrics.score.observe_all(scores)
+    metrics.score_sum.inc(sum(scores))

@@ -1,16 +1,17 @@
-"""A request's prompts and responses -> token ids: templates, the border of prompt and response, truncation."""
+"""A request's prompts and responses -> token ids: templates, the border of prompt and response, what is too long."""
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from rewardserve.errors import InvalidRequest
 from rewardserve.text.chat_template import TEMPLATE_ERRORS
-from rewardserve.text.tokenizer import Ids, JoinedText, Tokenizer, common_length
+from rewardserve.text.placing import EncodedItem, EncodedRequest, Groups, Placer, too_long
+from rewardserve.text.tokenizer import Ids, Tokenizer, Whole
 from rewardserve.types import (
     Conversation,
-    EncodedGroup,
     ItemCode,
     ItemFailure,
     Message,
@@ -18,55 +19,33 @@ from rewardserve.types import (
     PlainText,
     Prompt,
     PromptGroup,
-    Response,
     ScoreRequest,
     TokenIds,
 )
 
+__all__ = ["Abandoned", "EncodedItem", "EncodedRequest", "Encoder", "is_quickly_encoded"]
+
+# At most 0.3 ms of the event loop's time. Handing a small request to a thread and back costs it 0.1 ms.
+QUICK_IDS_BYTES = 1 << 20
+QUICK_PAIRS = 256
+BATCH_CHARACTERS = 1 << 20  # tokenized at once: half a second, which is what is lost when the caller has left
+MAX_CUT_CHARACTERS = 4 << 20  # of a text to be truncated, which cannot be tokenized in part: two seconds
+
+_NEVER = threading.Event()
+_NO_IDS = np.empty(0, np.int32)
+_Wholes = dict[int, Whole | ItemFailure]  # by the response's position
+
+
+class Abandoned(Exception):
+    """Nobody waits for these ids any more."""
+
 
 @dataclass(frozen=True, slots=True)
-class EncodedItem:
-    """Where a response went: response `index` of the engine's group `group`. Nowhere, if it has a `failure`."""
-
-    group: int
-    index: int
-    num_prompt_tokens: int
-    num_response_tokens: int
-    truncated: bool = False
-    failure: ItemFailure | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRequest:
-    groups: tuple[EncodedGroup, ...]
-    items: tuple[tuple[EncodedItem, ...], ...]  # [group][response] as in the request
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(g.prompt) + sum(map(len, g.responses)) for g in self.groups) // 4
-
-
-class _Groups:
-    """Engine groups under construction. Responses with the same prompt ids come together, truncated ones apart."""
-
-    def __init__(self) -> None:
-        self._index: dict[bytes, int] = {}
-        self._groups: list[tuple[bytes, list[bytes]]] = []
-
-    def new_request_group(self) -> None:
-        self._index.clear()
-
-    def add(self, prompt: bytes, response: bytes, num_prompt: int, truncated: bool) -> EncodedItem:
-        group = self._index.setdefault(prompt, len(self._groups))
-        if group == len(self._groups):
-            self._groups.append((prompt, []))
-        responses = self._groups[group][1]
-        responses.append(response)
-        num_tokens = (len(prompt) + len(response)) // 4
-        return EncodedItem(group, len(responses) - 1, num_prompt, num_tokens - num_prompt, truncated)
-
-    def build(self) -> tuple[EncodedGroup, ...]:
-        return tuple(EncodedGroup(prompt, tuple(responses)) for prompt, responses in self._groups)
+class _Job:
+    group: PromptGroup
+    field: str  # what the group is called in errors
+    overflow: Overflow
+    abandoned: threading.Event
 
 
 class Encoder:
@@ -87,62 +66,134 @@ class Encoder:
         self._max_length = max_length
         self._no_tokenizer_reason = no_tokenizer_reason
 
-    def encode(self, request: ScoreRequest) -> EncodedRequest:
-        """Raises InvalidRequest, naming the field, for ids or text that no model could take."""
-        groups, items = _Groups(), []
+    def encode(self, request: ScoreRequest, abandoned: threading.Event = _NEVER) -> EncodedRequest:
+        """Raises InvalidRequest, naming the field, for ids or text that no model could take.
+
+        Raises Abandoned soon after `abandoned` is set: at the next group, or the next batch of a group's texts.
+        """
+        groups, items = Groups(), []
         for number, group in enumerate(request.groups):
             groups.new_request_group()
-            field = f"groups[{number}]"
-            prompt, wholes = self._group_ids(group, field)
-            items.append(self._split(prompt, wholes, request.overflow, groups))
+            job = _Job(group, f"groups[{number}]", request.overflow, abandoned)
+            items.append(self._as_sent(group, groups) or self._encode_group(job, groups))
         return EncodedRequest(groups.build(), tuple(items))
 
-    def _group_ids(self, group: PromptGroup, field: str) -> tuple[Ids, list[Ids]]:
-        """Ids of the prompt, and of prompt + response for each response."""
-        responses = group.responses
-        if isinstance(group.prompt, TokenIds):
-            prompt = self._ids(group.prompt, f"{field}.prompt.token_ids")
-            tails = [self._tail(response, f"{field}.responses[{i}]") for i, response in enumerate(responses)]
-            return prompt, [np.concatenate([prompt, tail]) for tail in tails]
-        texts = [response for response in responses if isinstance(response, str)]
-        prompt, joined = self._tokenizer_for(f"{field}.prompt").encode_joined(self._join(group.prompt, texts, field))
-        self._check_range(prompt, f"{field}.prompt")
-        from_text = iter(joined)
-        wholes = []
-        for i, response in enumerate(responses):
-            if isinstance(response, str):
-                whole = next(from_text)
-                self._check_range(whole, f"{field}.responses[{i}].text")
-            else:
-                whole = np.concatenate([prompt, self._ids(response, f"{field}.responses[{i}].token_ids")])
-            wholes.append(whole)
+    def _as_sent(self, group: PromptGroup, groups: Groups) -> tuple[EncodedItem, ...]:
+        """A group of nothing but good ids that all fit, as trainers send them: its bytes go on as they came.
+
+        Empty if it is anything else; `_encode_group` then finds the same for what is good, and a name for what is not.
+        """
+        ids = _ids_of(group)
+        if not ids or any([len(data) % 4 for data in ids]):
+            return ()
+        prompt, *responses = ids
+        longest, shortest = max(map(len, responses)), min(map(len, responses))
+        if shortest == 0 or len(prompt) + longest > 4 * self._max_length:
+            return ()
+        # Unsigned, negative ids are larger than any vocabulary.
+        if int(np.frombuffer(b"".join(ids), "<u4").max()) >= self._vocab_size:
+            return ()
+        return groups.add_all(prompt, responses)
+
+    def _encode_group(self, job: _Job, groups: Groups) -> tuple[EncodedItem, ...]:
+        _check_wanted(job.abandoned)
+        prompt, wholes = self._after_ids(job) if isinstance(job.group.prompt, TokenIds) else self._after_text(job)
+        placer = Placer(groups, prompt, job.overflow, self._max_length, self._bos_token_id)
+        return placer.place([wholes[i] for i in range(len(job.group.responses))])
+
+    def _after_ids(self, job: _Job) -> tuple[Ids, _Wholes]:
+        """Ids of the prompt, and what becomes of each response. Text after ids is verbatim."""
+        assert isinstance(job.group.prompt, TokenIds)
+        prompt = self._ids(job.group.prompt, f"{job.field}.prompt.token_ids")
+        wholes: _Wholes = {i: Whole(len(prompt), ids) for i, ids in self._responses_of_ids(job)}
+        texts = [(i, text) for i, text in enumerate(job.group.responses) if isinstance(text, str)]
+        if texts:
+            tokenizer = self._tokenizer_for(f"{job.field}.responses[{texts[0][0]}].text")
+            wholes |= self._texts(
+                texts, len(prompt), job, lambda batch: [Whole(len(prompt), tail) for tail in tokenizer.encode(batch)]
+            )
         return prompt, wholes
 
-    def _join(self, prompt: Prompt, texts: Sequence[str], field: str) -> JoinedText:
-        assert self.tokenizer is not None and not isinstance(prompt, TokenIds)
-        template = self.tokenizer.template
-        if isinstance(prompt, Conversation) and template is None:
+    def _after_text(self, job: _Job) -> tuple[Ids, _Wholes]:
+        tokenizer = self._tokenizer_for(f"{job.field}.prompt")
+        whole_text = self._whole_text(job)
+        prompt = tokenizer.prompt(whole_text(None))
+
+        def encode(batch: list[str]) -> list[Whole]:
+            is_first = prompt.ids is None
+            wholes = tokenizer.encode_after(prompt, batch)
+            if is_first:
+                self._check_range(prompt.ids, f"{job.field}.prompt")
+            return wholes
+
+        texts = ((i, whole_text(text)) for i, text in enumerate(job.group.responses) if isinstance(text, str))
+        wholes = self._texts(texts, 0, job, encode)
+        least = tokenizer.least_tokens(prompt.text)
+        for i, ids in self._responses_of_ids(job):
+            refusal = self._refusal(least + len(ids), len(prompt.text), job.overflow)
+            if refusal is None and prompt.ids is None:
+                _check_wanted(job.abandoned)
+                encode([])
+            wholes[i] = refusal or Whole(len(prompt.ids), ids)
+        return _NO_IDS if prompt.ids is None else prompt.ids, wholes
+
+    def _texts(
+        self, texts: Iterable[tuple[int, str]], num_ids: int, job: _Job, encode: Callable[[list[str]], list[Whole]]
+    ) -> _Wholes:
+        """Those that may fit after `num_ids` ids go through `encode`, a batch at a time."""
+        wholes: _Wholes = {}
+        for batch in _batches(texts):
+            _check_wanted(job.abandoned)
+            wholes |= {i: refusal for i, text in batch if (refusal := self._text_refusal(text, num_ids, job.overflow))}
+            fitting = [(i, text) for i, text in batch if i not in wholes]
+            encoded = encode([text for _, text in fitting]) if fitting else []
+            for (i, _), whole in zip(fitting, encoded, strict=True):
+                self._check_range(whole.tail, f"{job.field}.responses[{i}].text", whole.border)
+                wholes[i] = whole
+        return wholes
+
+    def _responses_of_ids(self, job: _Job) -> Iterator[tuple[int, Ids]]:
+        for i, response in enumerate(job.group.responses):
+            if isinstance(response, TokenIds):
+                yield i, self._ids(response, f"{job.field}.responses[{i}].token_ids")
+
+    def _text_refusal(self, text: str, num_ids: int, overflow: Overflow) -> ItemFailure | None:
+        assert self.tokenizer is not None
+        if not text:  # a failure of its own
+            return None
+        return self._refusal(num_ids + self.tokenizer.least_tokens(text), len(text), overflow)
+
+    def _refusal(self, least_tokens: int, num_characters: int, overflow: Overflow) -> ItemFailure | None:
+        """Why a text fails before it is tokenized; None if it may fit, or may be cut until it does."""
+        excess = least_tokens - self._max_length
+        if excess <= 0 or (overflow is not Overflow.ERROR and num_characters <= MAX_CUT_CHARACTERS):
+            return None
+        message = too_long(f"at least {least_tokens}", excess, self._max_length)
+        if overflow is not Overflow.ERROR:
+            message += f"; of its {num_characters} characters no more than {MAX_CUT_CHARACTERS} may be truncated"
+        return ItemFailure(ItemCode.OUT_OF_RANGE, message)
+
+    def _whole_text(self, job: _Job) -> Callable[[str | None], str]:
+        """What makes the prompt's text of None, and of a response the text of both."""
+        assert self.tokenizer is not None
+        prompt, field, tokenizer = job.group.prompt, job.field, self.tokenizer
+        if isinstance(prompt, Conversation) and tokenizer.template is None:
             raise InvalidRequest(
                 f"{field}.prompt.conversation", "this checkpoint has no chat template; send text or token_ids"
             )
-        if isinstance(prompt, PlainText) and template is not None:
-            messages: tuple[Message, ...] = (Message("user", prompt.text),)
-        elif isinstance(prompt, Conversation):
-            messages = prompt.messages
-        else:
-            return JoinedText(prompt.text, tuple(prompt.text + text for text in texts))
-        try:
-            return self.tokenizer.render(messages, texts)
-        except TEMPLATE_ERRORS as error:
-            raise InvalidRequest(f"{field}.prompt", f"the checkpoint's chat template refuses it: {error}") from error
+        messages = _messages(prompt)
+        if tokenizer.template is None or messages is None:
+            return lambda response: prompt.text + (response or "")
 
-    def _tail(self, response: Response, field: str) -> Ids:
-        """A response after prompt ids: verbatim."""
-        if isinstance(response, TokenIds):
-            return self._ids(response, f"{field}.token_ids")
-        ids = self._tokenizer_for(f"{field}.text").encode([response])[0]
-        self._check_range(ids, f"{field}.text")
-        return ids
+        def render(response: str | None) -> str:
+            try:
+                return tokenizer.render(messages, response)
+            except TEMPLATE_ERRORS as error:
+                raise InvalidRequest(
+                    f"{field}.prompt", f"the checkpoint's chat template refuses it: {error}"
+                ) from error
+
+        return render
 
     def _tokenizer_for(self, field: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -156,56 +207,62 @@ class Encoder:
         self._check_range(array, field)
         return array
 
-    def _check_range(self, ids: Ids, field: str) -> None:
+    def _check_range(self, ids: Ids, field: str, before: int = 0) -> None:
+        """`before` them there are other ids, which errors count."""
         if len(ids) and not 0 <= ids.min() <= ids.max() < self._vocab_size:
             wrong = int(np.nonzero((ids < 0) | (ids >= self._vocab_size))[0][0])
+            position = before + wrong
             raise InvalidRequest(
-                field, f"id {int(ids[wrong])} at position {wrong} is outside the vocabulary of {self._vocab_size}"
+                field, f"id {int(ids[wrong])} at position {position} is outside the vocabulary of {self._vocab_size}"
             )
 
-    def _split(
-        self, prompt: Ids, wholes: Sequence[Ids], overflow: Overflow, groups: _Groups
-    ) -> tuple[EncodedItem, ...]:
-        borders = [common_length(prompt, whole) for whole in wholes]
-        fitting = [b for b, whole in zip(borders, wholes, strict=True) if len(whole) <= self._max_length]
-        shared = min(fitting, default=0)  # one prompt for all that are scored as they are
-        items = []
-        for whole, border in zip(wholes, borders, strict=True):
-            if len(whole) <= border:
-                items.append(
-                    _failed(ItemCode.INVALID_ARGUMENT, "the response is empty: no token to score", whole, border)
-                )
-            elif len(whole) <= self._max_length:
-                items.append(groups.add(_bytes(whole[:shared]), _bytes(whole[shared:]), border, truncated=False))
-            else:
-                items.append(self._truncate(whole, border, overflow, groups))
-        return tuple(items)
 
-    def _truncate(self, whole: Ids, border: int, overflow: Overflow, groups: _Groups) -> EncodedItem:
-        """Each response by what itself needs: its score must not depend on its siblings."""
-        excess = len(whole) - self._max_length
-        too_long = f"prompt + response is {len(whole)} tokens, {excess} more than max_length {self._max_length}"
-        if overflow is Overflow.TRUNCATE_PROMPT_LEFT:
-            kept = 1 if self._begins_with_bos(whole) else 0
-            if border - kept >= excess:
-                whole = np.concatenate([whole[:kept], whole[kept + excess :]])
-                border -= excess
-                return groups.add(_bytes(whole[:border]), _bytes(whole[border:]), border, truncated=True)
-            too_long += f", and the response alone is {len(whole) - border}"
-        if overflow is Overflow.TRUNCATE_RESPONSE_RIGHT:
-            if border < self._max_length:
-                whole = whole[: self._max_length]
-                return groups.add(_bytes(whole[:border]), _bytes(whole[border:]), border, truncated=True)
-            too_long += f", and the prompt alone is {border}"
-        return _failed(ItemCode.OUT_OF_RANGE, too_long, whole, border)
-
-    def _begins_with_bos(self, ids: Ids) -> bool:
-        return len(ids) > 0 and int(ids[0]) == self._bos_token_id
+def _check_wanted(abandoned: threading.Event) -> None:
+    if abandoned.is_set():
+        raise Abandoned
 
 
-def _failed(code: ItemCode, message: str, whole: Ids, border: int) -> EncodedItem:
-    return EncodedItem(-1, -1, border, len(whole) - border, failure=ItemFailure(code, message))
+def _messages(prompt: Prompt) -> tuple[Message, ...] | None:
+    """What a template is given; None for text that is used as it stands."""
+    match prompt:
+        case Conversation(messages):
+            return messages
+        case PlainText(text):
+            return (Message("user", text),)
+        case _:
+            return None
 
 
-def _bytes(ids: Ids) -> bytes:
-    return ids.astype("<i4", copy=False).tobytes()
+def _batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]]:
+    batch: list[tuple[int, str]] = []
+    size = 0
+    for i, text in texts:
+        batch.append((i, text))
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def is_quickly_encoded(request: ScoreRequest) -> bool:
+    """Whether it is ids, and few of them: encoding it then takes less time than a change of threads."""
+    num_bytes = num_pairs = 0
+    cuts_prompts = request.overflow is Overflow.TRUNCATE_PROMPT_LEFT  # each response may need a copy of its own
+    for group in request.groups:
+        ids = _ids_of(group)
+        num_bytes += sum(map(len, ids))
+        if cuts_prompts and ids:
+            num_bytes += len(ids[0]) * (len(ids) - 2)
+        num_pairs += len(group.responses)
+        if not ids or num_bytes > QUICK_IDS_BYTES or num_pairs > QUICK_PAIRS:
+            return False
+    return True
+
+
+def _ids_of(group: PromptGroup) -> list[bytes]:
+    """Of the prompt and each response; empty if one of them is text."""
+    parts = (group.prompt, *group.responses)
+    ids = [part.data for part in parts if isinstance(part, TokenIds)]
+    return ids if len(ids) == len(parts) else []

@@ -17,6 +17,7 @@ import tokenizers
 
 from rewardserve.errors import LoadFailed
 from rewardserve.text.chat_template import TEMPLATE_ERRORS, ChatTemplate
+from rewardserve.text.text_bound import TextBound
 from rewardserve.types import Message, Probe, TextSpec
 
 Ids = np.ndarray  # [tokens] int32
@@ -38,12 +39,25 @@ AWKWARD = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class JoinedText:
-    """One prompt and its responses as whole texts; `prompt` is a beginning of none, some or all of them."""
+@dataclass(slots=True)
+class PromptText:
+    """A prompt whose responses are tokenized with it, in one batch or several."""
 
-    prompt: str
-    whole: tuple[str, ...]
+    text: str
+    beginning: str  # of the text, and of most whole texts: tokenized once for all of them
+    stem: Ids | None = None  # ids of the beginning; it and `ids` are set by the first batch
+    ids: Ids | None = None  # of the text
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Ids of prompt + response, without a copy of the prompt: its first `border` ids, then `tail`."""
+
+    border: int
+    tail: Ids
+
+    def __len__(self) -> int:
+        return self.border + len(self.tail)
 
 
 class Tokenizer:
@@ -55,6 +69,7 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.bos_token_id = spec.bos_token_id
+        self._bound = TextBound.of(spec.tokenizer_json, spec.bos_token_id)
         self.template = ChatTemplate(spec.chat_template, spec.special_tokens) if spec.chat_template else None
         added = list(self._tokenizer.get_added_tokens_decoder().values())
         cuttable = [t for t in added if t.special and not t.lstrip and not t.single_word]
@@ -70,36 +85,42 @@ class Tokenizer:
         """No special tokens are added: a rendered text has all it needs. A doubled BOS is reduced to one."""
         return [self._single_bos(ids) for ids in self._encode(texts)]
 
-    def encode_joined(self, text: JoinedText) -> tuple[Ids, list[Ids]]:
-        """Ids of the prompt's text, and of every whole text, as if each were tokenized whole."""
-        cut = self._cut(text) if self.cuts_are_exact else 0
-        return self._encode_cut(text, cut)
+    def least_tokens(self, text: str) -> int:
+        """No fewer tokens than these does the text have, found without tokenizing it; 0 where nothing is known."""
+        return 0 if self._bound is None else self._bound.least_tokens(text)
 
-    def render(self, messages: Sequence[Message], responses: Sequence[str]) -> JoinedText:
-        """Raises one of TEMPLATE_ERRORS. There must be a template."""
+    def prompt(self, text: str) -> PromptText:
+        return PromptText(text, text[: self._cut(text)] if self.cuts_are_exact else "")
+
+    def encode_after(self, prompt: PromptText, wholes: Sequence[str]) -> list[Whole]:
+        """Prompt and response as if each whole text were tokenized by itself. Sets the prompt's own ids."""
+        cuts = [len(prompt.beginning) if whole.startswith(prompt.beginning) else 0 for whole in wholes]
+        own = [] if prompt.ids is not None else [prompt.beginning, prompt.text[len(prompt.beginning) :]]
+        parts = self._encode([*own, *(whole[cut:] for whole, cut in zip(wholes, cuts, strict=True))])
+        if own:
+            stem, rest, *parts = parts
+            prompt.stem = self._single_bos(stem)
+            prompt.ids = self._single_bos(np.concatenate([prompt.stem, rest]))
+        return [self._whole(prompt, part, cut > 0) for part, cut in zip(parts, cuts, strict=True)]
+
+    def _whole(self, prompt: PromptText, part: Ids, after_stem: bool) -> Whole:
+        assert prompt.stem is not None and prompt.ids is not None
+        known = len(prompt.stem) if after_stem else 0
+        if known < 2:  # a BOS on either side of the cut becomes one
+            part, known = self._single_bos(np.concatenate([prompt.stem[:known], part])), 0
+        same = common_length(prompt.ids[known:], part)
+        return Whole(known + same, part[same:].copy())  # a view would keep all of `part`
+
+    def render(self, messages: Sequence[Message], response: str | None = None) -> str:
+        """What the response answers, or both. Raises one of TEMPLATE_ERRORS. There must be a template."""
         assert self.template is not None
-        return JoinedText(
-            self.template.render(messages, add_generation_prompt=True),
-            tuple(
-                self.template.render((*messages, Message("assistant", response)), add_generation_prompt=False)
-                for response in responses
-            ),
-        )
+        if response is None:
+            return self.template.render(messages, add_generation_prompt=True)
+        return self.template.render((*messages, Message("assistant", response)), add_generation_prompt=False)
 
-    def _encode_cut(self, text: JoinedText, cut: int) -> tuple[Ids, list[Ids]]:
-        stem = [text.prompt[:cut]] if cut else []
-        parts = self._encode([*stem, text.prompt[cut:], *(whole[cut:] for whole in text.whole)])
-        if stem:
-            beginning, *parts = parts
-            parts = [np.concatenate([beginning, part]) for part in parts]
-        prompt, *wholes = [self._single_bos(ids) for ids in parts]
-        return prompt, wholes
-
-    def _cut(self, text: JoinedText) -> int:
-        """Where the prompt's last special token begins, as far as all texts agree up to there; 0: nowhere."""
-        cut = max(text.prompt.rfind(special) for special in self._special)
-        beginning = text.prompt[: max(cut, 0)]
-        return len(beginning) if all(whole.startswith(beginning) for whole in text.whole) else 0
+    def _cut(self, prompt: str) -> int:
+        """Where the prompt's last special token begins; 0: nowhere."""
+        return max(0, *(prompt.rfind(special) for special in self._special))
 
     def _encode(self, texts: Sequence[str]) -> list[Ids]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -132,17 +153,24 @@ class Tokenizer:
 
     def _prove_cuts(self) -> bool:
         """Tries cut against whole tokenization, over the template's own texts and bare special tokens."""
-        for prompt in ("Say it.", " leading and trailing ", "multi\n\nline\n", "word"):
-            texts = [JoinedText(prompt + s, tuple(prompt + s + r for r in AWKWARD)) for s in self._special[:8]]
+        for text in ("Say it.", " leading and trailing ", "multi\n\nline\n", "word"):
+            for special in self._special[:8]:
+                if not self._cuts_exactly(text + special, [text + special + each for each in AWKWARD]):
+                    return False
             if self.template is not None:
                 with contextlib.suppress(*TEMPLATE_ERRORS):  # a template that wants a system turn, say
-                    texts.append(self.render([Message("user", prompt)], AWKWARD))
-            for text in texts:
-                prompt_ids, whole_ids = self._encode_cut(text, self._cut(text))
-                wanted = self.encode([text.prompt, *text.whole])
-                if not all(map(np.array_equal, [prompt_ids, *whole_ids], wanted)):
-                    return False
+                    messages = [Message("user", text)]
+                    wholes = [self.render(messages, each) for each in AWKWARD]
+                    if not self._cuts_exactly(self.render(messages), wholes):
+                        return False
         return True
+
+    def _cuts_exactly(self, text: str, wholes: Sequence[str]) -> bool:
+        prompt = PromptText(text, text[: self._cut(text)])
+        found = self.encode_after(prompt, wholes)
+        assert prompt.ids is not None
+        ids = [prompt.ids, *(np.concatenate([prompt.ids[: whole.border], whole.tail]) for whole in found)]
+        return all(map(np.array_equal, ids, self.encode([text, *wholes])))
 
 
 def _overlapping(cuttable: Sequence[tokenizers.AddedToken], added: Sequence[tokenizers.AddedToken]) -> bool:

@@ -1,7 +1,9 @@
 """protobuf <-> types.py; the only file that knows both."""
 
+import itertools
+import os
 import time
-import uuid
+from collections.abc import Sequence
 
 from google.rpc import status_pb2
 
@@ -10,7 +12,6 @@ from rewardserve.service.rank import Comparison, Ranking
 from rewardserve.service.registry import LiveModel, ModelState
 from rewardserve.types import (
     Conversation,
-    GroupScore,
     ItemScore,
     Message,
     Overflow,
@@ -27,6 +28,8 @@ from rewardserve.types import (
 from rewardserve.v1 import models_pb2, scoring_pb2
 
 MAX_PRIORITY = 100
+_PROCESS = os.urandom(6).hex()  # with a number: the id of a request that came without one
+_numbers = itertools.count()
 STATES = {
     ModelState.LOADING: models_pb2.MODEL_STATE_LOADING,
     ModelState.SERVING: models_pb2.MODEL_STATE_SERVING,
@@ -43,7 +46,7 @@ def score_request(message: scoring_pb2.ScoreRequest, deadline: float | None, cli
         PromptGroup(
             group.id,
             _prompt(group.prompt, f"groups[{i}].prompt"),
-            tuple(_response(response, f"groups[{i}].responses[{j}]") for j, response in enumerate(group.responses)),
+            _responses(group.responses, f"groups[{i}].responses"),
         )
         for i, group in enumerate(message.groups)
     )
@@ -51,8 +54,7 @@ def score_request(message: scoring_pb2.ScoreRequest, deadline: float | None, cli
 
 
 def rank_request(message: scoring_pb2.RankRequest, deadline: float | None, client: str) -> ScoreRequest:
-    responses = tuple(_response(response, f"responses[{i}]") for i, response in enumerate(message.responses))
-    group = PromptGroup("", _prompt(message.prompt, "prompt"), responses)
+    group = PromptGroup("", _prompt(message.prompt, "prompt"), _responses(message.responses, "responses"))
     return _request(message, (group,), deadline, client)
 
 
@@ -77,7 +79,7 @@ def _request(
     if abs(options.priority) > MAX_PRIORITY:
         raise InvalidRequest("options.priority", f"{options.priority} is not within -{MAX_PRIORITY}..{MAX_PRIORITY}")
     return ScoreRequest(
-        request_id=message.request_id or uuid.uuid4().hex[:16],
+        request_id=message.request_id or new_request_id(),
         model=message.model,
         groups=groups,
         overflow=overflow,
@@ -86,6 +88,10 @@ def _request(
         client=client,
         received_at=time.monotonic(),
     )
+
+
+def new_request_id() -> str:
+    return f"{_PROCESS}-{next(_numbers):x}"
 
 
 def _prompt(message: scoring_pb2.Prompt, field: str) -> Prompt:
@@ -102,6 +108,15 @@ def _prompt(message: scoring_pb2.Prompt, field: str) -> Prompt:
             raise InvalidRequest(field, "is not set; give text, conversation, token_ids or rendered")
 
 
+def _responses(messages: Sequence[scoring_pb2.Response], field: str) -> tuple[Response, ...]:
+    return tuple(
+        [
+            TokenIds(ids) if (ids := message.token_ids) else _response(message, f"{field}[{i}]")
+            for i, message in enumerate(messages)
+        ]
+    )
+
+
 def _response(message: scoring_pb2.Response, field: str) -> Response:
     match message.WhichOneof("kind"):
         case "token_ids":
@@ -113,72 +128,65 @@ def _response(message: scoring_pb2.Response, field: str) -> Response:
 
 
 def score_response(result: ScoreResult) -> scoring_pb2.ScoreResponse:
-    return scoring_pb2.ScoreResponse(
-        request_id=result.request_id,
-        model=_version(result),
-        groups=[_group(group) for group in result.groups],
-        timings=_timings(result.timings),
-    )
+    """Messages are filled where they lie: one put into another is copied by way of its bytes."""
+    response = scoring_pb2.ScoreResponse(request_id=result.request_id)
+    _fill_version(response.model, result)
+    for group in result.groups:
+        add = response.groups.add(id=group.id).items.add
+        for item in group.items:
+            _fill_item(add(), item)
+    _fill_timings(response.timings, result.timings)
+    return response
 
 
 def rank_response(ranking: Ranking) -> scoring_pb2.RankResponse:
-    def entries(indices: tuple[int, ...]) -> list[scoring_pb2.RankedResponse]:
-        return [scoring_pb2.RankedResponse(index=i, item=_item(ranking.items[i])) for i in indices]
-
-    return scoring_pb2.RankResponse(
-        request_id=ranking.result.request_id,
-        model=_version(ranking.result),
-        ranked=entries(ranking.ranked),
-        failed=entries(ranking.failed),
-        timings=_timings(ranking.result.timings),
-    )
+    response = scoring_pb2.RankResponse(request_id=ranking.result.request_id)
+    _fill_version(response.model, ranking.result)
+    for entries, indices in ((response.ranked, ranking.ranked), (response.failed, ranking.failed)):
+        for index in indices:
+            _fill_item(entries.add(index=index).item, ranking.items[index])
+    _fill_timings(response.timings, ranking.result.timings)
+    return response
 
 
 def compare_response(comparison: Comparison) -> scoring_pb2.CompareResponse:
-    return scoring_pb2.CompareResponse(
+    response = scoring_pb2.CompareResponse(
         request_id=comparison.result.request_id,
-        model=_version(comparison.result),
-        a=_item(comparison.a),
-        b=_item(comparison.b),
         margin=comparison.margin,
         probability_a=comparison.probability_a,
-        timings=_timings(comparison.result.timings),
     )
+    _fill_version(response.model, comparison.result)
+    _fill_item(response.a, comparison.a)
+    _fill_item(response.b, comparison.b)
+    _fill_timings(response.timings, comparison.result.timings)
+    return response
 
 
-def _version(result: ScoreResult) -> scoring_pb2.ModelVersion:
-    return scoring_pb2.ModelVersion(name=result.model, version=result.version)
+def _fill_version(message: scoring_pb2.ModelVersion, result: ScoreResult) -> None:
+    message.name = result.model
+    message.version = result.version
 
 
-def _group(group: GroupScore) -> scoring_pb2.GroupScore:
-    return scoring_pb2.GroupScore(id=group.id, items=[_item(item) for item in group.items])
-
-
-def _item(item: ItemScore) -> scoring_pb2.ItemScore:
-    message = scoring_pb2.ItemScore(
-        kind=scoring_pb2.SCORE_KIND_RAW_LOGIT,
-        num_prompt_tokens=item.num_prompt_tokens,
-        num_response_tokens=item.num_response_tokens,
-        num_cached_tokens=item.num_cached_tokens,
-        truncated=item.truncated,
-    )
+def _fill_item(message: scoring_pb2.ItemScore, item: ItemScore) -> None:
+    message.kind = scoring_pb2.SCORE_KIND_RAW_LOGIT
+    message.num_prompt_tokens = item.num_prompt_tokens
+    message.num_response_tokens = item.num_response_tokens
+    message.num_cached_tokens = item.num_cached_tokens
+    message.truncated = item.truncated
     if item.score is not None:
         message.score = item.score
         message.status.SetInParent()
     else:
         assert item.failure is not None
         message.status.CopyFrom(status_pb2.Status(code=int(item.failure.code), message=item.failure.message))
-    return message
 
 
-def _timings(timings: Timings) -> scoring_pb2.StageTimings:
-    return scoring_pb2.StageTimings(
-        admission_s=timings.admission_s,
-        tokenization_s=timings.tokenization_s,
-        queue_s=timings.queue_s,
-        compute_s=timings.compute_s,
-        total_s=timings.total_s,
-    )
+def _fill_timings(message: scoring_pb2.StageTimings, timings: Timings) -> None:
+    message.admission_s = timings.admission_s
+    message.tokenization_s = timings.tokenization_s
+    message.queue_s = timings.queue_s
+    message.compute_s = timings.compute_s
+    message.total_s = timings.total_s
 
 
 def model(live: LiveModel) -> models_pb2.Model:

@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 
 from rewardserve.errors import ControlDisabled, DeadlineExceeded, InternalError, InvalidRequest, RewardServeError
 from rewardserve.service.rank import compare, rank
-from rewardserve.service.registry import Registry
+from rewardserve.service.registry import LiveModel, Registry
 from rewardserve.service.score import ScoringService
 from rewardserve.transport import convert
 from rewardserve.transport.status import status_of
@@ -39,9 +39,13 @@ class DoorOptions:
     log_text: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Malformed:
+    """Stands for a message that is none, with what every message has."""
+
     reason: str
+    request_id: str = ""
+    model: str = ""
 
 
 def _parser(kind: type[Message]) -> Callable[[bytes], Message | _Malformed]:
@@ -52,12 +56,6 @@ def _parser(kind: type[Message]) -> Callable[[bytes], Message | _Malformed]:
             return _Malformed(f"not a valid {kind.DESCRIPTOR.full_name}: {error}")
 
     return parse
-
-
-def _checked(message: Any) -> Any:
-    if isinstance(message, _Malformed):
-        raise InvalidRequest("(message)", message.reason)
-    return message
 
 
 class GrpcDoor:
@@ -96,7 +94,7 @@ class GrpcDoor:
     ) -> grpc.RpcMethodHandler:
         async def handle(message: Message | _Malformed, context: grpc.aio.ServicerContext) -> Message:
             try:
-                return await method(_checked(message), context)
+                return await method(self._checked(message, context), context)
             except Exception as error:
                 await context.abort_with_status(rpc_status.to_status(status_of(_foreseen(error))))
                 raise AssertionError("abort raises") from error
@@ -108,21 +106,21 @@ class GrpcDoor:
     async def _score(
         self, message: scoring_pb2.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> scoring_pb2.ScoreResponse:
-        with self._counted(message):
+        with self._counted(message, context):
             request = convert.score_request(message, _deadline(context), _client(context))
             return convert.score_response(await self._service.score(request))
 
     async def _rank(
         self, message: scoring_pb2.RankRequest, context: grpc.aio.ServicerContext
     ) -> scoring_pb2.RankResponse:
-        with self._counted(message):
+        with self._counted(message, context):
             request = convert.rank_request(message, _deadline(context), _client(context))
             return convert.rank_response(await rank(self._service, request, message.top_k))
 
     async def _compare(
         self, message: scoring_pb2.CompareRequest, context: grpc.aio.ServicerContext
     ) -> scoring_pb2.CompareResponse:
-        with self._counted(message):
+        with self._counted(message, context):
             request = convert.compare_request(message, _deadline(context), _client(context))
             return convert.compare_response(await compare(self._service, request))
 
@@ -141,22 +139,30 @@ class GrpcDoor:
         self, message: Any, seen: set[str], context: grpc.aio.ServicerContext, client: str
     ) -> scoring_pb2.ScoreResponse:
         """One request of a stream: its failure is its reply."""
-        request_id = "" if isinstance(message, _Malformed) else message.request_id
+        own_id = message.request_id
         try:
-            with self._counted(_checked(message)):
-                if request_id and request_id in seen:
-                    raise InvalidRequest("request_id", f"{request_id!r} is under way on this stream already")
-                seen.add(request_id)
+            self._checked(message, context)
+            with self._counted(message, context):
+                if own_id and own_id in seen:
+                    raise InvalidRequest("request_id", f"{own_id!r} is under way on this stream already")
+                seen.add(own_id)
                 try:
                     request = convert.score_request(message, _deadline(context), client)
                     return convert.score_response(await self._service.score(request))
                 finally:
-                    seen.discard(request_id)
+                    seen.discard(own_id)
         except Exception as error:
-            return scoring_pb2.ScoreResponse(request_id=request_id, error=status_of(_foreseen(error)))
+            return scoring_pb2.ScoreResponse(request_id=message.request_id, error=status_of(_foreseen(error)))
 
-    def _counted(self, message: Any) -> "_Counted":
-        return _Counted(self._registry, message, self._options)
+    def _checked(self, message: Any, context: grpc.aio.ServicerContext) -> Any:
+        """Raises InvalidRequest for what is no message; no method will see it, and hence none would count it."""
+        if isinstance(message, _Malformed):
+            with self._counted(message, context):
+                raise InvalidRequest("(message)", message.reason)
+        return message
+
+    def _counted(self, message: Any, context: grpc.aio.ServicerContext) -> "_Counted":
+        return _Counted(self._registry, message, context, self._options)
 
     # -- Models ----------------------------------------------------------------------------------------------------
 
@@ -241,35 +247,65 @@ class _Stream:
 
 
 class _Counted:
-    """Counts a request by its status, and logs it with its id."""
+    """Counts a request by its status, and logs it with its id. A request without an id is given one."""
 
-    def __init__(self, registry: Registry, message: Any, options: DoorOptions) -> None:
+    def __init__(
+        self, registry: Registry, message: Any, context: grpc.aio.ServicerContext, options: DoorOptions
+    ) -> None:
         self._registry, self._message, self._options = registry, message, options
         self._started = time.monotonic()
+        self._remaining_s = context.time_remaining()
+        if not message.request_id:
+            message.request_id = convert.new_request_id()
+        self._model = _model_of(registry, message)
 
     def __enter__(self) -> "_Counted":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        status = "OK" if error is None else getattr(error, "grpc", "CANCELLED" if _is_cancel(error) else "INTERNAL")
-        try:
-            model = self._registry.get(self._message.model)
-        except RewardServeError:
-            pass  # an unknown model gets no series: callers must not be able to make them up
-        else:
-            model.metrics.count_request(status)
+        status = "OK" if error is None else self._status(error)
+        if self._model is not None:
+            self._model.metrics.count_request(status)
+        else:  # no series for a name nobody serves: callers must not be able to make them up
+            self._registry.metrics.count_request_of_no_model(status)
         if self._options.log_requests or status not in ("OK", "CANCELLED"):
-            fields = {
-                "request_id": self._message.request_id,
-                "model": self._message.model,
-                "status": status,
-                "seconds": round(time.monotonic() - self._started, 6),
-            }
-            if error is not None:
-                fields["error"] = str(error)
-            if self._options.log_text:
-                fields["text"] = str(self._message)
-            log.info("request", extra={"fields": fields})
+            log.info("request", extra={"fields": self._fields(status, error)})
+
+    def _status(self, error: BaseException) -> str:
+        if isinstance(error, asyncio.CancelledError):
+            return "DEADLINE_EXCEEDED" if self._deadline_passed() else "CANCELLED"
+        return getattr(error, "grpc", "INTERNAL")
+
+    def _deadline_passed(self) -> bool:
+        """Or is about to: the caller's own passes first, for here it arrives late and rounded up by up to 2 %."""
+        if self._remaining_s is None:
+            return False
+        remaining_s = self._remaining_s - (time.monotonic() - self._started)
+        return remaining_s <= 0.02 + 0.02 * self._remaining_s
+
+    def _fields(self, status: str, error: BaseException | None) -> dict[str, Any]:
+        fields = {
+            "request_id": self._message.request_id,
+            "model": self._message.model if self._model is None else self._model.name,
+            "status": status,
+            "seconds": round(time.monotonic() - self._started, 6),
+        }
+        if error is not None:
+            left = "the caller gave up" if status == "CANCELLED" else "the caller's deadline passed"
+            fields["error"] = str(error) or left
+        if self._options.log_text:
+            fields["text"] = str(self._message)
+        return fields
+
+
+def _model_of(registry: Registry, message: Any) -> LiveModel | None:
+    """None if nobody serves it, or nobody can say which it is."""
+    if isinstance(message, _Malformed):
+        return None
+    try:
+        return registry.get(message.model)
+    except RewardServeError:
+        return None
 
 
 def _foreseen(error: Exception) -> RewardServeError:
@@ -278,10 +314,6 @@ def _foreseen(error: Exception) -> RewardServeError:
         return error
     log.error("a request failed unforeseen", exc_info=error)
     return InternalError("the server failed; its log says how")
-
-
-def _is_cancel(error: BaseException | None) -> bool:
-    return isinstance(error, asyncio.CancelledError)
 
 
 def _deadline(context: grpc.aio.ServicerContext) -> float | None:

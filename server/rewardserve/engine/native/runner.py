@@ -3,6 +3,7 @@
 from typing import Protocol
 
 import torch
+from rewardserve_kernels.workspace import Workspace
 
 from rewardserve.engine.native.batch import build_pack, build_rows
 from rewardserve.engine.native.sequence import BatchPlan
@@ -33,6 +34,11 @@ class PackedRunner:
     def run(self, prepared: object) -> list[float]:
         assert isinstance(prepared, Pack)
         return self._model.score_packed(prepared, self._pool).tolist()
+
+    @property
+    def workspace(self) -> Workspace:
+        """What is kept for intermediate results."""
+        return self._pool.workspace
 
 
 class PaddedRunner:

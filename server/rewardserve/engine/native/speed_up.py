@@ -1,12 +1,12 @@
-"""What makes a packed model faster without changing its scores beyond rounding. Each step is kept only if it proves so.
+"""What makes a packed model faster, or closer to fp32, without another score beyond rounding. Each step is kept only if
+the canary agrees.
 
 Measured on two cores of a CPU with bf16 units, a 100M Qwen3 on real text: keeping freed memory 1.2 x, prepacked
-weights 1.05 x, compiled layers 1.1 x.
+weights 1.05 x, compiled layers 1.1 x; with the residual in fp32 the mean error falls by a tenth to a third.
 """
 
 import ctypes
 import logging
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -25,7 +25,9 @@ log = logging.getLogger(__name__)
 MIN_PARAMETERS_TO_COMPILE = 50_000_000  # on a CPU; smaller models are up and busy before a compiler is done
 PROBE_FLOP = 2e11  # of one probe forward: a quarter of a second on two cores
 PROBE_ROUNDS = 5
+MIN_GAIN = 0.95  # where it makes no difference, the same answer every time: compiled or not, scores differ by rounding
 MAX_REASON = 300  # characters: torch's own reasons fill pages
+KEPT_BYTES = 64 << 20  # larger pieces are few, and would leave the heap full of holes
 _clock = time.perf_counter
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
@@ -42,7 +44,7 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     mallopt(M_ARENA_MAX, 1)
-    mallopt(M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
@@ -75,8 +77,8 @@ def speed_up(subject: Subject, compile_option: str) -> None:
 
     Raises LoadFailed where `compile_option` is "on" and compiling does not work.
     """
-    if subject.on_cpu:
-        _prepack(subject)
+    if subject.on_cpu and _prepack(subject):
+        _keep_residual_in_fp32(subject)
     is_small = subject.on_cpu and subject.num_parameters < MIN_PARAMETERS_TO_COMPILE
     if compile_option == "off" or (compile_option == "auto" and is_small):
         return
@@ -91,18 +93,27 @@ def speed_up(subject: Subject, compile_option: str) -> None:
     log.warning("layers run uncompiled: %s", reason)
 
 
-def _prepack(subject: Subject) -> None:
-    """The first layer on trial; the others, being of the same kind, after it."""
+def _prepack(subject: Subject) -> bool:
+    """True if it worked: for the first layer on trial, then for the others, which are of the same kind."""
     first, *others = subject.model.backbone.decoder_layers or [None]
     if first is None or not (replaced := prepack(first, subject.max_batch_tokens)):
-        return
+        return False
     if flaw := subject.flaw():
         for parent, name, linear in replaced:
             setattr(parent, name, linear)
         log.warning("weights are left as they lie in the checkpoint: %s", flaw)
-        return
+        return False
     for layer in others:
         prepack(layer, subject.max_batch_tokens)
+    return True
+
+
+def _keep_residual_in_fp32(subject: Subject) -> None:
+    """Costs nothing that can be measured; layers with products of other kinds (experts) do not take it."""
+    subject.model.backbone.residual_in_fp32 = True
+    if flaw := subject.flaw():
+        log.info("hidden states stay in bf16 between layers: %s", flaw)
+        subject.model.backbone.residual_in_fp32 = False
 
 
 def _compile(subject: Subject) -> str | None:
@@ -132,9 +143,9 @@ def _compare_speed(subject: Subject) -> str | None:
             if number:  # the first one warms up
                 seconds[compiled].append(elapsed)
     backbone.set_compiled(True)
-    ratio = statistics.median(seconds[False]) / statistics.median(seconds[True])
+    ratio = min(seconds[False]) / min(seconds[True])  # what others take of the machine only ever adds
     log.info("compiled layers run %.2f x as fast on a probe of %d tokens", ratio, len(pack.input_ids))
-    return None if ratio > 1 else f"compiled they run {ratio:.2f} x as fast"
+    return None if ratio > MIN_GAIN else f"compiled they run {ratio:.2f} x as fast"
 
 
 def _probe(subject: Subject) -> Pack:

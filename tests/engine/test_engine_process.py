@@ -1,0 +1,126 @@
+"""The messages between the front and an engine's process, with a child that has no model: it answers, badly or well."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+from rewardserve.engine.base import EngineListener, EngineRequest
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.process import EngineProcess
+from rewardserve.errors import EngineDied
+from rewardserve.types import EncodedGroup
+
+CHILD = """
+import sys, time
+import msgspec, zmq
+from rewardserve.engine.base import BatchReport, EngineGroup, EngineInfo, EngineItem, EngineResult
+from rewardserve.engine.messages import Batch, Done, Loading, Ready, Score, Stop, ToChild
+
+folder, mode = sys.argv[1], {mode!r}
+context, encode = zmq.Context(), msgspec.msgpack.Encoder().encode
+outbox = context.socket(zmq.PUSH)
+outbox.set_hwm(0)
+outbox.connect(f"ipc://{{folder}}/out")
+if mode == "hangs":
+    time.sleep(600)
+if mode == "loads long":
+    for _ in range(10):
+        time.sleep(0.3)
+        outbox.send(encode(Loading()))
+info = EngineInfo("v", "A", "packed", "", "float32", "cpu", 1, 100, 1000, 0.0, 0)
+outbox.send(encode(Ready(info)))
+if mode == "late":
+    time.sleep(0.5)
+inbox = context.socket(zmq.PULL)
+inbox.set_hwm(0)
+inbox.connect(f"ipc://{{folder}}/in")
+decoder = msgspec.msgpack.Decoder(ToChild)
+waiting = []
+while True:
+    match decoder.decode(inbox.recv()):
+        case Stop():
+            outbox.close(linger=1000)
+            sys.exit(0)
+        case Score(request):
+            waiting.append(request)
+    if mode == "nonsense":
+        outbox.send(b"nonsense")
+    if mode == "bursts" and len(waiting) < 50:
+        continue
+    for request in waiting:
+        first = int.from_bytes(request.groups[0].responses[0][:4], "little")
+        group = EngineGroup((EngineItem(float(first)),), 0)
+        outbox.send(encode(Batch(BatchReport(1, 1, 0, 0, 0.1, 0, 0))))
+        outbox.send(encode(Done(request.request_id, EngineResult((group,), 0.0, 0.0), False)))
+    waiting.clear()
+"""
+
+
+def request(number: int) -> EngineRequest:
+    return EngineRequest(str(number), (EncodedGroup(bytes(40), (number.to_bytes(4, "little") + bytes(4),)),))
+
+
+@pytest.fixture
+def make_engine(tmp_path: Path):
+    def make(mode: str, stall_timeout_s: float = 600.0) -> EngineProcess:
+        script = tmp_path / "child.py"
+        script.write_text(CHILD.format(mode=mode))
+        return EngineProcess(NativeOptions("nowhere"), "toy", stall_timeout_s, program=(sys.executable, str(script)))
+
+    return make
+
+
+async def scored(engine: EngineProcess, numbers: range) -> list[float]:
+    async with asyncio.timeout(60):
+        results = await asyncio.gather(*(engine.score(request(number)) for number in numbers))
+    return [result.groups[0].items[0].score for result in results]
+
+
+async def test_bursts_of_answers_each_find_their_caller_and_every_report_is_heard(make_engine) -> None:
+    engine, reports = make_engine("bursts"), []
+    await engine.start(EngineListener(on_batch=reports.append))
+    try:
+        assert await scored(engine, range(1000)) == list(range(1000))
+        assert len(reports) == 1000
+    finally:
+        await engine.stop()
+
+
+async def test_what_is_sent_before_the_child_listens_waits_for_it_in_order(make_engine) -> None:
+    engine = make_engine("late")
+    await engine.start(EngineListener())
+    try:
+        assert await scored(engine, range(20)) == list(range(20))
+    finally:
+        await engine.stop()
+
+
+async def test_a_child_that_cannot_be_understood_is_ended(make_engine, caplog) -> None:
+    engine, down = make_engine("nonsense"), asyncio.Event()
+    await engine.start(EngineListener(on_down=lambda reason: down.set()))
+    call = asyncio.ensure_future(engine.score(request(1)))
+    try:
+        async with asyncio.timeout(60):
+            await down.wait()
+    finally:
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        await engine.stop()
+    assert "cannot be handled" in caplog.text
+
+
+async def test_a_child_that_hangs_while_it_loads_is_given_up(make_engine) -> None:
+    engine = make_engine("hangs", stall_timeout_s=1.0)
+    with pytest.raises(EngineDied, match="silent for 1 s while loading"):
+        async with asyncio.timeout(60):
+            await engine.start(EngineListener())
+
+
+async def test_a_child_that_takes_its_time_to_load_but_says_so_is_waited_for(make_engine) -> None:
+    engine = make_engine("loads long", stall_timeout_s=1.0)
+    await engine.start(EngineListener())
+    try:
+        assert await scored(engine, range(3)) == [0, 1, 2]
+    finally:
+        await engine.stop()

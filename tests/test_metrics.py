@@ -1,0 +1,94 @@
+"""Our histogram is prometheus-client's to whoever scrapes it, and loses nothing."""
+
+import threading
+
+import prometheus_client
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+from rewardserve.metrics import SCORES, SECONDS, Histogram, Metrics, ModelMetrics
+
+values = st.one_of(st.sampled_from(sorted({*SCORES, *SECONDS})), st.integers(-50, 50).map(lambda i: i / 4))
+labelled = st.lists(st.tuples(st.sampled_from(["m", 'q"\\']), st.lists(values, max_size=8)), max_size=5)
+
+
+def lines(registry: CollectorRegistry) -> list[str]:
+    return [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
+
+
+@settings(deadline=None, derandomize=True, max_examples=100)
+@given(observations=labelled, bounds=st.sampled_from([SCORES, SECONDS]))
+def test_a_scrape_says_what_prometheus_clients_own_histogram_says(observations, bounds) -> None:
+    theirs_registry, ours_registry = CollectorRegistry(), CollectorRegistry()
+    theirs = prometheus_client.Histogram("score", "Scores.", ("model",), buckets=bounds, registry=theirs_registry)
+    ours = Histogram("score", "Scores.", ("model",), bounds)
+    ours_registry.register(ours)
+    for model, numbers in observations:
+        for number in numbers:
+            theirs.labels(model).observe(number)
+        ours.labels(model).observe_all(numbers[:4])
+        for number in numbers[4:]:
+            ours.labels(model).observe(number)
+        theirs.labels(model)
+    assert lines(ours_registry) == lines(theirs_registry)
+
+
+def test_a_name_that_is_taken_is_refused() -> None:
+    registry = CollectorRegistry()
+    Metrics(registry)
+    with pytest.raises(ValueError, match="Duplicated"):
+        Metrics(registry)
+
+
+def test_scrapes_in_between_lose_nothing_and_agree_with_themselves() -> None:
+    registry = CollectorRegistry()
+    model = ModelMetrics(Metrics(registry), "m")
+    done = threading.Event()
+    counts: list[float] = []
+
+    def scrape() -> None:
+        while not done.is_set():
+            samples = {
+                (sample.name, sample.labels.get("le")): sample.value
+                for family in registry.collect()
+                for sample in family.samples
+                if sample.name.startswith("rewardserve_score_")
+            }
+            count = samples["rewardserve_score_count", None]
+            assert count == samples["rewardserve_score_bucket", "+Inf"]
+            counts.append(count)
+
+    failures: list[BaseException] = []
+    threading.excepthook, before = lambda hook: failures.append(hook.exc_value), threading.excepthook
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        for number in range(20_000):
+            model.score.observe_all([float(number % 40 - 20)] * 3)
+    finally:
+        done.set()
+        thread.join()
+        threading.excepthook = before
+    assert not failures
+    assert counts == sorted(counts)
+    assert registry.get_sample_value("rewardserve_score_count", {"model": "m"}) == 60_000
+    assert registry.get_sample_value("rewardserve_score_bucket", {"model": "m", "le": "0.0"}) == 3 * 21 * 500
+
+
+def test_what_is_in_flight_is_asked_for_at_the_scrape() -> None:
+    registry = CollectorRegistry()
+    in_flight = [3.0, 400.0]
+    ModelMetrics(Metrics(registry), "m").watch_in_flight(lambda: in_flight[0], lambda: in_flight[1])
+    in_flight[:] = [5.0, 600.0]
+    assert registry.get_sample_value("rewardserve_in_flight_requests", {"model": "m"}) == 5
+    assert registry.get_sample_value("rewardserve_in_flight_tokens", {"model": "m"}) == 600
+
+
+def test_a_request_whose_model_is_not_known_is_counted_without_one() -> None:
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    ModelMetrics(metrics, "m").count_request("OK")
+    metrics.count_request_of_no_model("NOT_FOUND")
+    assert registry.get_sample_value("rewardserve_requests_total", {"model": "", "status": "NOT_FOUND"}) == 1
+    assert registry.get_sample_value("rewardserve_requests_total", {"model": "m", "status": "NOT_FOUND"}) is None
