@@ -287,6 +287,7 @@ def test_log_text_logs_every_request_unless_told_otherwise(file, monkeypatch: py
         (["--model=a=/x", "--log-requests", "--log-level=warning"], "--log-level warning"),
         (["--model=a=/x", "--log-text", "--log-level=error"], "--log-level error"),
         (["--model=a=/x", "--path=padded", "--compile=on"], "--compile on"),
+        (["--model=a=/x", "--path=padded", "--quantize=int8"], "--quantize"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments: list[str], said: str) -> None:

@@ -40,6 +40,7 @@ def native_options(config: ServeConfig, source: str, dtype: str) -> NativeOption
         max_batch_sequences=config.max_batch_sequences,
         prefix_cache_bytes=config.prefix_cache_mb << 20,
         compile=config.compile,
+        quantize=config.quantize,
         path=config.path,
         num_threads=config.threads,
     )

@@ -35,7 +35,11 @@ class ServeConfig(Options):
     max_batch_sequences: int = Field(default=512, ge=1, description="most prompts and responses in one forward")
     prefix_cache_mb: int = Field(default=0, ge=0, description="memory for prompts' activations; 0: by what is free")
     compile: Literal["auto", "on", "off"] = Field(
-        default="auto", description="torch.compile the layers; auto: on a GPU"
+        default="auto",
+        description="torch.compile the layers; auto: from 50M parameters on, if a probe at start says it pays",
+    )
+    quantize: Literal["", "int8"] = Field(
+        default="", description="int8: 8-bit weights and activations on a CPU, faster and less exact"
     )
     path: Literal["auto", "packed", "padded"] = Field(
         default="auto",
@@ -83,6 +87,7 @@ class ServeConfig(Options):
         self.require(
             self.path != "padded" or self.compile != "on", "--compile on needs the packed path, not --path padded"
         )
+        self.require(self.path != "padded" or not self.quantize, "--quantize needs the packed path, not --path padded")
         self.require(
             not self.log_requests or self.log_level in ("debug", "info"),
             f"requests are logged at level info, which --log-level {self.log_level} leaves out",

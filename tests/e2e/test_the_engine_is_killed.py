@@ -24,9 +24,12 @@ def server(start, bf16_checkpoint):
     return start("--model", f"tiny={bf16_checkpoint}", *SMALL).ready()
 
 
+STALL_TIMEOUT_S = 10  # a busy machine takes five seconds to import torch, and the child is silent so long
+
+
 @pytest.fixture(scope="module")
 def impatient(start, bf16_checkpoint):
-    return start("--model", f"tiny={bf16_checkpoint}", *SMALL, "--stall-timeout-s", "3").ready()
+    return start("--model", f"tiny={bf16_checkpoint}", *SMALL, "--stall-timeout-s", str(STALL_TIMEOUT_S)).ready()
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,7 @@ def test_an_idle_engine_has_not_stalled_when_work_comes(impatient, kit):
     """Silence counts from when there is work: here the engine is halted for far less than the time it is given."""
     request = kit.ids_request([1], [[2]])
     send(impatient, request)
-    time.sleep(4)
+    time.sleep(STALL_TIMEOUT_S + 1)
     engine = impatient.engine()
     engine.suspend()
     with ThreadPoolExecutor(1) as pool:

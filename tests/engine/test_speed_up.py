@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import padded_scores, save_checkpoint
 from rewardserve.engine.native import speed_up
+from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
 from scoring import IdGroup, joined, native
 
@@ -87,3 +88,21 @@ async def test_what_was_measured_decides_whether_layers_run_compiled(
     await is_right(checkpoint, compile="auto")
     assert final[-1] is faster
     assert ("compiled layers run 1.50 x as fast" if faster else "compiled they run 0.67 x as fast") in caplog.text
+
+
+async def test_int8_is_near_enough_says_so_and_gives_a_pair_the_same_bits_in_any_batch(checkpoint: Path) -> None:
+    wanted = padded_scores(checkpoint, joined(GROUPS), torch.float32)
+    async with native(checkpoint, quantize="int8") as scorer:
+        assert scorer.info.dtype == "int8" and scorer.info.version.endswith("-int8")
+        together = await scorer.scores(GROUPS)
+        prompt, responses = GROUPS[0]
+        alone = [(await scorer.scores([(prompt, [response])])).item() for response in responses]
+    assert together.tolist() == alone
+    assert 1e-5 < (together - wanted).abs().max() < 0.2 * wanted.std()
+
+
+async def test_int8_refuses_what_cannot_be_packed(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "falcon")
+    with pytest.raises(LoadFailed, match="quantize = int8 is for packed models, and "):
+        async with native(tmp_path, quantize="int8"):
+            pass

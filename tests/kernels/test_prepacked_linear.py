@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rewardserve_kernels.linear.prepacked import PrepackedLinear, can_prepack, prepack
+from rewardserve_kernels.linear.prepacked import PrepackedLinear, can_prepack
 from torch import nn
 
 pytestmark = pytest.mark.skipif(
@@ -21,13 +21,3 @@ def test_the_product_is_bitwise_the_plain_one(inner: int, outer: int, bias: bool
         wanted = linear(x)
         for num_rows in (2, 3, 17, 64, 127, 512, 700):
             assert torch.equal(packed(x[:, :num_rows]), wanted[:, :num_rows])
-
-
-def test_only_plain_bf16_layers_are_replaced_and_what_was_there_is_given_back() -> None:
-    class Scaled(nn.Linear):
-        pass
-
-    module = nn.Sequential(nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8), nn.Sequential(Scaled(8, 8).bfloat16()))
-    first = module[0]
-    assert prepack(module, 16) == [(module, "0", first)]
-    assert [type(m) for m in (module[0], module[1], module[2][0])] == [PrepackedLinear, nn.Linear, Scaled]

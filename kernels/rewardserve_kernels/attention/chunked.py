@@ -3,10 +3,11 @@
 On a CPU with bf16 matrix products this is three times as fast as torch's own flash kernel, which multiplies in fp32.
 
 Batch invariance. Work is cut at absolute positions of the sequence, never at positions in the pack or at the border of
-prompt and response: the row at position p is always computed against the same number of keys (_last_key), those after
-p being masked. So the products that make up a row have the same shapes and the same order whatever was cached, and whatever
-else is in the pack. What is left to the library is that a row of a matrix product does not depend on how many other
-rows there are, which oneDNN keeps in bf16 from two rows on (tests/parity holds it to that); a single one is doubled.
+prompt and response: the row at position p is always computed against the same number of keys (`_last_key`), those
+after p being masked. So the products that make up a row have the same shapes and the same order whatever was cached,
+and whatever else is in the pack. What is left to the library is that a row of a matrix product does not depend on how
+many other rows there are, which oneDNN keeps in bf16 from two rows on (tests/parity holds it to that); a single one is
+doubled.
 """
 
 import functools
@@ -133,8 +134,11 @@ def _rounded(num_rows: int) -> int:
 
 
 def _last_key(block: int) -> int:
-    """Keys up to here are multiplied for the rows of a block: a multiple of more blocks the further it is from the
-    beginning, one up to 2048. So a long sequence has few shapes, too, at the price of an eighth of its keys at most."""
+    """Keys up to here are multiplied for the rows of a block.
+
+    A multiple of more blocks the further it is from the beginning, of one up to 2048. So a long sequence has few shapes
+    too, at the price of an eighth more keys at most.
+    """
     end = block + BLOCK_TOKENS
     granule = BLOCK_TOKENS << max(0, (end - 1).bit_length() - 11)
     return -(-end // granule) * granule

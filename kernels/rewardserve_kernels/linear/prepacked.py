@@ -49,27 +49,11 @@ class PrepackedLinear(nn.Module):
         return torch.ops.rewardserve.prepacked_linear(x, self.number, self.out_features)
 
 
-def can_prepack(linear: nn.Module) -> bool:
-    """Exactly nn.Linear: what a subclass does besides is not known here."""
+def can_prepack(linear: nn.Linear) -> bool:
+    """Whether this CPU has bf16 matrix products in oneDNN, and the layer is one."""
     return (
-        type(linear) is nn.Linear
-        and linear.weight.dtype == torch.bfloat16
+        linear.weight.dtype == torch.bfloat16
         and linear.weight.device.type == "cpu"
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
-
-
-def prepack(module: nn.Module, num_rows: int) -> list[tuple[nn.Module, str, nn.Linear]]:
-    """Replaces every linear layer below `module` that can be; returns (parent, name, what was there) of each.
-
-    Who drops the list frees the weights that were replaced.
-    """
-    replaced: list[tuple[nn.Module, str, nn.Linear]] = []
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.Linear) and can_prepack(child):
-            setattr(module, name, PrepackedLinear(child, num_rows))
-            replaced.append((module, name, child))
-        else:
-            replaced += prepack(child, num_rows)
-    return replaced

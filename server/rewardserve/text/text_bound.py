@@ -29,7 +29,7 @@ class TextBound:
         shrinks = _shrinks(tokenizer.get("normalizer"))
         if shrinks is None or not _keeps_all(tokenizer.get("pre_tokenizer")) or not _tokens_for_all(tokenizer):
             return None
-        if any(token.get("lstrip") or token.get("rstrip") for token in added):  # of spaces
+        if any(token.get("lstrip") or token.get("rstrip") for token in added):  # any number of spaces is part of it
             return None
         bos = [token for token in added if token["id"] == bos_token_id]
         if bos_token_id is not None and (not bos or bos[0].get("normalized")):
@@ -40,7 +40,7 @@ class TextBound:
 
     def least_tokens(self, text: str) -> int:
         if self.bos and text.startswith(self.bos):
-            text = text[re.match(f"(?:{re.escape(self.bos)})*", text).end() :]  # type: ignore[union-attr]
+            text = text[re.match(f"(?:{re.escape(self.bos)})*+", text).end() :]  # type: ignore[union-attr]
         return -(-len(text) // self.max_bytes)  # a character has one byte at least
 
 

@@ -127,9 +127,10 @@ class Tokenizer:
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def _single_bos(self, ids: Ids) -> Ids:
-        while len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id:
-            ids = ids[1:]
-        return ids
+        if len(ids) < 2 or ids[0] != self.bos_token_id or ids[1] != self.bos_token_id:
+            return ids
+        others = np.flatnonzero(ids != self.bos_token_id)
+        return ids[(others[0] if len(others) else len(ids)) - 1 :]
 
     def _check_probes(self, spec: TextSpec) -> None:
         for probe in spec.probes:

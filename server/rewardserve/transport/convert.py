@@ -79,7 +79,7 @@ def _request(
     if abs(options.priority) > MAX_PRIORITY:
         raise InvalidRequest("options.priority", f"{options.priority} is not within -{MAX_PRIORITY}..{MAX_PRIORITY}")
     return ScoreRequest(
-        request_id=message.request_id or new_request_id(),
+        request_id=message.request_id,  # the door has given one to a request without
         model=message.model,
         groups=groups,
         overflow=overflow,

@@ -50,7 +50,7 @@ def load_runner(options: NativeOptions) -> Loaded:
     """Loads, checks and sizes everything. Raises LoadFailed with what to do about it."""
     spec = read_spec(options.source)
     device = loader.choose_device(options.device)
-    dtype = loader.choose_dtype(options.dtype, spec, device)
+    dtype = torch.bfloat16 if options.quantize else loader.choose_dtype(options.dtype, spec, device)
     if device.type == "cpu":
         torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
         keep_freed_memory()
@@ -62,11 +62,11 @@ def load_runner(options: NativeOptions) -> Loaded:
     padded = Loaded(
         PaddedRunner(model, max_batch_tokens),
         EngineInfo(
-            version=f"{spec.version}-{DTYPE_NAMES[dtype]}",
+            version=f"{spec.version}-{options.quantize or DTYPE_NAMES[dtype]}",
             architecture=spec.architecture,
             path="padded",
             path_reason="asked for",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=options.quantize or str(dtype).removeprefix("torch."),
             device=str(device),
             num_parameters=model.num_parameters,
             max_length=max_length,
@@ -85,6 +85,10 @@ def load_runner(options: NativeOptions) -> Loaded:
     try:
         return _pack(padded, spec, options, device, dtype)
     except NotPackable as reason:
+        if options.quantize:
+            raise LoadFailed(
+                f"{options.source}: quantize = {options.quantize} is for packed models, and {reason}"
+            ) from reason
         if options.path == "packed":
             raise LoadFailed(f"{options.source}: cannot be packed: {reason}; use path = auto") from reason
         return padded.fall_back(str(reason))
@@ -101,7 +105,7 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
     canary = Canary(padded.model, spec)
     pool, error = _find_packing(padded.model, canary, padded.info.max_length, tolerance)
     subject = Subject(padded.model, padded.info.num_parameters, canary, tolerance, padded.max_batch_tokens)
-    speed_up(subject, options.compile)
+    speed_up(subject, options.compile, options.quantize)
     num_blocks = _num_blocks(options, device, pool.bytes_per_block)
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:

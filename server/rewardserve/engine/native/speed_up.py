@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from rewardserve_kernels.linear.prepacked import prepack
+from rewardserve_kernels.linear.int8 import Int8Linear
+from rewardserve_kernels.linear.prepacked import PrepackedLinear, can_prepack
+from rewardserve_kernels.linear.replace import put_back, replace_linears
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from torch import nn
 
 from rewardserve.engine.native.canary import Canary
 from rewardserve.errors import LoadFailed
@@ -23,6 +26,7 @@ from rewardserve.models.reward_model import RewardModel
 log = logging.getLogger(__name__)
 
 MIN_PARAMETERS_TO_COMPILE = 50_000_000  # on a CPU; smaller models are up and busy before a compiler is done
+INT8_TOLERANCE = 0.2  # of the final hidden states; seen: 0.02 to 0.05
 PROBE_FLOP = 2e11  # of one probe forward: a quarter of a second on two cores
 PROBE_ROUNDS = 5
 MIN_GAIN = 0.95  # where it makes no difference, the same answer every time: compiled or not, scores differ by rounding
@@ -48,14 +52,14 @@ def keep_freed_memory() -> None:
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Subject:
     """A packed model, and what is needed to tell whether a change to it is right and whether it pays."""
 
     model: RewardModel
     num_parameters: int
     canary: Canary
-    tolerance: float  # of the canary
+    tolerance: float  # of the canary, for the precision it runs in
     max_batch_tokens: int
 
     @property
@@ -72,12 +76,15 @@ class Subject:
         return None if error <= self.tolerance else f"it differs by {error:.1e} from the padded forward"
 
 
-def speed_up(subject: Subject, compile_option: str) -> None:
-    """Prepacks and compiles where that works and pays.
+def speed_up(subject: Subject, compile_option: str, quantize: str) -> None:
+    """Quantizes where that is asked for; prepacks and compiles where that works and pays.
 
-    Raises LoadFailed where `compile_option` is "on" and compiling does not work.
+    Raises LoadFailed where what was asked for by name does not work.
     """
-    if subject.on_cpu and _prepack(subject):
+    if quantize == "int8":
+        _quantize(subject)
+        _keep_residual_in_fp32(subject)
+    elif subject.on_cpu and _prepack(subject):
         _keep_residual_in_fp32(subject)
     is_small = subject.on_cpu and subject.num_parameters < MIN_PARAMETERS_TO_COMPILE
     if compile_option == "off" or (compile_option == "auto" and is_small):
@@ -93,18 +100,33 @@ def speed_up(subject: Subject, compile_option: str) -> None:
     log.warning("layers run uncompiled: %s", reason)
 
 
+def _quantize(subject: Subject) -> None:
+    """To 8-bit integers. Raises LoadFailed where that cannot be, or gives something else than rounding explains."""
+    layers = subject.model.backbone.decoder_layers
+    if not subject.on_cpu or not layers:
+        raise LoadFailed("quantize = int8 is for decoders on a CPU; leave it out")
+    if not sum(len(replace_linears(layer, Int8Linear)) for layer in layers):
+        raise LoadFailed("quantize = int8 finds no linear layer in this model; leave it out")
+    subject.tolerance = INT8_TOLERANCE
+    if flaw := subject.flaw():
+        raise LoadFailed(f"quantize = int8 does not work for this model: {flaw}; leave it out")
+
+
 def _prepack(subject: Subject) -> bool:
     """True if it worked: for the first layer on trial, then for the others, which are of the same kind."""
+
+    def make(linear: nn.Linear) -> nn.Module | None:
+        return PrepackedLinear(linear, subject.max_batch_tokens) if can_prepack(linear) else None
+
     first, *others = subject.model.backbone.decoder_layers or [None]
-    if first is None or not (replaced := prepack(first, subject.max_batch_tokens)):
+    if first is None or not (replaced := replace_linears(first, make)):
         return False
     if flaw := subject.flaw():
-        for parent, name, linear in replaced:
-            setattr(parent, name, linear)
+        put_back(replaced)
         log.warning("weights are left as they lie in the checkpoint: %s", flaw)
         return False
     for layer in others:
-        prepack(layer, subject.max_batch_tokens)
+        replace_linears(layer, make)
     return True
 
 
