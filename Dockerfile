@@ -11,6 +11,8 @@ COPY kernels kernels
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.12-slim AS cuda
+# torch.compile writes C++, and on a GPU Triton C, which is compiled as the server starts.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 rewardserve
 COPY --from=wheel /wheels /wheels
 # The default torch wheel for Linux carries CUDA.
@@ -24,6 +26,7 @@ STOPSIGNAL SIGTERM
 ENTRYPOINT ["rewardserve", "serve"]
 
 FROM python:3.12-slim AS cpu
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 rewardserve
 COPY --from=wheel /wheels /wheels
 COPY constraints-cpu.txt /tmp/constraints-cpu.txt

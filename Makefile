@@ -68,7 +68,7 @@ else
 $(PEERS)/vllm/made: benchmarks/peers/vllm.txt
 	@echo "vllm: installing into $(@D) (once; some minutes)"
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) torch -r $<
 	@# Their wheels are built for CUDA, and vllm fails where they are found.
 	@$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
