@@ -237,3 +237,35 @@ def test_groups_wait_for_blocks_without_ever_blocking_one_another() -> None:
     _, outcomes = run_all(queue, 7)
     for one in work:
         assert_scores_are_true(one, outcomes[one.request_id])
+
+
+def test_blocks_of_a_group_are_not_given_away_in_the_forward_that_reads_them() -> None:
+    """Two groups that fit the token budget together, but not the pool: the second one waits for the next forward."""
+    queue = scheduler(num_blocks=6, tokens=5000)
+    first, second = request("a", group(300, 20, seed=1)), request("b", group(600, 20, seed=2))
+    queue.add(first)
+    queue.add(second)
+    plans, outcomes = run_all(queue, num_blocks=6)
+    assert_scores_are_true(first, outcomes["a"])
+    assert_scores_are_true(second, outcomes["b"])
+    for plan in plans:
+        written = [block for chunk in plan.chunks if chunk.store for block in chunk.blocks]
+        assert len(written) == len(set(written)), "one block stands for two prompts in one forward"
+
+
+def test_a_block_that_is_filled_in_part_is_found_by_nobody() -> None:
+    """A prompt is cut in mid-block; a more urgent request for it fills the forward before the rest is there."""
+    queue, model = scheduler(tokens=100), ToyModel(64)
+    first, second = request("a", group(120, 5, seed=1)), request("b", group(120, 100, seed=1), priority=1)
+    queue.add(first)
+    plan = queue.schedule()
+    assert plan is not None and plan.num_tokens == 100
+    queue.add(second)
+    outcomes = {}
+    while plan is not None:
+        queue.begin(plan)
+        queue.complete(plan, model.run(plan))
+        outcomes.update({outcome.request_id: outcome for outcome in queue.take_outcomes()})
+        plan = queue.schedule()
+    assert_scores_are_true(first, outcomes["a"])
+    assert_scores_are_true(second, outcomes["b"])
