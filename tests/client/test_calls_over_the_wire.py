@@ -252,6 +252,7 @@ async def test_a_model_that_appears_while_it_is_waited_for_is_ready(server, monk
     server.start()
     async with AsyncRewardClient(server.target) as client:
         await client.wait_ready(20, "late")
+    assert next(answers, None) is None, "it was called ready before it was"
 
 
 async def test_a_call_of_one_part_runs_in_the_callers_task():

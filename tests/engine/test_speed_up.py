@@ -94,6 +94,7 @@ async def test_int8_is_near_enough_says_so_and_gives_a_pair_the_same_bits_in_any
     wanted = padded_scores(checkpoint, joined(GROUPS), torch.float32)
     async with native(checkpoint, quantize="int8") as scorer:
         assert scorer.info.dtype == "int8" and scorer.info.version.endswith("-int8")
+        assert scorer.info.canary_error > 1e-3, "that of fp32 or bf16, not of what is served"
         together = await scorer.scores(GROUPS)
         prompt, responses = GROUPS[0]
         alone = [(await scorer.scores([(prompt, [response])])).item() for response in responses]
@@ -105,4 +106,10 @@ async def test_int8_refuses_what_cannot_be_packed(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "falcon")
     with pytest.raises(LoadFailed, match="quantize = int8 is for packed models, and "):
         async with native(tmp_path, quantize="int8"):
+            pass
+
+
+async def test_int8_refuses_another_precision_beside_it(checkpoint: Path) -> None:
+    with pytest.raises(LoadFailed, match="quantize = int8 runs in bfloat16, not float32"):
+        async with native(checkpoint, quantize="int8", dtype="float32"):
             pass

@@ -50,6 +50,8 @@ def load_runner(options: NativeOptions) -> Loaded:
     """Loads, checks and sizes everything. Raises LoadFailed with what to do about it."""
     spec = read_spec(options.source)
     device = loader.choose_device(options.device)
+    if options.quantize and options.dtype not in ("auto", "bfloat16"):
+        raise LoadFailed(f"quantize = {options.quantize} runs in bfloat16, not {options.dtype}; leave one of them out")
     dtype = torch.bfloat16 if options.quantize else loader.choose_dtype(options.dtype, spec, device)
     if device.type == "cpu":
         torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
@@ -103,9 +105,10 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
     tolerance = CANARY_TOLERANCE[dtype]
     check_packable(padded.model.backbone.config, padded.info.max_length)
     canary = Canary(padded.model, spec)
-    pool, error = _find_packing(padded.model, canary, padded.info.max_length, tolerance)
+    _find_packing(padded.model, canary, padded.info.max_length, tolerance)
     subject = Subject(padded.model, padded.info.num_parameters, canary, tolerance, padded.max_batch_tokens)
     speed_up(subject, options.compile, options.quantize)
+    pool, error = canary.run(padded.model)  # as it will be served
     num_blocks = _num_blocks(options, device, pool.bytes_per_block)
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:
@@ -121,18 +124,18 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
     return dataclasses.replace(padded, runner=PackedRunner(padded.model, KVPool(num_blocks)), info=info)
 
 
-def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance: float) -> tuple[KVPool, float]:
+def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance: float) -> None:
     """Prepares the backbone with its last layer pruned or, where that fails its canary, whole. Raises NotPackable."""
     reason = ""
     for prune in (True, False):
         model.backbone.prepare_packed(prune, max_length)
         try:
-            pool, error = canary.run(model)
+            _, error = canary.run(model)
         except Exception as failure:  # a backbone that cannot be packed may fail anywhere in itself
             reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
         else:
             if error <= tolerance:
-                return pool, error
+                return
             reason = f"final hidden states differ by {error:.1e} from the padded forward"
         log.info("canary with pruning %s: %s", "on" if prune else "off", reason)
         model.backbone.prepare_padded()
