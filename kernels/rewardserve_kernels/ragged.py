@@ -1,5 +1,6 @@
 """Which rows of a pack belong together. A pack is the tokens of one forward laid end to end, without padding."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 BLOCK_TOKENS = 128
@@ -33,3 +34,14 @@ def floor_block(position: int) -> int:
 
 def ceil_block(position: int) -> int:
     return -(-position // BLOCK_TOKENS) * BLOCK_TOKENS
+
+
+def siblings_of(segments: Sequence[Segment]) -> list[list[Segment]]:
+    """Consecutive segments that continue the same stored beginning."""
+    runs: list[list[Segment]] = []
+    for segment in segments:
+        if runs and (runs[-1][0].blocks, runs[-1][0].start) == (segment.blocks, segment.start):
+            runs[-1].append(segment)
+        else:
+            runs.append([segment])
+    return runs

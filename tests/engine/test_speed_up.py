@@ -87,7 +87,7 @@ async def test_what_was_measured_decides_whether_layers_run_compiled(
     caplog.set_level(logging.INFO)
     await is_right(checkpoint, compile="auto")
     assert final[-1] is faster
-    assert ("compiled layers run 1.50 x as fast" if faster else "compiled they run 0.67 x as fast") in caplog.text
+    assert ("compiled layers: 1.50 x as fast" if faster else "compiled layers: 0.67 x as fast") in caplog.text
 
 
 async def test_int8_is_near_enough_says_so_and_gives_a_pair_the_same_bits_in_any_batch(checkpoint: Path) -> None:

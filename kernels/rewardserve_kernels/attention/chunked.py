@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from rewardserve_kernels.kv_cache.paged import gather_prefix
-from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, floor_block
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, floor_block, siblings_of
 from rewardserve_kernels.workspace import Workspace
 
 
@@ -68,7 +68,7 @@ def plan_attention(
     steps: list[_Step] = []
     num_rows = len(segments) if last_rows_only else sum(segment.num_rows for segment in segments)
     row = 0
-    for siblings in _siblings(segments):
+    for siblings in siblings_of(segments):
         by_block: dict[int, list[_Part]] = {}
         for segment in siblings:
             position = segment.end - 1 if last_rows_only else segment.start
@@ -87,17 +87,6 @@ class _Part:
     segment: Segment
     position: int  # of the first
     row: int
-
-
-def _siblings(segments: Sequence[Segment]) -> list[list[Segment]]:
-    """Consecutive segments that continue the same stored beginning."""
-    runs: list[list[Segment]] = []
-    for segment in segments:
-        if runs and (runs[-1][0].blocks, runs[-1][0].start) == (segment.blocks, segment.start):
-            runs[-1].append(segment)
-        else:
-            runs.append([segment])
-    return runs
 
 
 def _step(

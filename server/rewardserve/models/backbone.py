@@ -9,10 +9,10 @@ every model family passes keyword arguments through.
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from rewardserve_kernels.attention.chunked import Plan, plan_attention, tree_attention
+from rewardserve_kernels.attention import chunked
 from rewardserve_kernels.kv_cache.paged import store_segment
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.workspace import Workspace, untouched
@@ -26,6 +26,28 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 class NotPackable(Exception):
     """This backbone does not run right on packs; the padded path must serve it. The message says why."""
+
+
+class TreeAttention(Protocol):
+    """A module of rewardserve_kernels.attention: cuts the attention of a pack once, then computes it for every layer."""
+
+    def plan_attention(
+        self, segments: Sequence[Segment], dtype: torch.dtype, device: torch.device, window: int, last_rows_only: bool
+    ) -> Any: ...
+
+    def tree_attention(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pool_k: torch.Tensor,
+        pool_v: torch.Tensor,
+        plan: Any,
+        workspace: Workspace,
+        scale: float,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor: ...
 
 
 class KVPool:
@@ -70,20 +92,33 @@ class _Forward:
 
     pack: Pack
     pool: KVPool
+    attention: TreeAttention
     last_layer: int  # index of the pruned layer, -1 without pruning
     num_calls: int = 0
     capturing: bool = False
     captured: tuple[torch.Tensor, torch.Tensor] | None = None
-    plans: dict[tuple[int, bool], Plan] = field(default_factory=dict)
+    plans: dict[tuple[int, bool], Any] = field(default_factory=dict)
 
-    def plan(self, q: torch.Tensor, window: int, pooled_only: bool) -> Plan:
-        """How the attention of this pack is cut, or that of its pooled rows; made once for all layers of a window."""
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pools: tuple[torch.Tensor, torch.Tensor],
+        scale: float,
+        window: int,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """By the pack's plan, or, once keys are captured, by that of its pooled rows; made once for a window."""
+        pooled_only = self.captured is not None
         key = (window, pooled_only)
         if key not in self.plans:
             pack = self.pack
             segments = tuple(pack.segments[i] for i in pack.pooled) if pooled_only else pack.segments
-            self.plans[key] = plan_attention(segments, q.dtype, q.device, window, pooled_only)
-        return self.plans[key]
+            self.plans[key] = self.attention.plan_attention(segments, q.dtype, q.device, window, pooled_only)
+        plan, workspace = self.plans[key], self.pool.workspace
+        return self.attention.tree_attention(q, k, v, *pools, plan, workspace, scale, softcap, sinks)
 
 
 _current = threading.local()
@@ -109,8 +144,7 @@ def _attend(
     if forward.captured is not None:
         keys, values = forward.captured
         pools = forward.pool.layer(forward.last_layer, keys, values)
-        plan = forward.plan(q, window, pooled_only=True)
-        return tree_attention(q[0], keys, values, *pools, plan, forward.pool.workspace, scale, softcap, sinks)[None]
+        return forward.attend(q[0], keys, values, pools, scale, window, softcap, sinks)[None]
     keys, values = k[0], v[0]
     pools = forward.pool.layer(layer, keys, values)
     for segment in forward.pack.segments:
@@ -121,8 +155,7 @@ def _attend(
     if forward.capturing:
         forward.captured = (keys, values)
         raise _KeysCaptured
-    plan = forward.plan(q, window, pooled_only=False)
-    return tree_attention(q[0], keys, values, *pools, plan, forward.pool.workspace, scale, softcap, sinks)[None]
+    return forward.attend(q[0], keys, values, pools, scale, window, softcap, sinks)[None]
 
 
 _library = torch.library.Library("rewardserve", "DEF")
@@ -262,6 +295,7 @@ class Backbone:
         self._padded_attention = module.config._attn_implementation
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
         self._pruned = False
+        self.attention: TreeAttention = chunked
         # Between layers, hidden states in fp32: what every layer adds to is not rounded each time. For layers whose
         # products take any precision (rewardserve_kernels.linear); a fifth to a third off the error of bf16.
         self.residual_in_fp32 = False
@@ -310,7 +344,7 @@ class Backbone:
         """
         num_pooled, pack = len(pack.pooled), _at_least_two_rows(pack)
         last_layer = self.config.num_hidden_layers - 1 if self._pruned else -1
-        forward = _Forward(pack, pool, last_layer)
+        forward = _Forward(pack, pool, self.attention, last_layer)
         _current.forward = forward
         try:
             hidden = self.module(

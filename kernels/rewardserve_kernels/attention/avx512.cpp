@@ -1,0 +1,373 @@
+// Tree attention for CPUs with bf16 dot products (AVX512_BF16). Built and called by avx512.py.
+//
+// The way of flash attention (arXiv 2205.14135, algorithm 1): for a tile of query rows one block of keys after the
+// other, with a running maximum and sum for every row, so that no more than [TILE, BLOCK] scores exist at a time. Scores
+// and sums are fp32; the factors of both products are bf16.
+//
+// Batch invariance. Blocks of keys lie at absolute positions, keys that a row does not see have the weight 0 exactly,
+// and no operation mixes rows. So what a row gets does not depend on the rows beside it, on where its sequence was cut,
+// or on the number of threads.
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+
+namespace {
+
+using bf16 = uint16_t;
+
+constexpr int LANES = 16;                   // fp32 in a register, or pairs of bf16
+constexpr int64_t BLOCK = 128;              // keys in a block of the pool, and at most in one product
+constexpr int64_t PANEL = 4 * LANES;        // columns of a product that are in registers at a time
+constexpr int ROWS = 6;                     // rows of a product that are in registers at a time: 24 of 32 for sums
+constexpr int64_t TILE = 4 * ROWS;          // rows that go over a block of keys while it lies in the first cache
+constexpr int64_t GATHERED = 8 * BLOCK;     // keys that are laid out at a time, for all rows of a chunk: second cache
+constexpr float LOG2E = 1.44269504088896341f;
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+int64_t round_down(int64_t value, int64_t multiple) { return value / multiple * multiple; }
+
+// c [R, 16 NV] = alpha * c + a b; a [R, 2 pairs], b [pairs, 16 NV, 2]. Without alpha c is overwritten.
+template <int R, int NV>
+inline void multiply(const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t pairs, float* c,
+                     int64_t c_stride, const float* alpha) {
+    __m512 sums[R][NV];
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < NV; n++)
+            sums[r][n] = alpha ? _mm512_mul_ps(_mm512_set1_ps(alpha[r]), _mm512_loadu_ps(c + r * c_stride + n * LANES))
+                               : _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < pairs; pair++) {
+        __m512bh columns[NV];
+        for (int n = 0; n < NV; n++) columns[n] = (__m512bh)_mm512_loadu_si512(b + pair * b_stride + n * 2 * LANES);
+        for (int r = 0; r < R; r++) {
+            int32_t both;
+            std::memcpy(&both, a + r * a_stride + 2 * pair, sizeof both);
+            const __m512bh row = (__m512bh)_mm512_set1_epi32(both);
+            for (int n = 0; n < NV; n++) sums[r][n] = _mm512_dpbf16_ps(sums[r][n], row, columns[n]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int n = 0; n < NV; n++) _mm512_storeu_ps(c + r * c_stride + n * LANES, sums[r][n]);
+}
+
+template <int NV>
+void multiply_rows(int64_t rows, const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride, int64_t pairs,
+                   float* c, int64_t c_stride, const float* alpha) {
+    for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_stride, c += ROWS * c_stride, alpha += alpha ? ROWS : 0)
+        multiply<ROWS, NV>(a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+    switch (rows) {
+        case 5: return multiply<5, NV>(a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+        case 4: return multiply<4, NV>(a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+        case 3: return multiply<3, NV>(a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+        case 2: return multiply<2, NV>(a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+        case 1: return multiply<1, NV>(a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+    }
+}
+
+// `columns` is a multiple of LANES.
+void multiply_all(int64_t rows, int64_t columns, const bf16* a, int64_t a_stride, const bf16* b, int64_t b_stride,
+                  int64_t pairs, float* c, int64_t c_stride, const float* alpha) {
+    for (; columns >= PANEL; columns -= PANEL, b += 2 * PANEL, c += PANEL)
+        multiply_rows<4>(rows, a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+    switch (columns / LANES) {
+        case 3: return multiply_rows<3>(rows, a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+        case 2: return multiply_rows<2>(rows, a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+        case 1: return multiply_rows<1>(rows, a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
+    }
+}
+
+// 2^x for x <= 0 or about, 0 for -inf, NaN for NaN. Relative error below 3e-7.
+inline __m512 exp2(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order: of a NaN the second operand is returned
+    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_sub_ps(x, whole);
+    __m512 p = _mm512_set1_ps(1.5403530393e-4f);  // Taylor's coefficients, ln(2)^n / n!
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558146e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291076e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504108665e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022650696e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718056e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
+    return _mm512_scalef_ps(p, whole);
+}
+
+inline __m512 tanh(__m512 x) {
+    x = _mm512_min_ps(_mm512_set1_ps(15.0f), x);  // 1 from there on
+    const __m512 e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(2 * LOG2E)));
+    const __m512 one = _mm512_set1_ps(1.0f);
+    return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
+}
+
+// Rows and columns of sixteen registers of sixteen exchanged.
+inline void transpose(__m512i r[LANES]) {
+    __m512i t[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// As avx512.py declares it. Strides are in elements; the last axis is contiguous.
+struct Tensors {
+    const bf16 *q, *k, *v;           // [heads, rows, head_size], [kv_heads, rows, ...]
+    int64_t q_head, q_row, k_head, k_row, v_head, v_row;
+    const bf16 *pool_k, *pool_v;     // [blocks, kv_heads, BLOCK, ...], contiguous
+    const float* sinks;              // [heads], or null
+    bf16* out;                       // [rows, heads, v_head_size], contiguous
+    int64_t heads, kv_heads, head_size, v_head_size, window;
+    float scale, softcap;
+};
+
+// Rows of one segment: `rows` from `position` on, their queries from `q_row` on; `own_row` is the segment's first.
+struct Part {
+    int64_t q_row, rows, position, own_row;
+};
+
+// Parts of segments that continue one stored beginning of `start` tokens: one piece of work for each head.
+struct Chunk {
+    int64_t first_part, end_part, start, first_block;  // the latter in `blocks`
+};
+}
+
+namespace {
+
+struct Row {
+    int64_t first_key, end_key;  // of those it sees
+    bf16* out;
+};
+
+class Worker {
+   public:
+    Worker(const Tensors& t, int64_t max_rows)
+        : t_(t),
+          group_(t.heads / t.kv_heads),
+          head_size_(t.head_size),
+          v_size_(round_up(t.v_head_size, LANES)),
+          rows_(new Row[max_rows]),
+          q_(allocate<bf16>(max_rows * head_size_)),
+          out_(allocate<float>(max_rows * v_size_)),
+          maximum_(allocate<float>(max_rows)),
+          sum_(allocate<float>(max_rows * LANES)),
+          scores_(allocate<float>(TILE * BLOCK)),
+          weights_(allocate<bf16>(TILE * BLOCK)),
+          keys_(allocate<bf16>(GATHERED * head_size_)),
+          values_(allocate<bf16>(GATHERED * v_size_)) {}
+
+    void run(const Chunk& chunk, const Part* parts, const int64_t* blocks, int64_t kv_head) {
+        kv_head_ = kv_head;
+        blocks_ = blocks + chunk.first_block;
+        start_ = chunk.start;
+        int64_t num_rows = 0;
+        for (int64_t i = chunk.first_part; i < chunk.end_part; i++) num_rows = take_queries(parts[i], num_rows);
+        const int64_t shared = round_down(start_, BLOCK);  // keys before are the same for all parts
+        over_keys(0, num_rows, 0, shared, 0);
+        int64_t row = 0;
+        for (int64_t i = chunk.first_part; i < chunk.end_part; i++) {
+            const int64_t end = row + parts[i].rows * group_;
+            over_keys(row, end, shared, parts[i].position + parts[i].rows, parts[i].own_row);
+            row = end;
+        }
+        for (int64_t r = 0; r < num_rows; r++) finish(r);
+    }
+
+   private:
+    template <typename T>
+    struct Free {
+        void operator()(T* p) const { ::operator delete[](p, std::align_val_t(64)); }
+    };
+    template <typename T>
+    using Buffer = std::unique_ptr<T[], Free<T>>;
+    template <typename T>
+    static Buffer<T> allocate(int64_t count) {
+        return Buffer<T>(static_cast<T*>(::operator new[](count * sizeof(T), std::align_val_t(64))));
+    }
+
+    int64_t take_queries(const Part& part, int64_t r) {
+        for (int64_t i = 0; i < part.rows; i++)
+            for (int64_t g = 0; g < group_; g++, r++) {
+                const int64_t head = kv_head_ * group_ + g, row = part.q_row + i, position = part.position + i;
+                std::memcpy(&q_[r * head_size_], t_.q + head * t_.q_head + row * t_.q_row, head_size_ * sizeof(bf16));
+                rows_[r] = {t_.window ? std::max<int64_t>(0, position - t_.window + 1) : 0, position + 1,
+                            t_.out + (row * t_.heads + head) * t_.v_head_size};
+                maximum_[r] = t_.sinks ? t_.sinks[head] * LOG2E : -INF;
+                const __mmask16 first = t_.sinks ? 1 : 0;  // a sink is a key with the weight 1 and no value
+                _mm512_store_ps(&sum_[r * LANES], _mm512_maskz_mov_ps(first, _mm512_set1_ps(1.0f)));
+                std::memset(&out_[r * v_size_], 0, v_size_ * sizeof(float));
+            }
+        return r;
+    }
+
+    // Rows [begin, end) over keys [first_key, end_key); `first_key` is at the border of a block.
+    void over_keys(int64_t begin, int64_t end, int64_t first_key, int64_t end_key, int64_t own_row) {
+        for (int64_t key = std::max(first_key, round_down(rows_[begin].first_key, BLOCK)); key < end_key;
+             key += GATHERED) {
+            const int64_t stop = std::min(end_key, key + GATHERED);
+            gather(key, stop, own_row);
+            for (int64_t row = begin; row < end; row += TILE) over_tile(row, std::min(TILE, end - row), key, stop);
+        }
+    }
+
+    // Keys and values [key, stop) laid out for products, in blocks, with zeros after them to the end of a panel.
+    void gather(int64_t key, int64_t stop, int64_t own_row) {
+        for (int64_t block = key; block < stop; block += BLOCK) {
+            const int64_t end = std::min(block + BLOCK, stop), stored = std::min(start_, end);
+            const bf16 *keys[BLOCK], *values[BLOCK];
+            for (int64_t p = block; p < stored; p++) {
+                const int64_t slot = (blocks_[p / BLOCK] * t_.kv_heads + kv_head_) * BLOCK + p % BLOCK;
+                keys[p - block] = t_.pool_k + slot * t_.head_size;
+                values[p - block] = t_.pool_v + slot * t_.v_head_size;
+            }
+            for (int64_t p = std::max(start_, block); p < end; p++) {
+                const int64_t row = own_row + p - start_;
+                keys[p - block] = t_.k + kv_head_ * t_.k_head + row * t_.k_row;
+                values[p - block] = t_.v + kv_head_ * t_.v_head + row * t_.v_row;
+            }
+            lay_out_keys(keys, end - block, &keys_[(block - key) * head_size_]);
+            lay_out_values(values, end - block, &values_[(block - key) * v_size_]);
+        }
+    }
+
+    // -> [head_size / 2, BLOCK, 2]
+    void lay_out_keys(const bf16* const* rows, int64_t count, bf16* out) {
+        for (int64_t key = 0; key < round_up(count, LANES); key += LANES)
+            for (int64_t d = 0; d < head_size_; d += 2 * LANES) {
+                const int64_t pairs = std::min<int64_t>(LANES, (head_size_ - d) / 2);
+                const __mmask16 inside = (1u << pairs) - 1;
+                __m512i r[LANES];
+                for (int64_t i = 0; i < LANES; i++)
+                    r[i] = key + i < count ? _mm512_maskz_loadu_epi32(inside, rows[key + i] + d) : _mm512_setzero_si512();
+                transpose(r);
+                for (int64_t i = 0; i < pairs; i++) _mm512_store_si512(out + ((d / 2 + i) * BLOCK + key) * 2, r[i]);
+            }
+        for (int64_t key = round_up(count, LANES); key < round_up(count, PANEL); key += LANES)
+            for (int64_t d = 0; d < head_size_; d += 2)
+                _mm512_store_si512(out + (d / 2 * BLOCK + key) * 2, _mm512_setzero_si512());
+    }
+
+    // -> [BLOCK / 2, v_size, 2]
+    void lay_out_values(const bf16* const* rows, int64_t count, bf16* out) {
+        const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                             37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+        for (int64_t key = 0; key < round_up(count, PANEL); key += 2)
+            for (int64_t d = 0; d < v_size_; d += LANES) {
+                const __mmask16 inside = (1u << std::min<int64_t>(LANES, t_.v_head_size - d)) - 1;
+                const __m256i zero = _mm256_setzero_si256();
+                const __m256i even = key < count ? _mm256_maskz_loadu_epi16(inside, rows[key] + d) : zero;
+                const __m256i odd = key + 1 < count ? _mm256_maskz_loadu_epi16(inside, rows[key + 1] + d) : zero;
+                const __m512i both = _mm512_permutex2var_epi16(_mm512_castsi256_si512(even), low,
+                                                               _mm512_castsi256_si512(odd));
+                _mm512_store_si512(out + (key / 2 * v_size_ + d) * 2, both);
+            }
+    }
+
+    void over_tile(int64_t row, int64_t count, int64_t first_key, int64_t end_key) {
+        const int64_t first = std::max(first_key, round_down(rows_[row].first_key, BLOCK));
+        const int64_t end = std::min(end_key, rows_[row + count - 1].end_key);
+        for (int64_t block = first; block < end; block += BLOCK) {
+            const int64_t num_keys = round_up(std::min(BLOCK, end - block), PANEL);
+            const bf16* keys = &keys_[(block - first_key) * head_size_];
+            const bf16* values = &values_[(block - first_key) * v_size_];
+            multiply_all(count, num_keys, &q_[row * head_size_], head_size_, keys, 2 * BLOCK, head_size_ / 2,
+                         scores_.get(), BLOCK, nullptr);
+            float alpha[TILE];
+            for (int64_t i = 0; i < count; i++) alpha[i] = weigh(row + i, i, block, num_keys);
+            multiply_all(count, v_size_, weights_.get(), BLOCK, values, 2 * v_size_, num_keys / 2,
+                         &out_[row * v_size_], v_size_, alpha);
+        }
+    }
+
+    // Scores -> weights, relative to the greatest score so far; what former results are to be multiplied with.
+    float weigh(int64_t row, int64_t i, int64_t block, int64_t num_keys) {
+        float* scores = &scores_[i * BLOCK];
+        const int64_t begin = rows_[row].first_key - block, end = rows_[row].end_key - block;
+        const bool whole = begin <= 0 && end >= num_keys;
+        const __m512 scale = _mm512_set1_ps(t_.softcap ? t_.scale / t_.softcap : t_.scale * LOG2E);
+        const __m512 cap = _mm512_set1_ps(t_.softcap * LOG2E);
+        __m512 greatest = _mm512_set1_ps(-INF);
+        for (int64_t n = 0; n < num_keys; n += LANES) {
+            __m512 s = _mm512_mul_ps(_mm512_load_ps(scores + n), scale);
+            if (t_.softcap) s = _mm512_mul_ps(tanh(s), cap);
+            if (!whole) s = _mm512_mask_mov_ps(_mm512_set1_ps(-INF), upto(end - n) & ~upto(begin - n), s);
+            _mm512_store_ps(scores + n, s);
+            greatest = _mm512_max_ps(greatest, s);
+        }
+        const float before = maximum_[row], maximum = std::max(before, _mm512_reduce_max_ps(greatest));
+        maximum_[row] = maximum;
+        const __m512 subtract = _mm512_set1_ps(maximum == -INF ? 0.0f : maximum);
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t n = 0; n < num_keys; n += 2 * LANES) {
+            const __m512 low = exp2(_mm512_sub_ps(_mm512_load_ps(scores + n), subtract));
+            const __m512 high = exp2(_mm512_sub_ps(_mm512_load_ps(scores + n + LANES), subtract));
+            sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
+            _mm512_store_si512(&weights_[i * BLOCK + n], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        }
+        const float alpha = before == -INF ? 0.0f : exp2f(before - maximum);
+        float* total = &sum_[row * LANES];
+        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), _mm512_set1_ps(alpha), sum));
+        return alpha;
+    }
+
+    static __mmask16 upto(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+    void finish(int64_t row) {
+        const __m512 sum = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(&sum_[row * LANES])));
+        for (int64_t d = 0; d < t_.v_head_size; d += LANES) {
+            const __mmask16 inside = upto(t_.v_head_size - d);
+            const __m512 out = _mm512_mul_ps(_mm512_load_ps(&out_[row * v_size_ + d]), sum);
+            _mm256_mask_storeu_epi16(rows_[row].out + d, inside, (__m256i)_mm512_cvtneps_pbh(out));
+        }
+    }
+
+    const Tensors& t_;
+    const int64_t group_, head_size_, v_size_;
+    int64_t kv_head_ = 0, start_ = 0;
+    const int64_t* blocks_ = nullptr;
+    std::unique_ptr<Row[]> rows_;
+    Buffer<bf16> q_;
+    Buffer<float> out_, maximum_, sum_, scores_;
+    Buffer<bf16> weights_, keys_, values_;
+};
+
+}  // namespace
+
+extern "C" void tree_attention(const Tensors* tensors, const Chunk* chunks, int64_t num_chunks, const Part* parts,
+                               const int64_t* blocks, int64_t max_rows, int num_threads) {
+    const int64_t num_tasks = num_chunks * tensors->kv_heads;
+#pragma omp parallel num_threads(num_threads)
+    {
+        Worker worker(*tensors, max_rows * (tensors->heads / tensors->kv_heads));
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < num_tasks; task++)
+            worker.run(chunks[task / tensors->kv_heads], parts, blocks, task % tensors->kv_heads);
+    }
+}

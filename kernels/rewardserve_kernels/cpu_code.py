@@ -1,0 +1,80 @@
+"""C++ for the very CPU it runs on: compiled once, kept beside the user's other caches."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+BUILD_TIMEOUT_S = 120
+
+
+class CannotBuild(Exception):
+    """There is no compiler, or it failed; the message says which."""
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """What Linux says this CPU can do; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line.split(":")[1] for line in lines if line.startswith("flags")), "").split())
+
+
+@functools.cache
+def load(source: Path) -> ctypes.CDLL:
+    """The library built of `source`, an OpenMP program without other dependencies. Raises CannotBuild.
+
+    $CXX names the compiler, as it does for torch.compile; without it that is g++, whose OpenMP is the one torch has
+    loaded already: a second pool of threads on the same cores would cost both of them dearly.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    version = _run([compiler, "--version"])
+    key = hashlib.sha256("\0".join([source.read_text(), version, *FLAGS, *sorted(cpu_flags())]).encode())
+    folder = _folder()
+    library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        # Another process may be building it too: each its own file, the last one stays.
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / "library.so"
+            _run([compiler, *FLAGS, "-o", str(built), str(source)])
+            built.replace(library)
+    return ctypes.CDLL(str(library))
+
+
+def _folder() -> Path:
+    """$XDG_CACHE_HOME/rewardserve, in ~/.cache by default; a new folder where that cannot be written."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rewardserve"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _temporary_folder()
+
+
+@functools.cache
+def _temporary_folder() -> Path:
+    import atexit
+
+    folder = Path(tempfile.mkdtemp(prefix="rewardserve-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _run(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S).stdout
+    except FileNotFoundError as error:
+        raise CannotBuild(f"there is no C++ compiler {command[0]}; install g++ or name one in CXX") from error
+    except subprocess.CalledProcessError as error:
+        raise CannotBuild(f"{command[0]} failed: {' '.join(error.stderr.split())[:300]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CannotBuild(f"{command[0]}: {error}") from error
