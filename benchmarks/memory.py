@@ -2,11 +2,11 @@
 
     python benchmarks/memory.py [--lengths 4096 8192 16384 32768] [--threads 2]
 
-Every length has a process of its own: resident memory once the model is loaded (weights, interpreter, libraries), the
-keys and values of the item, and the peak while it is scored. One step's activations are what the item's last forward,
+Every length has a process of its own: resident memory once the model is loaded (weights, pool of keys and values,
+interpreter, libraries), and the peak while the item is scored. One step's activations are what the item's last forward,
 which sees the most keys, allocates at most at a time, workspace included; a second process adds that up from the
 allocator's own events.
-The peak must stay under what was loaded + keys and values + 1.2 x one step's activations. Writes
+The peak must stay under what was loaded + 1.2 x one step's activations. Writes
 benchmarks/results/memory_cpu.json.
 """
 
@@ -77,21 +77,13 @@ def _stretched(model: Path, length: int) -> Path:
 def _measure(length: int, folder: Path, threads: int) -> dict[str, float]:
     """Bytes, of one length."""
     plain, traced = (_in_child(length, folder, threads, trace) for trace in (False, True))
-    cache = length * _bytes_per_token(folder)
     return {
         "tokens": length,
         "loaded": plain["loaded"],
-        "keys_and_values": cache,
         "one_step": traced["one_step"],
         "peak": plain["peak"],
-        "bound": plain["loaded"] + cache + SLACK * traced["one_step"],
+        "bound": plain["loaded"] + SLACK * traced["one_step"],
     }
-
-
-def _bytes_per_token(folder: Path) -> int:
-    """Of keys and values in bf16, over all layers."""
-    config = json.loads((folder / "config.json").read_text())
-    return 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
 
 
 def _in_child(length: int, folder: Path, threads: int, trace: bool) -> dict[str, float]:
@@ -114,7 +106,7 @@ def _probe(length: int, folder: Path, threads: int, trace: bool) -> dict[str, fl
     from rewardserve.engine.native.scheduler import Scheduler
     from rewardserve.types import EncodedGroup
 
-    options = NativeOptions(str(folder), num_threads=threads, prefix_cache_bytes=POOL_BYTES, compile="off")
+    options = NativeOptions(str(folder), num_threads=threads, prefix_cache_bytes=POOL_BYTES)
     loaded = load_runner(options)
     resident = _reset_peak()
     scheduler = Scheduler(PrefixCache(BlockPool(loaded.runner.num_blocks)), loaded.max_batch_tokens, 512)
@@ -156,10 +148,10 @@ def _status(key: str) -> int:
 
 def _print(rows: list[dict[str, float]]) -> None:
     table = Table(title="one item, its peak and what it may be (MiB)")
-    for column in ("tokens", "loaded", "keys, values", "one step", "peak", "bound", "peak / bound"):
+    for column in ("tokens", "loaded", "one step", "peak", "bound", "peak / bound"):
         table.add_column(column, justify="right")
     for row in rows:
-        sizes = (row[key] / 2**20 for key in ("loaded", "keys_and_values", "one_step", "peak", "bound"))
+        sizes = (row[key] / 2**20 for key in ("loaded", "one_step", "peak", "bound"))
         table.add_row(f"{row['tokens']}", *(f"{size:.0f}" for size in sizes), f"{row['peak'] / row['bound']:.2f}")
     Console(width=100).print(table)
 

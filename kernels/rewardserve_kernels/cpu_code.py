@@ -1,9 +1,11 @@
 """C++ for the very CPU it runs on: compiled once, kept beside the user's other caches."""
 
+import atexit
 import ctypes
 import functools
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -34,8 +36,8 @@ def load(source: Path) -> ctypes.CDLL:
     $CXX names the compiler, as it does for torch.compile; without it that is g++, whose OpenMP is the one torch has
     loaded already: a second pool of threads on the same cores would cost both of them dearly.
     """
-    compiler = os.environ.get("CXX", "g++")
-    version = _run([compiler, "--version"])
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    version = _run([*compiler, "--version"])
     key = hashlib.sha256("\0".join([source.read_text(), version, *FLAGS, *sorted(cpu_flags())]).encode())
     folder = _folder()
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
@@ -43,7 +45,7 @@ def load(source: Path) -> ctypes.CDLL:
         # Another process may be building it too: each its own file, the last one stays.
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / "library.so"
-            _run([compiler, *FLAGS, "-o", str(built), str(source)])
+            _run([*compiler, *FLAGS, "-o", str(built), str(source)])
             built.replace(library)
     return ctypes.CDLL(str(library))
 
@@ -62,8 +64,6 @@ def _folder() -> Path:
 
 @functools.cache
 def _temporary_folder() -> Path:
-    import atexit
-
     folder = Path(tempfile.mkdtemp(prefix="rewardserve-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

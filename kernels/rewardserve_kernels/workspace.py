@@ -1,9 +1,11 @@
 """Memory for intermediate results, kept from one call to the next."""
 
 import contextlib
+import ctypes
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -22,6 +24,24 @@ def untouched(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)  # the first use of a page costs as much as filling it, or more
     return torch.frombuffer(pages, dtype=like.dtype, count=count).view(*shape)
+
+
+MADV_POPULATE_WRITE = 23  # of Linux 5.14 and later
+
+
+def make_resident(tensors: Iterable[torch.Tensor]) -> None:
+    """Has the pages of `untouched` tensors made now and not in the middle of a forward, where each costs a fault.
+
+    Where the system cannot do that they are made as they are used.
+    """
+    try:
+        madvise = ctypes.CDLL("libc.so.6").madvise
+    except (OSError, AttributeError):
+        return
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    on_cpu = [t for t in tensors if t.device.type == "cpu"]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda t: madvise(t.data_ptr(), t.nbytes, MADV_POPULATE_WRITE), on_cpu))
 
 
 class Workspace:

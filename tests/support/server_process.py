@@ -15,7 +15,7 @@ class ServerProcess:
 
     def __init__(self, model: str, *flags: str) -> None:
         self._command = [sys.executable, "-m", "rewardserve", "serve", "--model", model, "--threads", "2"]
-        self._command += ["--port", "0", "--metrics-port", "0", *flags]
+        self._command += ["--port", "0", "--metrics-port", "0", "--prefix-cache-mb", "64", *flags]
         self.log: list[str] = []
         self.endpoint = ""
         self.metrics_url = ""

@@ -15,7 +15,7 @@ import torch
 from rewardserve_kernels.attention import chunked
 from rewardserve_kernels.kv_cache.paged import store_segment
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
-from rewardserve_kernels.workspace import Workspace, untouched
+from rewardserve_kernels.workspace import Workspace, make_resident, untouched
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
@@ -29,7 +29,7 @@ class NotPackable(Exception):
 
 
 class TreeAttention(Protocol):
-    """A module of rewardserve_kernels.attention: cuts the attention of a pack once, then computes it for every layer."""
+    """A module of rewardserve_kernels.attention: cuts the attention of a pack once, computes it in every layer."""
 
     def plan_attention(
         self, segments: Sequence[Segment], dtype: torch.dtype, device: torch.device, window: int, last_rows_only: bool
@@ -53,7 +53,8 @@ class TreeAttention(Protocol):
 class KVPool:
     """Keys and values of stored blocks, a pair of tensors [blocks, kv_heads, BLOCK_TOKENS, head_size] for each layer.
 
-    Layers are allocated when first met, because only the attention call knows their shapes.
+    Layers are allocated when first met, because only the attention call knows their shapes, or all at once as in
+    another pool.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -68,6 +69,11 @@ class KVPool:
             # No slot is read before it is written.
             self._layers.append((untouched(shapes[0], k), untouched(shapes[1], v)))
         return self._layers[index]
+
+    def allocate_like(self, other: "KVPool") -> None:
+        """All layers, resident: memory that is not there is missed before the first request."""
+        self._layers = [tuple(untouched((self.num_blocks, *t.shape[1:]), t) for t in pair) for pair in other._layers]
+        make_resident(t for pair in self._layers for t in pair)
 
     @property
     def bytes_per_block(self) -> int:

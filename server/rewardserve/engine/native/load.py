@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+from pathlib import Path
 
 import psutil
 import torch
@@ -27,6 +28,11 @@ log = logging.getLogger(__name__)
 CANARY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_AUTO_CACHE_BYTES = 4 << 30
+# Limit and use of a container's memory, in cgroup v2 and v1; psutil knows only the machine's.
+CONTAINER_MEMORY = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 MAX_BLOCKS = 65_536  # eight million tokens of prompts: beyond that bookkeeping costs more than it finds
 
 
@@ -108,8 +114,10 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
     _find_packing(padded.model, canary, padded.info.max_length, tolerance)
     subject = Subject(padded.model, padded.info.num_parameters, canary, tolerance, padded.max_batch_tokens)
     speed_up(subject, options.compile, options.quantize)
-    pool, error = canary.run(padded.model)  # as it will be served
-    num_blocks = _num_blocks(options, device, pool.bytes_per_block)
+    small_pool, error = canary.run(padded.model)  # as it will be served
+    num_blocks = _num_blocks(options, device, small_pool.bytes_per_block)
+    pool = KVPool(num_blocks)
+    pool.allocate_like(small_pool)
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:
         log.warning("max_length is %d, not %d: that is what the prefix cache holds", max_length, padded.info.max_length)
@@ -121,7 +129,7 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
         canary_error=error,
         prefix_cache_tokens=num_blocks * BLOCK_TOKENS,
     )
-    return dataclasses.replace(padded, runner=PackedRunner(padded.model, KVPool(num_blocks)), info=info)
+    return dataclasses.replace(padded, runner=PackedRunner(padded.model, pool), info=info)
 
 
 def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance: float) -> None:
@@ -148,9 +156,20 @@ def _num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: i
     if not budget and device.type == "cuda":
         budget = int(0.6 * torch.cuda.mem_get_info(device)[0])
     elif not budget:
-        budget = min(psutil.virtual_memory().available // 10, MAX_AUTO_CACHE_BYTES)
+        budget = min(_free_bytes() // 10, MAX_AUTO_CACHE_BYTES)
     num_blocks = budget // bytes_per_block
     if num_blocks < 4:
         need = 4 * bytes_per_block
         raise LoadFailed(f"the prefix cache of {budget} bytes holds no request; give it at least {need} bytes")
     return min(num_blocks, MAX_BLOCKS)
+
+
+def _free_bytes() -> int:
+    """Memory that this process can still take: the machine's or, if that is less, its container's."""
+    free = psutil.virtual_memory().available
+    for limit, used in CONTAINER_MEMORY:
+        try:
+            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return max(0, free)

@@ -1,0 +1,60 @@
+"""C++ for this CPU is built once and kept; where that cannot be, the reason is named."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from rewardserve_kernels import cpu_code
+from rewardserve_kernels.cpu_code import CannotBuild
+
+SOURCE = 'extern "C" int answer() { return 42; }'
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "deep_thought.cpp"
+    path.write_text(SOURCE)
+    yield path
+    cpu_code.load.cache_clear()
+
+
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The compiler's commands from now on, as they are given."""
+    commands: list[list[str]] = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **kw: (commands.append(command), run(command, **kw))[1])
+    return commands
+
+
+def test_what_was_built_once_is_kept_until_its_source_changes(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = compilations(monkeypatch)
+
+    def answer() -> int:
+        cpu_code.load.cache_clear()  # as another process
+        return cpu_code.load(source).answer()
+
+    assert answer() == 42 and answer() == 42
+    assert sum("-shared" in command for command in commands) == 1
+    source.write_text(SOURCE.replace("42", "43"))
+    assert answer() == 43
+    assert sum("-shared" in command for command in commands) == 2
+    assert len(list((source.parent / "cache" / "rewardserve").iterdir())) == 2, "nothing else is left behind"
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (source.parent / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(source.parent / "file"))
+    assert cpu_code.load(source).answer() == 42
+
+
+def test_a_missing_compiler_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/g++")
+    with pytest.raises(CannotBuild, match="there is no C\\+\\+ compiler /nonexistent/g\\+\\+; install g\\+\\+"):
+        cpu_code.load(source)
+
+
+def test_what_the_compiler_says_is_passed_on(source: Path) -> None:
+    source.write_text("int answer() { return forty_two; }")
+    with pytest.raises(CannotBuild, match="forty_two"):
+        cpu_code.load(source)
