@@ -39,7 +39,7 @@ SIZES = {
     "best_of_16": (4, 1),
     "shared_system": (3, 2),
     "pairs": (16, 4),
-    "grpo_64": (2, 1),
+    "grpo_64": (1, 1),
     "ppo": (12, 3),
     "short_items": (5, 1),
 }
