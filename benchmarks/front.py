@@ -147,6 +147,7 @@ def _be_child(arguments: list[str]) -> None:
     """An engine's process in all but the model: messages, scheduler, prefix cache and both threads are real."""
     from rewardserve.engine import child
     from rewardserve.engine.native.load import Loaded
+    from rewardserve.engine.native.runner import Done
     from rewardserve.engine.native.sequence import BatchPlan
 
     class NullRunner:
@@ -155,9 +156,9 @@ def _be_child(arguments: list[str]) -> None:
         def prepare(self, plan: BatchPlan) -> object:
             return plan
 
-        def run(self, prepared: object) -> list[float]:
+        def launch(self, prepared: object) -> Done:
             assert isinstance(prepared, BatchPlan)
-            return [0.5] * prepared.num_scored
+            return Done([0.5] * prepared.num_scored)
 
     sys.argv = [sys.argv[0], *arguments]
     child.main(lambda options: Loaded(NullRunner(), INFO, 8192, None))  # type: ignore[arg-type]

@@ -1,6 +1,9 @@
 """The loop around scheduler and runner: whatever a forward does, every caller gets an answer."""
 
 import asyncio
+import concurrent.futures
+import queue
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from checkpoints import padded_scores, save_checkpoint
 from rewardserve.engine.base import EngineListener, EngineRequest
 from rewardserve.engine.native.engine import NativeEngine
 from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.native.runner import PackedRunner
 from rewardserve.errors import DeadlineExceeded, Unavailable
 from rewardserve.models.backbone import Backbone, NotPackable
 from rewardserve.types import EncodedGroup, ItemCode
@@ -130,10 +134,80 @@ async def test_an_expired_request_is_answered_and_costs_nothing(checkpoint: Path
 
 
 async def test_stopping_answers_those_who_wait(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with native(checkpoint, max_batch_tokens=128) as scorer:
+    async with native(checkpoint, max_batch_tokens=256) as scorer:
         calls = [asyncio.create_task(scorer.run([(list(range(300)), [[i] * 200])])) for i in range(20)]
         await asyncio.sleep(0.05)
         await scorer.engine.stop()
         outcomes = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 30)
     assert any(isinstance(outcome, Unavailable) for outcome in outcomes)
     assert all(isinstance(outcome, Unavailable) or outcome.groups for outcome in outcomes)
+
+
+class Device(threading.Thread):
+    """A GPU's stream: forwards are handed to it and computed in order, on a thread; what goes wrong shows later."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, largest: int = 10_000) -> None:
+        super().__init__(daemon=True)
+        self.queue: queue.Queue = queue.Queue()
+        self.num_launched, self.num_under_way, self.most_under_way = 0, 0, 0
+        self.two_launched = threading.Event()
+        self.largest = largest
+        self.launch_now = PackedRunner.launch
+        monkeypatch.setattr(PackedRunner, "launch", lambda runner, pack: self.launch(runner, pack))
+        self.start()
+
+    def launch(self, runner: PackedRunner, pack) -> "Device.Launched":
+        launched = Device.Launched(self)
+        self.num_launched += 1
+        self.num_under_way += 1
+        self.most_under_way = max(self.most_under_way, self.num_under_way)
+        if self.num_launched == 2:
+            self.two_launched.set()
+        self.queue.put((launched, runner, pack))
+        return launched
+
+    def run(self) -> None:
+        while True:
+            launched, runner, pack = self.queue.get()
+            if launched is self.first and not self.two_launched.wait(60):
+                launched.future.set_exception(AssertionError("nothing was launched beside the first forward"))
+            elif len(pack.input_ids) > self.largest:
+                launched.future.set_exception(RuntimeError("CUDA out of memory"))
+            else:
+                launched.future.set_result(self.launch_now(runner, pack).scores())
+
+    first: "Device.Launched | None" = None
+
+    class Launched:
+        def __init__(self, device: "Device") -> None:
+            self.device, self.future = device, concurrent.futures.Future()
+            device.first = device.first or self
+
+        def ready(self) -> bool:
+            return self.future.done()
+
+        def scores(self) -> list[float]:
+            self.device.num_under_way -= 1
+            return self.future.result()
+
+
+async def test_a_forward_is_launched_while_another_is_under_way_and_no_more_than_two(
+    checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first forward ends only once a second one was launched: a loop that waits for it would never go on."""
+    async with native(checkpoint, max_batch_tokens=64) as scorer:
+        device = Device(monkeypatch)
+        got = await scorer.scores(GROUPS)
+    assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert device.num_launched > 4 and device.most_under_way == 2
+
+
+async def test_a_failure_that_shows_late_rolls_back_the_forward_launched_after_it(
+    checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with native(checkpoint, max_batch_tokens=256) as scorer:
+        device = Device(monkeypatch, largest=130)
+        for _ in range(3):
+            got = await scorer.scores(GROUPS)
+            assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    assert device.most_under_way == 2

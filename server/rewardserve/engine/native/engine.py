@@ -1,4 +1,5 @@
-"""The loop: schedule, run, resolve. Two threads, so that the next forward is planned while one runs.
+"""The loop: schedule, run, resolve. Two threads, so that the next forward is planned, and on a GPU launched, while one
+runs.
 
 Every request added comes back as exactly one Outcome, whatever happens: a forward that fails is split and tried again
 until the one item that cannot be computed is found; that one fails, the others are scored.
@@ -18,7 +19,7 @@ from rewardserve.engine.native.block_pool import BlockPool
 from rewardserve.engine.native.load import Loaded, load_runner
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.prefix_cache import PrefixCache
-from rewardserve.engine.native.runner import Runner
+from rewardserve.engine.native.runner import Launched, Runner
 from rewardserve.engine.native.scheduler import Outcome, Scheduler
 from rewardserve.engine.native.sequence import BatchPlan
 from rewardserve.errors import DeadlineExceeded, Unavailable
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 POISONED = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "an illegal memory access")
 CHECK_INTERVAL_S = 10.0
+POLL_S = 0.0003  # between looks at a forward under way, when there is nothing to launch
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
@@ -41,6 +43,14 @@ class _Prepared:
     plan: BatchPlan
     inputs: object  # or the exception that making them ended in; it is handled in its turn
     epoch: int  # of the scheduler when planned; a later epoch means it was rolled back
+
+
+@dataclass(frozen=True, slots=True)
+class _UnderWay:
+    plan: BatchPlan
+    launched: Launched
+    epoch: int
+    started: float  # perf_counter()
 
 
 class EngineLoop:
@@ -72,6 +82,7 @@ class EngineLoop:
         self._checked_at = 0.0
         self._depth, self._depth_at = (0, 0), 0.0  # requests and tokens waiting, and when they were counted
         self._ahead: queue.Queue[_Prepared | None] = queue.Queue(maxsize=1)
+        self._finished_at = 0.0  # perf_counter() when the scores of the last forward were read
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
             for name, target in (("runner", self._load_and_run), ("planner", self._guard(self._plan_forever)))
@@ -165,22 +176,61 @@ class EngineLoop:
     # -- runner ----------------------------------------------------------------------------------------------------
 
     def _run_forever(self) -> None:
-        while (prepared := self._ahead.get()) is not None:
-            with self._lock:
-                if prepared.epoch != self._epoch:
+        """At most two forwards are with the device: one is launched before the scores of the one before are read."""
+        under_way: _UnderWay | None = None
+        while True:
+            prepared = None
+            while prepared is None and not (under_way is not None and under_way.launched.ready()):
+                try:
+                    prepared = self._ahead.get(timeout=None if under_way is None else POLL_S)
+                except queue.Empty:
                     continue
-                self._scheduler.begin(prepared.plan)
-            started = time.perf_counter()
-            try:
-                if isinstance(prepared.inputs, Exception):
-                    raise prepared.inputs
-                scores = self._runner.run(prepared.inputs)
-            except NotPackable as error:
-                self._fall_back(str(error))
-            except Exception as error:
-                self._recover(prepared.plan, error)
+                if prepared is None:
+                    return
+            launched = None if prepared is None else self._launch(prepared)
+            if under_way is not None:
+                self._finish(under_way)
+            under_way = None
+            if isinstance(launched, Exception):
+                assert prepared is not None
+                self._handle(prepared.plan, prepared.epoch, launched)
             else:
-                self._complete(prepared.plan, scores, time.perf_counter() - started)
+                under_way = launched
+
+    def _launch(self, prepared: _Prepared) -> _UnderWay | Exception | None:
+        """What is under way then, or why it is not; None if what was planned is not to be computed any more."""
+        with self._lock:
+            if prepared.epoch != self._epoch:
+                return None
+            self._scheduler.begin(prepared.plan)
+        started = time.perf_counter()
+        if isinstance(prepared.inputs, Exception):
+            return prepared.inputs
+        try:
+            return _UnderWay(prepared.plan, self._runner.launch(prepared.inputs), prepared.epoch, started)
+        except Exception as error:
+            return error
+
+    def _finish(self, under_way: _UnderWay) -> None:
+        """Reads the scores, which may wait for them."""
+        try:
+            scores = under_way.launched.scores()
+        except Exception as error:
+            self._handle(under_way.plan, under_way.epoch, error)
+            return
+        now = time.perf_counter()
+        compute_s = now - max(under_way.started, self._finished_at)
+        self._finished_at = now
+        if under_way.epoch == self._epoch:
+            self._complete(under_way.plan, scores, compute_s)
+
+    def _handle(self, plan: BatchPlan, epoch: int, error: Exception) -> None:
+        if epoch != self._epoch:
+            return  # the forward before it failed, and both will be planned anew
+        if isinstance(error, NotPackable):
+            self._fall_back(str(error))
+        else:
+            self._recover(plan, error)
 
     def _complete(self, plan: BatchPlan, scores: list[float], compute_s: float) -> None:
         with self._lock:

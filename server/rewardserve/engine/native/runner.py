@@ -1,4 +1,4 @@
-"""BatchPlan -> raw scores: executes one forward. Knows nothing of requests, queues or caches."""
+"""BatchPlan -> raw scores: executes forwards. Knows nothing of requests, queues or caches."""
 
 from typing import Protocol
 
@@ -11,15 +11,55 @@ from rewardserve.models.backbone import KVPool, Pack, rope_switch
 from rewardserve.models.reward_model import RewardModel
 
 
+class Launched(Protocol):
+    """A forward that was handed to the device."""
+
+    def ready(self) -> bool:
+        """Whether `scores` would not wait."""
+
+    def scores(self) -> list[float]:
+        """Of the plan's scored chunks, in order. Raises what the forward ended in, where that shows only now."""
+
+
 class Runner(Protocol):
-    """Prepares a forward while another one runs, then runs it. The two are called from different threads."""
+    """Prepares a forward while others run, then launches it. The two are called from different threads."""
 
     num_blocks: int  # 0: it has no prefix cache, plans hold whole sequences
 
     def prepare(self, plan: BatchPlan) -> object: ...
 
-    def run(self, prepared: object) -> list[float]:
-        """Scores of the plan's scored chunks, in order."""
+    def launch(self, prepared: object) -> Launched:
+        """Forwards take effect in the order they were launched."""
+
+
+class Done:
+    """A forward that was computed as it was launched, as on a CPU."""
+
+    def __init__(self, scores: list[float]) -> None:
+        self._scores = scores
+
+    def ready(self) -> bool:
+        return True
+
+    def scores(self) -> list[float]:
+        return self._scores
+
+
+class _OnGpu:
+    """Its scores are on their way to the host; nobody waits for them but who asks."""
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        self._scores = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
+        self._scores.copy_(scores, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def ready(self) -> bool:
+        return self._copied.query()
+
+    def scores(self) -> list[float]:
+        self._copied.synchronize()
+        return self._scores.tolist()
 
 
 class PackedRunner:
@@ -31,9 +71,10 @@ class PackedRunner:
     def prepare(self, plan: BatchPlan) -> Pack:
         return build_pack(plan, self._model.backbone.device)
 
-    def run(self, prepared: object) -> list[float]:
+    def launch(self, prepared: object) -> Launched:
         assert isinstance(prepared, Pack)
-        return self._model.score_packed(prepared, self._pool).tolist()
+        scores = self._model.score_packed(prepared, self._pool)
+        return _OnGpu(scores) if scores.is_cuda else Done(scores.tolist())
 
     @property
     def workspace(self) -> Workspace:
@@ -54,7 +95,7 @@ class PaddedRunner:
     def prepare(self, plan: BatchPlan) -> list[torch.Tensor]:
         return build_rows(plan)
 
-    def run(self, prepared: object) -> list[float]:
+    def launch(self, prepared: object) -> Launched:
         assert isinstance(prepared, list)
         scores = [0.0] * len(prepared)
         order = sorted(range(len(prepared)), key=lambda i: -len(prepared[i]))
@@ -65,7 +106,7 @@ class PaddedRunner:
                 batch, self._model.score_padded([prepared[i] for i in batch]).tolist(), strict=True
             ):
                 scores[index] = score
-        return scores
+        return Done(scores)
 
     def _fitting(self, lengths: list[int]) -> int:
         """How many of `lengths`, longest first, make one padded batch: at least one."""
