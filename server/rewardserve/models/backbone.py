@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from rewardserve_kernels.attention import chunked
-from rewardserve_kernels.kv_cache.paged import store_segment
+from rewardserve_kernels.kv_cache.paged import StoreIndex, store_rows, store_segment
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.workspace import Workspace, make_resident, untouched
 from torch import nn
@@ -85,11 +85,12 @@ class KVPool:
 class Pack:
     """One forward: the tokens of all segments end to end."""
 
-    input_ids: torch.Tensor  # [rows] int64
-    position_ids: torch.Tensor  # [rows] int64
+    input_ids: torch.Tensor  # [rows] int32
+    position_ids: torch.Tensor  # [rows] int32
     segments: tuple[Segment, ...]
     pooled: tuple[int, ...]  # segments whose last row is scored
-    pooled_rows: torch.Tensor  # [len(pooled)] int64: the rows of those last tokens
+    pooled_rows: torch.Tensor  # [len(pooled)] int32: the rows of those last tokens
+    stored: StoreIndex | None = None  # of the rows to store, for one launch; None: segment by segment
 
 
 @dataclass(slots=True)
@@ -153,15 +154,21 @@ def _attend(
         return forward.attend(q[0], keys, values, pools, scale, window, softcap, sinks)[None]
     keys, values = k[0], v[0]
     pools = forward.pool.layer(layer, keys, values)
-    for segment in forward.pack.segments:
-        if segment.store:
-            rows = slice(segment.row, segment.row + segment.num_rows)
-            store_segment(pools[0], keys[:, rows], segment)
-            store_segment(pools[1], values[:, rows], segment)
+    for pool, new in zip(pools, (keys, values), strict=True):
+        _store(pool, new, forward.pack)
     if forward.capturing:
         forward.captured = (keys, values)
         raise _KeysCaptured
     return forward.attend(q[0], keys, values, pools, scale, window, softcap, sinks)[None]
+
+
+def _store(pool: torch.Tensor, rows: torch.Tensor, pack: Pack) -> None:
+    if pack.stored is not None:
+        store_rows(pool, rows, pack.stored)
+        return
+    for segment in pack.segments:
+        if segment.store:
+            store_segment(pool, rows[:, segment.row : segment.row + segment.num_rows], segment)
 
 
 _library = torch.library.Library("rewardserve", "DEF")

@@ -2,14 +2,16 @@
 
 import numpy as np
 import torch
+from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index
 from rewardserve_kernels.ragged import Segment
+from rewardserve_kernels.upload import Upload
 
 from rewardserve.engine.native.sequence import BatchPlan
 from rewardserve.models.backbone import Pack
 
 
 def build_pack(plan: BatchPlan, device: torch.device) -> Pack:
-    """Lays the plan's chunks end to end. One copy to the device for each tensor, none back."""
+    """Lays the plan's chunks end to end. One copy to the device, none back."""
     segments, pooled, pooled_rows = [], [], []
     row = 0
     for index, chunk in enumerate(plan.chunks):
@@ -19,22 +21,23 @@ def build_pack(plan: BatchPlan, device: torch.device) -> Pack:
         if chunk.scored:
             pooled.append(index)
             pooled_rows.append(row - 1)
-    input_ids = np.frombuffer(b"".join(chunk.tokens for chunk in plan.chunks), "<i4").astype(np.int64)
-    positions = np.concatenate([np.arange(chunk.start, chunk.stop) for chunk in plan.chunks])
+    upload = Upload()
+    input_ids = upload.add(np.frombuffer(b"".join(chunk.tokens for chunk in plan.chunks), "<i4"))
+    positions = upload.add(np.concatenate([np.arange(c.start, c.stop, dtype=np.int32) for c in plan.chunks]))
+    rows = upload.add(np.array(pooled_rows, np.int32))
+    # On a CPU segments are stored one by one.
+    stored = [upload.add(part) for part in store_index(segments)] if device.type != "cpu" else []
+    upload.ship(device)
     return Pack(
-        _to(input_ids, device),
-        _to(positions, device),
+        upload[input_ids],
+        upload[positions],
         tuple(segments),
         tuple(pooled),
-        _to(np.array(pooled_rows, dtype=np.int64), device),
+        upload[rows],
+        StoreIndex(*(upload[part] for part in stored)) if stored else None,
     )
 
 
 def build_rows(plan: BatchPlan) -> list[torch.Tensor]:
     """The plan's scored sequences, each whole, for the padded path."""
     return [torch.from_numpy(np.frombuffer(chunk.tokens, "<i4").astype(np.int64)) for chunk in plan.chunks]
-
-
-def _to(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -47,7 +47,9 @@ class Canary:
             positions += range(len(prompt), len(prompt) + len(response))
         pooled = tuple(i for i, segment in enumerate(segments) if not segment.store)
         rows = [segments[i].row + segments[i].num_rows - 1 for i in pooled]
-        ids_, positions_, rows_ = (torch.tensor(values, device=device) for values in (ids, positions, rows))
+        ids_, positions_, rows_ = (
+            torch.tensor(values, dtype=torch.int32, device=device) for values in (ids, positions, rows)
+        )
         return Pack(ids_, positions_, tuple(segments), pooled, rows_)
 
 

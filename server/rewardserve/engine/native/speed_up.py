@@ -206,8 +206,8 @@ def _probe(subject: Subject) -> Pack:
     length = 2 * BLOCK_TOKENS
     num_rows = min(int(PROBE_FLOP / (2 * subject.num_parameters)), subject.max_batch_tokens)
     count = max(1, num_rows // length)
-    ids = np.random.default_rng(0).integers(0, subject.model.backbone.config.vocab_size, count * length)
-    positions = np.tile(np.arange(length), count)
+    ids = np.random.default_rng(0).integers(0, subject.model.backbone.config.vocab_size, count * length, np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), count)
     segments = tuple(Segment(i * length, length, 0, (), store=False) for i in range(count))
-    last = torch.arange(count) * length + length - 1
+    last = torch.arange(1, count + 1, dtype=torch.int32) * length - 1
     return Pack(torch.from_numpy(ids), torch.from_numpy(positions), segments, tuple(range(count)), last)
