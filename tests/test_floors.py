@@ -55,6 +55,7 @@ FRONT = (
     "rewardserve.engine.base",
     "rewardserve.engine.fake",
     "rewardserve.engine.process",
+    "rewardserve.engine.replicas",
     "rewardserve.engine.native.scheduler",
     "rewardserve.engine.native.prefix_cache",
     "rewardserve.engine.native.options",

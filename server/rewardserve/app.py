@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import errno
 import logging
+import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -18,6 +20,7 @@ from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.process import EngineProcess
+from rewardserve.engine.replicas import Replicas
 from rewardserve.metrics import Metrics
 from rewardserve.service.admission import Limits
 from rewardserve.service.registry import LiveModel, Registry
@@ -133,6 +136,19 @@ class App:
     def _make_engine(self, name: str, source: str, dtype: str) -> Engine:
         config = self._config
         options = native_options(config, source, dtype)
+        devices = config.device.split(",")
+        if len(devices) == 1:
+            return self._engine_process(options, name)
+        threads = config.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
+        return Replicas(
+            [
+                self._engine_process(replace(options, device=device, num_threads=threads), f"{name}/{number}")
+                for number, device in enumerate(devices)
+            ]
+        )
+
+    def _engine_process(self, options: NativeOptions, name: str) -> EngineProcess:
+        config = self._config
         return EngineProcess(options, name, config.stall_timeout_s, config.log_format, config.log_level)
 
     def _on_change(self, model: LiveModel) -> None:

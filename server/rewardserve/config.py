@@ -10,6 +10,7 @@ from rewardserve.options import SERVE, ConfigError, Options, Repeated, at_top_of
 from rewardserve.types import is_model_name
 
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
+DEVICES = r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$"
 MAX_THREADS = 4096  # more is a slip of the finger, and ends in a crash of torch
 
 
@@ -27,7 +28,11 @@ class ServeConfig(Options):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="precision of the backbone; auto is the checkpoint's own"
     )
-    device: str = Field(default="auto", pattern=DEVICE, description="auto, cpu, cuda or cuda:N")
+    device: str = Field(
+        default="auto",
+        pattern=DEVICES,
+        description="auto, cpu, cuda or cuda:N; several, as in cuda:0,cuda:1: one engine on each",
+    )
     max_length: int = Field(default=0, ge=0, description="longest prompt + response in tokens; 0: the checkpoint's own")
     max_batch_tokens: int = Field(
         default=0, ge=0, description="token budget of one forward; 0: 2048 on a CPU, 8192 on a GPU"
@@ -46,7 +51,10 @@ class ServeConfig(Options):
         description="packed refuses models that cannot be packed; padded serves all by plain Hugging Face",
     )
     threads: int = Field(
-        default=0, ge=0, le=MAX_THREADS, description="torch threads of one engine on a CPU; 0: all cores"
+        default=0,
+        ge=0,
+        le=MAX_THREADS,
+        description="torch threads of one engine on a CPU; 0: all cores, shared among the engines",
     )
     tokenizer_threads: int = Field(default=2, ge=1, le=MAX_THREADS, description="threads that tokenize text")
 

@@ -84,6 +84,7 @@ class EngineListener:
     on_batch: Callable[[BatchReport], None] = field(default=lambda report: None)
     on_down: Callable[[str], None] = field(default=lambda reason: None)  # it died, and is being restarted
     on_up: Callable[[EngineInfo], None] = field(default=lambda info: None)
+    on_part_down: Callable[[str], None] = field(default=lambda reason: None)  # one of several; the others go on
     on_failed: Callable[[str], None] = field(default=lambda reason: None)  # it died for good
 
 

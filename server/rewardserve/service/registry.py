@@ -60,10 +60,8 @@ class LiveModel:
             on_change(self)
 
         def on_up(info: EngineInfo) -> None:
-            restarted = self.state is ModelState.RESTARTING
-            if restarted:
-                self.num_restarts += 1
-                self.metrics.restarts.inc()
+            if self.state is ModelState.RESTARTING:
+                count_restart()
             try:
                 self._use(info, self._tokenizer_for(info))
             except LoadFailed as error:  # the checkpoint's files were changed while it was down
@@ -71,8 +69,13 @@ class LiveModel:
             else:
                 set_state(ModelState.SERVING, self.message)
 
+        def count_restart() -> None:
+            self.num_restarts += 1
+            self.metrics.restarts.inc()
+
         listener = EngineListener(
             on_batch=self._on_batch,
+            on_part_down=lambda reason: count_restart(),
             on_down=lambda reason: set_state(ModelState.RESTARTING, reason),
             on_up=on_up,
             on_failed=lambda reason: set_state(ModelState.FAILED, reason),

@@ -1,0 +1,161 @@
+"""Several engines of one model, a device each, behind the door of one.
+
+A group goes where it is expected to be done first: to the engine with the least work under way, where one that has seen
+the prompt before is spared computing it again. So groups stay with the device that holds their prompt until it has more
+to do than that is worth.
+"""
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rewardserve.engine.base import BatchReport, Engine, EngineInfo, EngineListener, EngineRequest, EngineResult
+from rewardserve.errors import Unavailable
+from rewardserve.types import EncodedGroup
+
+log = logging.getLogger(__name__)
+
+MAX_PROMPTS = 100_000  # remembered, of all engines together
+
+
+@dataclass(slots=True, eq=False)
+class _Replica:
+    engine: Engine
+    number: int
+    info: EngineInfo | None = None
+    up: bool = False
+    failed: bool = False  # for good
+    num_tokens: int = 0  # sent to it and not answered
+    queued: tuple[int, int] = (0, 0)  # requests and tokens, by its last report
+
+
+class Replicas:
+    """The Engine protocol over several engines. It is up while one of them is."""
+
+    def __init__(self, engines: Sequence[Engine]) -> None:
+        self._replicas = [_Replica(engine, number) for number, engine in enumerate(engines)]
+        self._seen: OrderedDict[int, int] = OrderedDict()  # hash of a prompt -> number of the engine it went to last
+        self._listener = EngineListener()
+
+    async def start(self, listener: EngineListener) -> EngineInfo:
+        """Loads all at a time. Raises what the first failure raises; nothing is running then."""
+        self._listener = listener
+        starts = [asyncio.ensure_future(r.engine.start(self._listener_of(r))) for r in self._replicas]
+        try:
+            infos = await asyncio.gather(*starts)
+        except BaseException:
+            for start in starts:
+                start.cancel()
+            await asyncio.gather(*starts, return_exceptions=True)
+            await self.stop()
+            raise
+        for replica, info in zip(self._replicas, infos, strict=True):
+            replica.info, replica.up = info, True
+        return self._info()
+
+    async def score(self, request: EngineRequest) -> EngineResult:
+        placed = [self._place(group) for group in request.groups]
+        parts: dict[int, list[EncodedGroup]] = {}
+        for number, group in zip(placed, request.groups, strict=True):
+            parts.setdefault(number, []).append(group)
+        calls = [
+            asyncio.ensure_future(self._score(self._replicas[number], replace(request, groups=tuple(groups))))
+            for number, groups in parts.items()
+        ]
+        try:
+            results = await asyncio.gather(*calls)
+        except BaseException:  # cancelled, or one of them failed: the others are for nobody
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            raise
+        groups_of = {number: iter(result.groups) for number, result in zip(parts, results, strict=True)}
+        return EngineResult(
+            tuple(next(groups_of[number]) for number in placed),
+            queue_s=max((result.queue_s for result in results), default=0.0),
+            compute_s=max((result.compute_s for result in results), default=0.0),
+        )
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(replica.engine.stop() for replica in self._replicas))
+
+    async def _score(self, replica: _Replica, request: EngineRequest) -> EngineResult:
+        try:
+            return await replica.engine.score(request)
+        finally:
+            replica.num_tokens -= request.num_tokens
+
+    def _place(self, group: EncodedGroup) -> int:
+        """The number of the engine that will have computed the group first; it counts as sent. Raises Unavailable."""
+        up = [replica for replica in self._replicas if replica.up]
+        if not up:
+            raise Unavailable("the model's engines are restarting; try again in a few seconds")
+        prompt = hash(group.prompt)
+        holder = self._seen.get(prompt)
+        prompt_tokens, own_tokens = len(group.prompt) // 4, sum(map(len, group.responses)) // 4
+
+        def work(replica: _Replica) -> int:
+            return replica.num_tokens + (0 if replica.number == holder else prompt_tokens)
+
+        best = min(up, key=work)
+        best.num_tokens += prompt_tokens + own_tokens
+        self._seen[prompt] = best.number
+        self._seen.move_to_end(prompt)
+        if len(self._seen) > MAX_PROMPTS:
+            self._seen.popitem(last=False)
+        return best.number
+
+    # -- what the engines tell ---------------------------------------------------------------------------------------
+
+    def _listener_of(self, replica: _Replica) -> EngineListener:
+        return EngineListener(
+            on_batch=lambda report: self._on_batch(replica, report),
+            on_down=lambda reason: self._on_down(replica, reason),
+            on_up=lambda info: self._on_up(replica, info),
+            on_failed=lambda reason: self._on_failed(replica, reason),
+        )
+
+    def _on_batch(self, replica: _Replica, report: BatchReport) -> None:
+        """As of one engine: with n of them at work a forward takes an nth of the model's time."""
+        replica.queued = (report.queued_requests, report.queued_tokens)
+        num_up = max(1, sum(r.up for r in self._replicas))
+        requests, tokens = (sum(r.queued[i] for r in self._replicas) for i in range(2))
+        compute_s = report.compute_s / num_up
+        self._listener.on_batch(replace(report, compute_s=compute_s, queued_requests=requests, queued_tokens=tokens))
+
+    def _on_down(self, replica: _Replica, reason: str) -> None:
+        replica.up, replica.queued = False, (0, 0)
+        num_up = sum(r.up for r in self._replicas)
+        if num_up:
+            log.warning("engine %d: %s; %d of %d go on", replica.number, reason, num_up, len(self._replicas))
+            self._listener.on_part_down(f"engine {replica.number}: {reason}")
+        else:
+            self._listener.on_down(reason)
+
+    def _on_up(self, replica: _Replica, info: EngineInfo) -> None:
+        others = [r.info for r in self._replicas if r is not replica and r.up and r.info is not None]
+        if any(other.version != info.version for other in others):
+            log.error("engine %d came back with another version and is left out: reload the model", replica.number)
+            replica.failed = True
+            return
+        replica.info, replica.up = info, True
+        self._listener.on_up(self._info())
+
+    def _on_failed(self, replica: _Replica, reason: str) -> None:
+        replica.up, replica.failed = False, True
+        if all(r.failed for r in self._replicas):
+            self._listener.on_failed(reason)
+        else:
+            log.critical("engine %d is given up: %s", replica.number, reason)
+
+    def _info(self) -> EngineInfo:
+        """Of those that are up: what one of them says, with what all of them have."""
+        infos = [r.info for r in self._replicas if r.up and r.info is not None]
+        return replace(
+            infos[0],
+            device=",".join(info.device for info in infos),
+            max_length=min(info.max_length for info in infos),
+            prefix_cache_tokens=sum(info.prefix_cache_tokens for info in infos),
+        )

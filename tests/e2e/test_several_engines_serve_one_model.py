@@ -1,0 +1,57 @@
+"""A model on several devices (here: on the CPU twice) has one name, one score for each pair, and outlives an engine."""
+
+import grpc
+import pytest
+
+
+@pytest.fixture(scope="module")
+def server(start, bf16_checkpoint):
+    return start("--model", f"tiny={bf16_checkpoint}", "--device", "cpu,cpu", "--threads", "1").ready()
+
+
+@pytest.fixture(scope="module")
+def load(kit):
+    return [
+        kit.ids_request(kit.random_ids(i, 128), [kit.random_ids(1000 + 4 * i + j, 32) for j in range(4)])
+        for i in range(40)
+    ]
+
+
+def test_a_pair_has_the_same_score_on_every_device_and_all_devices_work(start, bf16_checkpoint, server, kit, load):
+    alone = start("--model", f"tiny={bf16_checkpoint}").ready()
+    wanted = [kit.scores_of(alone.scoring.Score(request, timeout=60)) for request in load]
+    calls = [server.scoring.Score.future(request, timeout=60) for request in load]
+    assert [kit.scores_of(call.result()) for call in calls] == wanted
+    assert server.model().device == "cpu,cpu"
+    before = [engine.cpu_times().user for engine in server.engines()]
+    assert len(before) == 2
+    for call in [server.scoring.Score.future(request, timeout=60) for request in load for _ in range(4)]:
+        call.result()
+    kit.until(lambda: all(e.cpu_times().user > b for e, b in zip(server.engines(), before, strict=True)))
+
+
+def test_one_engine_is_killed_and_no_call_fails(server, kit, load):
+    wanted = [kit.scores_of(server.scoring.Score(request, timeout=60)) for request in load]
+    restarts = server.metric("engine_restarts_total")
+    calls = [server.scoring.Score.future(request, timeout=60) for request in load]
+    server.engines()[0].kill()
+    assert [kit.scores_of(call.result()) for call in calls] == wanted
+    kit.until(lambda: server.metric("engine_restarts_total") == restarts + 1)
+    assert server.is_serving()
+    kit.until(lambda: len(server.engines()) == 2)
+    assert kit.scores_of(server.scoring.Score(load[0], timeout=60)) == wanted[0]
+
+
+def test_a_device_that_is_not_there_is_named(start, bf16_checkpoint):
+    broken = start("--model", f"tiny={bf16_checkpoint}", "--device", "cpu,cuda:7")
+    assert broken.wait() != 0
+    assert any("cuda:7" in line for line in broken.log)
+
+
+def test_scores_are_refused_by_nobody_while_an_engine_restarts(server, load):
+    server.engines()[1].kill()
+    for request in load[:10]:
+        try:
+            server.scoring.Score(request, timeout=60)
+        except grpc.RpcError as error:
+            pytest.fail(f"{error.code()}: {error.details()}")

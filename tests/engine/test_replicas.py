@@ -1,0 +1,187 @@
+"""Several engines serve as one: groups stay with the one that holds their prompt, and one that dies is done without."""
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+import pytest
+from rewardserve.engine.base import (
+    BatchReport,
+    EngineGroup,
+    EngineInfo,
+    EngineItem,
+    EngineListener,
+    EngineRequest,
+    EngineResult,
+)
+from rewardserve.engine.replicas import Replicas
+from rewardserve.errors import LoadFailed, Unavailable
+from rewardserve.types import EncodedGroup
+from scoring import pack
+
+INFO = EngineInfo(
+    version="v1",
+    architecture="Tiny",
+    path="packed",
+    path_reason="",
+    dtype="float32",
+    device="cuda:0",
+    num_parameters=1,
+    max_length=4096,
+    vocab_size=1000,
+    canary_error=0.0,
+    prefix_cache_tokens=1000,
+)
+
+
+@dataclass
+class Held:
+    """An engine that answers when it is told to: with the number of its request's prompt tokens for a score."""
+
+    info: EngineInfo = INFO
+    fails_to_load: bool = False
+    requests: list[EngineRequest] = field(default_factory=list)
+    listener: EngineListener | None = None
+    stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def start(self, listener: EngineListener) -> EngineInfo:
+        if self.fails_to_load:
+            raise LoadFailed("no memory for it")
+        self.listener = listener
+        return self.info
+
+    async def score(self, request: EngineRequest) -> EngineResult:
+        self.requests.append(request)
+        await self.go.wait()
+        groups = [EngineGroup((EngineItem(len(g.prompt) / 4),) * len(g.responses), 0) for g in request.groups]
+        return EngineResult(tuple(groups), 0.0, 0.0)
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+    @property
+    def prompts(self) -> list[int]:
+        """Their lengths, in the order they came."""
+        return [len(group.prompt) // 4 for request in self.requests for group in request.groups]
+
+
+def group(prompt_tokens: int, response_tokens: int = 10, responses: int = 2) -> EncodedGroup:
+    return EncodedGroup(pack(list(range(prompt_tokens))), (pack([1] * response_tokens),) * responses)
+
+
+def request(name: str, *groups: EncodedGroup) -> EngineRequest:
+    return EngineRequest(name, groups)
+
+
+async def started(*engines: Held, listener: EngineListener | None = None) -> Replicas:
+    replicas = Replicas(engines)
+    await replicas.start(listener or EngineListener())
+    return replicas
+
+
+async def sent(replicas: Replicas, *requests: EngineRequest) -> list[asyncio.Task[EngineResult]]:
+    """Calls under way."""
+    calls = []
+    for each in requests:
+        calls.append(asyncio.create_task(replicas.score(each)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    return calls
+
+
+async def test_work_goes_to_the_engine_that_has_least() -> None:
+    a, b = Held(), Held()
+    replicas = await started(a, b)
+    await sent(replicas, request("1", group(500)), request("2", group(100)), request("3", group(101)))
+    assert (a.prompts, b.prompts) == ([500], [100, 101])
+
+
+async def test_groups_stay_with_the_engine_that_has_their_prompt_until_it_has_more_to_do_than_that_is_worth() -> None:
+    a, b = Held(), Held()
+    a.go.set()
+    b.go.set()
+    replicas = await started(a, b)
+    for name in "123":
+        await replicas.score(request(name, group(400)))  # each ends before the next comes
+    assert (a.prompts, b.prompts) == ([400] * 3, [])
+    a.go.clear()
+    await sent(replicas, *(request(f"more {i}", group(400, response_tokens=100)) for i in range(3)))
+    # 600 tokens are under way at `a`: 400 of the prompt are less, so `b` computes the prompt once more.
+    assert (a.prompts, b.prompts) == ([400] * 4, [400] * 2)
+
+
+async def test_a_request_of_several_groups_is_shared_out_and_answered_in_its_order() -> None:
+    a, b = Held(), Held()
+    a.go.set()
+    b.go.set()
+    replicas = await started(a, b)
+    result = await replicas.score(request("r", *(group(n, responses=n % 3 + 1) for n in (30, 10, 20, 40, 50))))
+    assert a.prompts and b.prompts and sorted(a.prompts + b.prompts) == [10, 20, 30, 40, 50]
+    assert [[item.score for item in g.items] for g in result.groups] == [
+        [float(n)] * (n % 3 + 1) for n in (30, 10, 20, 40, 50)
+    ]
+
+
+async def test_an_engine_that_is_down_gets_nothing_and_the_others_go_on() -> None:
+    told: list[str] = []
+    listener = EngineListener(
+        on_down=lambda reason: told.append(f"down: {reason}"),
+        on_part_down=lambda reason: told.append(f"part: {reason}"),
+        on_up=lambda info: told.append(f"up on {info.device}"),
+        on_failed=lambda reason: told.append(f"failed: {reason}"),
+    )
+    a, b = Held(), Held(replace(INFO, device="cuda:1"))
+    replicas = await started(a, b, listener=listener)
+    a.listener.on_down("killed")
+    await sent(replicas, *(request(str(i), group(100 + i)) for i in range(3)))
+    assert (a.prompts, b.prompts) == ([], [100, 101, 102])
+    b.listener.on_down("killed too")
+    with pytest.raises(Unavailable, match="restarting; try again"):
+        await replicas.score(request("nobody", group(5)))
+    a.listener.on_up(INFO)
+    b.listener.on_failed("given up")
+    a.listener.on_failed("given up too")
+    assert told == ["part: engine 0: killed", "down: killed too", "up on cuda:0", "failed: given up too"]
+
+
+async def test_an_engine_that_comes_back_with_another_checkpoint_is_left_out() -> None:
+    """Two versions under one name would be a lie in every reply."""
+    a, b = Held(), Held()
+    replicas = await started(a, b)
+    b.listener.on_down("killed")
+    b.listener.on_up(replace(INFO, version="v2"))
+    await sent(replicas, *(request(str(i), group(100 + i)) for i in range(4)))
+    assert b.prompts == []
+
+
+async def test_what_all_have_is_told_as_of_one() -> None:
+    reports: list[BatchReport] = []
+    a, b = Held(), Held(replace(INFO, device="cuda:1", max_length=2048))
+    replicas = Replicas([a, b])
+    info = await replicas.start(EngineListener(on_batch=reports.append))
+    assert (info.device, info.max_length, info.prefix_cache_tokens) == ("cuda:0,cuda:1", 2048, 2000)
+    report = BatchReport(1000, 10, 100, 50, compute_s=0.5, queued_requests=3, queued_tokens=300)
+    a.listener.on_batch(report)
+    b.listener.on_batch(report)
+    assert (reports[-1].queued_requests, reports[-1].queued_tokens, reports[-1].compute_s) == (6, 600, 0.25)
+
+
+async def test_if_one_cannot_be_loaded_none_is() -> None:
+    a, b = Held(), Held(fails_to_load=True)
+    with pytest.raises(LoadFailed, match="no memory"):
+        await Replicas([a, b]).start(EngineListener())
+    assert a.stopped and b.stopped
+
+
+async def test_who_leaves_takes_all_parts_of_the_request_along() -> None:
+    a, b = Held(), Held()
+    replicas = await started(a, b)
+    (call,) = await sent(replicas, request("r", group(30), group(20)))
+    assert a.requests and b.requests
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    await sent(replicas, request("next", group(7)), request("and next", group(8)))
+    assert len(a.requests) == len(b.requests) == 2, "nothing of the first is counted as under way"
