@@ -43,8 +43,9 @@ class ServeConfig(Options):
         default="auto",
         description="torch.compile the layers; auto: from 50M parameters on, if a probe at start says it pays",
     )
-    quantize: Literal["", "int8"] = Field(
-        default="", description="int8: 8-bit weights and activations on a CPU, faster and less exact"
+    quantize: Literal["", "int8", "fp8"] = Field(
+        default="",
+        description="8-bit weights and activations, faster and less exact: int8 on a CPU, fp8 on a GPU (8.9 and later)",
     )
     path: Literal["auto", "packed", "padded"] = Field(
         default="auto",

@@ -12,6 +12,7 @@ from checkpoints import padded_scores, save_checkpoint
 from rewardserve.engine.native import speed_up
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
+from rewardserve_kernels.linear.fp8 import Fp8Linear
 from scoring import IdGroup, joined, native
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -95,6 +96,25 @@ async def test_int8_is_near_enough_says_so_and_gives_a_pair_the_same_bits_in_any
     async with native(checkpoint, quantize="int8") as scorer:
         assert scorer.info.dtype == "int8" and scorer.info.version.endswith("-int8")
         assert scorer.info.canary_error > 1e-3, "that of fp32 or bf16, not of what is served"
+        together = await scorer.scores(GROUPS)
+        prompt, responses = GROUPS[0]
+        alone = [(await scorer.scores([(prompt, [response])])).item() for response in responses]
+    assert together.tolist() == alone
+    assert 1e-5 < (together - wanted).abs().max() < 0.2 * wanted.std()
+
+
+async def test_fp8_is_near_enough_and_leaves_the_first_and_the_last_layer_as_they_are(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, num_hidden_layers=4)
+    wanted = padded_scores(tmp_path, joined(GROUPS), torch.float32)
+    async with native(tmp_path, quantize="fp8") as scorer:
+        assert scorer.info.dtype == "fp8" and scorer.info.version.endswith("-fp8")
+        layers = scorer.engine._loop._loaded.model.backbone.decoder_layers
+        assert [any(isinstance(m, Fp8Linear) for m in layer.modules()) for layer in layers] == [
+            False,
+            True,
+            True,
+            False,
+        ]
         together = await scorer.scores(GROUPS)
         prompt, responses = GROUPS[0]
         alone = [(await scorer.scores([(prompt, [response])])).item() for response in responses]

@@ -13,6 +13,6 @@ class NativeOptions:
     max_batch_sequences: int = 512
     prefix_cache_bytes: int = 0  # 0: a tenth of free memory, 4 GiB at most, on a CPU; six tenths on a GPU
     compile: str = "auto"  # auto (where it works and pays), on, off
-    quantize: str = ""  # "int8": 8-bit weights and activations, on a CPU; dtype is then that of what lies between
+    quantize: str = ""  # "int8", "fp8": 8-bit weights and activations; dtype is then that of what lies between
     path: str = "auto"  # auto, packed (refuse what is not), padded
     num_threads: int = 0  # of torch on a CPU; 0: as many as there are cores

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from rewardserve_kernels.attention import avx512, chunked
 from rewardserve_kernels.cpu_code import CannotBuild, cpu_flags
+from rewardserve_kernels.linear.fp8 import Fp8Linear, can_be_fp8
 from rewardserve_kernels.linear.int8 import Int8Linear
 from rewardserve_kernels.linear.prepacked import PrepackedLinear, can_prepack
 from rewardserve_kernels.linear.replace import put_back, replace_linears
@@ -30,7 +31,7 @@ from rewardserve.models.reward_model import RewardModel
 log = logging.getLogger(__name__)
 
 MIN_PARAMETERS_TO_COMPILE = 50_000_000  # on a CPU; smaller models are up and busy before a compiler is done
-INT8_TOLERANCE = 0.2  # of the final hidden states; seen: 0.02 to 0.05
+EIGHT_BIT_TOLERANCE = 0.2  # of the final hidden states; seen: 0.02 to 0.05 in int8
 PROBE_FLOP = 2e11  # of one probe forward: a quarter of a second on two cores
 PROBE_ROUNDS = 5
 MIN_GAIN = 0.95  # where it makes no difference, the same answer every time: compiled or not, scores differ by rounding
@@ -85,11 +86,13 @@ def speed_up(subject: Subject, compile_option: str, quantize: str) -> None:
 
     Raises LoadFailed where what was asked for by name does not work.
     """
-    if quantize == "int8":
-        _quantize(subject)
+    if quantize:
+        _quantize(subject, quantize)
         _keep_residual_in_fp32(subject)
     elif subject.on_cpu and _prepack(subject):
         _keep_residual_in_fp32(subject)
+    if not subject.on_cpu:
+        _use_triton_attention(subject)
     if compile_option == "off":
         return
     if subject.on_cpu and subject.model.backbone.module.dtype == torch.bfloat16:
@@ -107,16 +110,32 @@ def speed_up(subject: Subject, compile_option: str, quantize: str) -> None:
     log.warning("layers run uncompiled: %s", reason)
 
 
-def _quantize(subject: Subject) -> None:
-    """To 8-bit integers. Raises LoadFailed where that cannot be, or gives something else than rounding explains."""
+def _quantize(subject: Subject, kind: str) -> None:
+    """To 8-bit numbers. Raises LoadFailed where that cannot be, or gives something else than rounding explains."""
     layers = subject.model.backbone.decoder_layers
-    if not subject.on_cpu or not layers:
-        raise LoadFailed("quantize = int8 is for decoders on a CPU; leave it out")
-    if not sum(len(replace_linears(layer, Int8Linear)) for layer in layers):
-        raise LoadFailed("quantize = int8 finds no linear layer in this model; leave it out")
-    subject.tolerance = INT8_TOLERANCE
+    if kind == "int8":
+        if not subject.on_cpu or not layers:
+            raise LoadFailed("quantize = int8 is for decoders on a CPU; leave it out")
+        count = sum(len(replace_linears(layer, Int8Linear)) for layer in layers)
+    else:
+        if not layers or not _has_fp8(subject.model.backbone.device):
+            raise LoadFailed("quantize = fp8 is for decoders on GPUs of compute capability 8.9 and later; leave it out")
+        # The first layer reads embeddings and the last one is what is scored: they stay as they are.
+        count = sum(len(replace_linears(layer, _fp8_or_none)) for layer in layers[1:-1])
+    if not count:
+        raise LoadFailed(f"quantize = {kind} finds no linear layer in this model; leave it out")
+    subject.tolerance = EIGHT_BIT_TOLERANCE
     if flaw := subject.flaw():
-        raise LoadFailed(f"quantize = int8 does not work for this model: {flaw}; leave it out")
+        raise LoadFailed(f"quantize = {kind} does not work for this model: {flaw}; leave it out")
+
+
+def _fp8_or_none(linear: nn.Linear) -> nn.Module | None:
+    return Fp8Linear(linear) if can_be_fp8(linear) else None
+
+
+def _has_fp8(device: torch.device) -> bool:
+    """Also torch on a CPU: slowly, for trying out what it does to scores."""
+    return device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _prepack(subject: Subject) -> bool:
@@ -168,6 +187,19 @@ def _build_attention(subject: Subject) -> None:
     if reason:
         switch(False)
         log.warning("attention by the library's products: %s", reason)
+
+
+def _use_triton_attention(subject: Subject) -> None:
+    """Our kernel for GPUs, where the canary agrees with it."""
+    try:
+        from rewardserve_kernels.attention import triton
+    except ImportError as failure:
+        log.warning("attention by the library's products: %s", failure)
+        return
+    subject.model.backbone.attention = triton
+    if flaw := subject.flaw():
+        subject.model.backbone.attention = chunked
+        log.warning("attention by the library's products: %s", flaw)
 
 
 def _compile(subject: Subject) -> str | None:
