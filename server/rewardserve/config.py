@@ -43,6 +43,9 @@ class ServeConfig(Options):
         default="auto",
         description="torch.compile the layers; auto: from 50M parameters on, if a probe at start says it pays",
     )
+    cuda_graphs: bool = Field(
+        default=True, description="replay forwards of up to 2048 tokens as CUDA graphs, for models up to 5B parameters"
+    )
     quantize: Literal["", "int8", "fp8"] = Field(
         default="",
         description="8-bit weights and activations, faster and less exact: int8 on a CPU, fp8 on a GPU (8.9 and later)",

@@ -91,6 +91,17 @@ class Pack:
     pooled: tuple[int, ...]  # segments whose last row is scored
     pooled_rows: torch.Tensor  # [len(pooled)] int32: the rows of those last tokens
     stored: StoreIndex | None = None  # of the rows to store, for one launch; None: segment by segment
+    # Of the attention, by window and whether it is that of the pooled rows only; made when first asked for.
+    plans: dict[tuple[int, bool], Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    heads: int
+    kv_heads: int
+    head_size: int
+    v_head_size: int
+    dtype: torch.dtype
 
 
 @dataclass(slots=True)
@@ -104,7 +115,7 @@ class _Forward:
     num_calls: int = 0
     capturing: bool = False
     captured: tuple[torch.Tensor, torch.Tensor] | None = None
-    plans: dict[tuple[int, bool], Any] = field(default_factory=dict)
+    shapes: dict[tuple[int, bool], AttentionShape] = field(default_factory=dict)
 
     def attend(
         self,
@@ -118,13 +129,13 @@ class _Forward:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """By the pack's plan, or, once keys are captured, by that of its pooled rows; made once for a window."""
-        pooled_only = self.captured is not None
+        pack, pooled_only = self.pack, self.captured is not None
         key = (window, pooled_only)
-        if key not in self.plans:
-            pack = self.pack
+        if key not in pack.plans:
             segments = tuple(pack.segments[i] for i in pack.pooled) if pooled_only else pack.segments
-            self.plans[key] = self.attention.plan_attention(segments, q.dtype, q.device, window, pooled_only)
-        plan, workspace = self.plans[key], self.pool.workspace
+            pack.plans[key] = self.attention.plan_attention(segments, q.dtype, q.device, window, pooled_only)
+        self.shapes[key] = AttentionShape(len(q), len(k), q.shape[2], v.shape[2], q.dtype)
+        plan, workspace = pack.plans[key], self.pool.workspace
         return self.attention.tree_attention(q, k, v, *pools, plan, workspace, scale, softcap, sinks)
 
 
@@ -309,6 +320,8 @@ class Backbone:
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
         self._pruned = False
         self.attention: TreeAttention = chunked
+        # Of the layers, by the key of their plans, as the last forward met them.
+        self.attention_shapes: dict[tuple[int, bool], AttentionShape] = {}
         # Between layers, hidden states in fp32: what every layer adds to is not rounded each time. For layers whose
         # products take any precision (rewardserve_kernels.linear); a fifth to a third off the error of bf16.
         self.residual_in_fp32 = False
@@ -365,6 +378,7 @@ class Backbone:
             ).last_hidden_state[0]
         finally:
             _current.forward = None
+        self.attention_shapes = forward.shapes
         expected = self.config.num_hidden_layers + (1 if self._pruned and pack.pooled else 0)
         if forward.num_calls != expected:
             raise NotPackable(f"attention was called {forward.num_calls} times instead of {expected} in a forward")

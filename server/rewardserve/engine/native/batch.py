@@ -10,8 +10,11 @@ from rewardserve.engine.native.sequence import BatchPlan
 from rewardserve.models.backbone import Pack
 
 
-def build_pack(plan: BatchPlan, device: torch.device) -> Pack:
-    """Lays the plan's chunks end to end. One copy to the device, none back."""
+def build_pack(plan: BatchPlan, device: torch.device, store_at_once: bool) -> Pack:
+    """Lays the plan's chunks end to end. One copy to the device, none back.
+
+    With `store_at_once` rows are stored in one launch, which a GPU wants; a CPU copies segment by segment.
+    """
     segments, pooled, pooled_rows = [], [], []
     row = 0
     for index, chunk in enumerate(plan.chunks):
@@ -25,8 +28,7 @@ def build_pack(plan: BatchPlan, device: torch.device) -> Pack:
     input_ids = upload.add(np.frombuffer(b"".join(chunk.tokens for chunk in plan.chunks), "<i4"))
     positions = upload.add(np.concatenate([np.arange(c.start, c.stop, dtype=np.int32) for c in plan.chunks]))
     rows = upload.add(np.array(pooled_rows, np.int32))
-    # On a CPU segments are stored one by one.
-    stored = [upload.add(part) for part in store_index(segments)] if device.type != "cpu" else []
+    stored = [upload.add(part) for part in store_index(segments)] if store_at_once else []
     upload.ship(device)
     return Pack(
         upload[input_ids],

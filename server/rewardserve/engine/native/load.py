@@ -11,6 +11,7 @@ from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 from rewardserve.engine.base import EngineInfo
 from rewardserve.engine.native.canary import Canary
+from rewardserve.engine.native.graphs import capture
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner, PaddedRunner, Runner
 from rewardserve.engine.native.speed_up import Subject, keep_freed_memory, speed_up
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 # whose attention cannot be routed to ours are off by 13 % and more.
 CANARY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+MAX_PARAMETERS_FOR_GRAPHS = 5_000_000_000  # the forwards of larger ones take longer to compute than to launch
 MAX_AUTO_CACHE_BYTES = 4 << 30
 # Limit and use of a container's memory, in cgroup v2 and v1; psutil knows only the machine's.
 CONTAINER_MEMORY = (
@@ -116,8 +118,11 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
     speed_up(subject, options.compile, options.quantize)
     small_pool, error = canary.run(padded.model)  # as it will be served
     num_blocks = _num_blocks(options, device, small_pool.bytes_per_block)
-    pool = KVPool(num_blocks)
+    pool = KVPool(num_blocks + (device.type != "cpu"))  # one to spare, for what a graph stores and nobody wants
     pool.allocate_like(small_pool)
+    graphs = None
+    if device.type == "cuda" and options.cuda_graphs and padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS:
+        graphs = capture(padded.model, pool, spare_block=num_blocks)
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:
         log.warning("max_length is %d, not %d: that is what the prefix cache holds", max_length, padded.info.max_length)
@@ -129,7 +134,7 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
         canary_error=error,
         prefix_cache_tokens=num_blocks * BLOCK_TOKENS,
     )
-    return dataclasses.replace(padded, runner=PackedRunner(padded.model, pool), info=info)
+    return dataclasses.replace(padded, runner=PackedRunner(padded.model, pool, num_blocks, graphs), info=info)
 
 
 def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance: float) -> None:

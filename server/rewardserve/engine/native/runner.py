@@ -6,6 +6,7 @@ import torch
 from rewardserve_kernels.workspace import Workspace
 
 from rewardserve.engine.native.batch import build_pack, build_rows
+from rewardserve.engine.native.graphs import Graphs
 from rewardserve.engine.native.sequence import BatchPlan
 from rewardserve.models.backbone import KVPool, Pack, rope_switch
 from rewardserve.models.reward_model import RewardModel
@@ -63,17 +64,22 @@ class _OnGpu:
 
 
 class PackedRunner:
-    def __init__(self, model: RewardModel, pool: KVPool) -> None:
+    def __init__(self, model: RewardModel, pool: KVPool, num_blocks: int, graphs: Graphs | None = None) -> None:
+        """`num_blocks` of the pool are for plans; `graphs` take the forwards that are small enough for them."""
         self._model = model
         self._pool = pool
-        self.num_blocks = pool.num_blocks
+        self._graphs = graphs
+        self.num_blocks = num_blocks
 
     def prepare(self, plan: BatchPlan) -> Pack:
-        return build_pack(plan, self._model.backbone.device)
+        device = self._model.backbone.device
+        return build_pack(plan, device, store_at_once=device.type != "cpu")
 
     def launch(self, prepared: object) -> Launched:
         assert isinstance(prepared, Pack)
-        scores = self._model.score_packed(prepared, self._pool)
+        scores = self._graphs.launch(prepared) if self._graphs is not None else None
+        if scores is None:
+            scores = self._model.score_packed(prepared, self._pool)
         return _OnGpu(scores) if scores.is_cuda else Done(scores.tolist())
 
     @property

@@ -1,0 +1,485 @@
+"""Tree attention for CUDA: one Triton kernel that reads stored beginnings from the pool and own rows from the pack.
+
+A tile is BLOCK_M lanes: some query rows of one segment, each once for every head that shares a kv head. It goes over
+its keys in blocks of BLOCK_N positions with an online softmax in fp32 (Dao 2023, arXiv:2307.08691).
+
+Batch invariance. All tiles of a model have one shape, so a row is always multiplied by the same instructions. Blocks
+of keys are cut at absolute positions of the sequence, and a key's place, in the pool or in the pack, is chosen key by
+key, so the one block in which stored and own keys meet is a block like any other. A block of which a row sees nothing
+leaves that row as it is: its weights are 0 and what was summed is multiplied by exactly 1. Keys are never split over
+programs. What the compiler could contract in one loop and not in the other is written as fused, and contraction is
+switched off. So a row is the same bit for bit alone or in a pack, in whichever tile, and wherever its sequence was cut
+into stored and own rows. That a matrix instruction treats all lanes alike, and adds a product with 0 exactly, is the
+hardware's part; no GPU was at hand to show it.
+
+Nothing here waits for the device: a plan is one buffer and goes there in one copy.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from rewardserve_kernels.workspace import Workspace
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+TILE_FIELDS = tl.constexpr(6)  # of `Work.buffer`, for each tile; named in `_lay_out`
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a tile is shaped and compiled. Results of different tunings differ in the last bits; a model keeps one."""
+
+    block_m: int  # lanes: query rows x heads of one kv head
+    block_n: int  # keys at a time; divides BLOCK_TOKENS
+    num_warps: int
+    num_stages: int  # blocks of keys under way to shared memory
+
+
+# NOT YET MEASURED ON A GPU. What the compiler says of them is all that is known: with these nothing is spilled, and all
+# of it fits in shared memory (tests/kernels/test_triton_compiles_ahead_of_time.py). Measured figures go here, a line for
+# each entry: GPU, TFLOP/s, date. `tree_attention(tuning=)` is for finding them.
+#     (compute capability from, greatest padded head size) -> Tuning
+TUNINGS_16_BIT = {
+    ((9, 0), 64): Tuning(128, 64, 8, 3),
+    ((9, 0), 128): Tuning(128, 64, 8, 3),
+    ((9, 0), 256): Tuning(128, 32, 8, 2),
+    ((8, 0), 64): Tuning(128, 64, 8, 3),
+    ((8, 0), 128): Tuning(128, 32, 8, 2),
+    ((8, 0), 256): Tuning(64, 32, 8, 2),
+}
+TUNINGS_32_BIT = {  # matrix instructions take no fp32: for comparisons, not for speed
+    ((8, 0), 64): Tuning(32, 32, 4, 2),
+    ((8, 0), 128): Tuning(32, 16, 8, 2),
+    ((8, 0), 256): Tuning(32, 16, 8, 2),
+}
+
+
+def default_tuning(head_size: int, v_head_size: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tuning:
+    """`capability` is that of the GPU, (9, 0) for an H100. Raises ValueError for heads larger than 256."""
+    needed = max(_padded(head_size), _padded(v_head_size))
+    for (since, greatest), tuning in (TUNINGS_32_BIT if dtype.itemsize > 2 else TUNINGS_16_BIT).items():
+        if needed <= greatest and capability >= since:
+            return tuning
+    raise ValueError(
+        f"attention.triton takes heads of up to 256 on GPUs of compute capability 8.0 and later, not {head_size} and "
+        f"{v_head_size} on {'.'.join(map(str, capability))}"
+    )
+
+
+def rows_per_tile(heads: int, kv_heads: int, tuning: Tuning) -> int:
+    """Raises ValueError where not even one row's heads fit in a tile."""
+    group = heads // kv_heads
+    if group > tuning.block_m:
+        raise ValueError(f"attention.triton takes up to {tuning.block_m} heads to a kv head, not {group}")
+    return tuning.block_m // group
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What the kernel reads of a plan."""
+
+    buffer: torch.Tensor  # int32 on the device: TILE_FIELDS of each tile, then block tables
+    num_tiles: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which rows attend to which keys, the same for all layers of one window.
+
+    How many rows make a tile is known with the first layer's shapes; that layer lays the tiles out, the others find
+    them.
+    """
+
+    num_rows: int
+    window: int
+    device: torch.device
+    pieces: np.ndarray  # [segments, TILE_FIELDS] int64: a tile of any number of rows
+    blocks: np.ndarray  # int64: block tables, one after the other
+    _work: dict[int, Work] = field(default_factory=dict)
+
+    def work(self, rows: int) -> Work:
+        """Tiles of up to `rows` rows."""
+        if rows not in self._work:
+            tiles = _cut(self.pieces, rows, self.window)
+            self._work[rows] = Work(_to_device(_lay_out(tiles, self.blocks, len(tiles)), self.device), len(tiles))
+        return self._work[rows]
+
+
+class FixedPlan:
+    """A plan whose buffer stays where it is, for a CUDA graph: tiles it does not use do nothing.
+
+    Capture with it, and before each replay `fill` it on the stream of the replay. Rows of the result that no tile
+    covers are left as they are.
+    """
+
+    def __init__(self, num_rows: int, max_tiles: int, max_blocks: int, device: torch.device, window: int = 0) -> None:
+        self.num_rows = num_rows
+        self.window = window
+        size = max_tiles * TILE_FIELDS.value + max_blocks
+        self._work = Work(torch.zeros(size, dtype=torch.int32, device=device), max_tiles)
+
+    def work(self, rows: int) -> Work:
+        """The same for any number of rows: `fill` was told it."""
+        return self._work
+
+    def fill(self, plan: Plan, rows: int) -> None:
+        """Takes over `plan` in tiles of up to `rows` rows (`rows_per_tile`), by one copy to the device.
+
+        Raises ValueError where it is too small, or for another window.
+        """
+        tiles = _cut(plan.pieces, rows, plan.window)
+        buffer, num_tiles = self._work.buffer, self._work.num_tiles
+        if plan.window != self.window:
+            raise ValueError(f"a plan for a window of {plan.window} does not go into one for {self.window}")
+        if plan.num_rows > self.num_rows or len(tiles) > num_tiles:
+            raise ValueError(
+                f"a plan of {plan.num_rows} rows and {len(tiles)} tiles does not go into one of {self.num_rows} and {num_tiles}"
+            )
+        if num_tiles * TILE_FIELDS.value + len(plan.blocks) > len(buffer):
+            raise ValueError(f"a plan of {len(plan.blocks)} blocks has no place in {len(buffer)} integers")
+        laid_out = _lay_out(tiles, plan.blocks, num_tiles)
+        buffer[: len(laid_out)].copy_(_pinned(laid_out, buffer.device), non_blocking=True)
+
+
+def plan_attention(
+    segments: Sequence[Segment], dtype: torch.dtype, device: torch.device, window: int = 0, last_rows_only: bool = False
+) -> Plan:
+    """As chunked.plan_attention; the precision does not matter."""
+    pieces, blocks = [], []
+    tables: dict[tuple[int, ...], int] = {}
+    row = 0
+    for segment in segments:
+        stored = segment.blocks[: -(-segment.start // BLOCK_TOKENS)]
+        if stored not in tables:  # one table for all that share a beginning
+            tables[stored] = len(blocks)
+            blocks += stored
+        num_rows = 1 if last_rows_only else segment.num_rows
+        first = segment.end - num_rows
+        pieces.append((row, num_rows, first, segment.start, segment.row - segment.start, tables[stored]))
+        row += num_rows
+    shape = (len(pieces), TILE_FIELDS.value)
+    return Plan(row, window, device, np.array(pieces, np.int64).reshape(shape), np.array(blocks, np.int64))
+
+
+def _cut(pieces: np.ndarray, rows: int, window: int) -> np.ndarray:
+    """Tiles of up to `rows` rows, those with the most keys first: the last to start are the first to end."""
+    counts = -(-pieces[:, 1] // rows)
+    tiles = np.repeat(pieces, counts, axis=0)
+    skipped = rows * (np.arange(len(tiles)) - np.repeat(np.cumsum(counts) - counts, counts))
+    tiles[:, 0] += skipped
+    tiles[:, 1] = np.minimum(tiles[:, 1] - skipped, rows)
+    tiles[:, 2] += skipped
+    num_keys = tiles[:, 2] + tiles[:, 1]
+    if window:
+        num_keys = np.minimum(num_keys, tiles[:, 1] + window)
+    return tiles[np.argsort(-num_keys, kind="stable")]
+
+
+def _lay_out(tiles: np.ndarray, blocks: np.ndarray, num_tiles: int) -> np.ndarray:
+    """The buffer: of each tile, padded to `num_tiles` with tiles of no rows,
+
+    0 the first query row; 1 the number of query rows; 2 the position of the first; 3 the number of stored keys;
+    4 what added to a position after those gives its row in the pack; 5 where in the buffer its block table begins.
+    """
+    size = num_tiles * TILE_FIELDS.value
+    out = np.zeros(size + len(blocks), np.int32)
+    fields = out[:size].reshape(num_tiles, TILE_FIELDS.value)
+    fields[: len(tiles)] = tiles
+    fields[: len(tiles), 5] += size
+    out[size:] = blocks
+    return out
+
+
+def _pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """In memory that a device can fetch by itself. torch keeps it until a copy that is under way has ended."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return _pinned(array, device).to(device, non_blocking=True)
+
+
+def tree_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool_k: torch.Tensor,
+    pool_v: torch.Tensor,
+    plan: Plan | FixedPlan,
+    workspace: Workspace,
+    scale: float,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    tuning: Tuning | None = None,
+) -> torch.Tensor:
+    """As chunked.tree_attention, with `scale` above 0; it takes nothing from the workspace.
+
+    `tuning` is for sweeps. Raises ValueError for tensors that are not on a GPU or not of one precision, and for head
+    sizes and numbers of heads that are not taken.
+    """
+    heads, _, head_size = q.shape
+    kv_heads, _, v_head_size = v.shape
+    if isinstance(attend_tile, triton.JITFunction) and q.device.type != "cuda":
+        raise ValueError(f"attention.triton is for cuda, not {q.device.type}")
+    if len({t.dtype for t in (q, k, v, pool_k, pool_v)}) > 1:
+        raise ValueError("attention.triton takes queries, keys and values of one precision")
+    tuning = tuning or default_tuning(head_size, v_head_size, q.dtype, _capability(q.device))
+    work = plan.work(rows_per_tile(heads, kv_heads, tuning))
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    assert pool_k.is_contiguous() and pool_v.is_contiguous()
+    out = q.new_empty(plan.num_rows, heads, v_head_size)
+    if work.num_tiles:
+        attend_tile[(work.num_tiles * kv_heads,)](
+            *(q, k, v, pool_k, pool_v, out, work.buffer),
+            q if sinks is None else sinks.contiguous(),
+            *(stride for t in (q, k, v) for stride in t.stride()[:2]),
+            LOG2_E.value if softcap else scale * LOG2_E.value,
+            *(softcap, 2 * LOG2_E.value * scale / softcap if softcap else 0.0, plan.window),
+            **constants(heads, kv_heads, head_size, v_head_size, tuning),
+            ALIGNED=all(_is_aligned(t) for t in (k, v, pool_k, pool_v)),
+            HAS_WINDOW=plan.window > 0,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_SINKS=sinks is not None,
+            **compiler_options(tuning),
+        )
+    return out
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of an H100 where there is none: under Triton's interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether each row begins at a multiple of 16 bytes."""
+    return not any(offset % 16 for offset in (tensor.data_ptr(), *(s * tensor.itemsize for s in tensor.stride()[:-1])))
+
+
+def constants(heads: int, kv_heads: int, head_size: int, v_head_size: int, tuning: Tuning) -> dict[str, int]:
+    """Those of `attend_tile` that a model and its tuning fix."""
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "HEAD_SIZE": head_size,
+        "V_HEAD_SIZE": v_head_size,
+        "POOL_BLOCK": BLOCK_TOKENS,
+        "BLOCK_M": tuning.block_m,
+        "BLOCK_N": tuning.block_n,
+        "BLOCK_D": _padded(head_size),
+        "BLOCK_V": _padded(v_head_size),
+    }
+
+
+def compiler_options(tuning: Tuning) -> dict[str, Any]:
+    return {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages, "enable_fp_fusion": False}
+
+
+def _padded(head_size: int) -> int:
+    """To a power of two, and to the least that a matrix instruction takes."""
+    return max(16, triton.next_power_of_2(head_size))
+
+
+@triton.jit
+def attend_tile(
+    q,  # [heads, rows, HEAD_SIZE], by strides
+    k,  # [KV_HEADS, rows, HEAD_SIZE], by strides
+    v,  # [KV_HEADS, rows, V_HEAD_SIZE], by strides
+    pool_k,  # [blocks, KV_HEADS, POOL_BLOCK, HEAD_SIZE]
+    pool_v,  # [blocks, KV_HEADS, POOL_BLOCK, V_HEAD_SIZE]
+    out,  # [query rows, heads, V_HEAD_SIZE]
+    work,  # what _lay_out returns
+    sinks,  # [heads]
+    q_head,  # strides, in elements
+    q_row,
+    k_head,
+    k_row,
+    v_head,
+    v_row,
+    unit,  # what makes scores powers of two
+    softcap,
+    squash,  # 2 * log2(e) * scale / softcap
+    window,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    V_HEAD_SIZE: tl.constexpr,
+    POOL_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """One tile of one kv head. All kv heads of a tile are neighbours, so that long tiles start first."""
+    kv_head = tl.program_id(0) % KV_HEADS
+    tile = work + tl.program_id(0) // KV_HEADS * TILE_FIELDS
+    first_row, num_rows, position = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    num_stored, to_row, table = tl.load(tile + 3), tl.load(tile + 4), work + tl.load(tile + 5)
+
+    lane = tl.arange(0, BLOCK_M)
+    row, head = lane // GROUP, kv_head * GROUP + lane % GROUP
+    used = row < num_rows
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    query = q + (first_row + row).to(tl.int64) * q_row + head.to(tl.int64) * q_head  # may be past 2^31
+    queries = tl.load(query[:, None] + d[None, :], mask=used[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
+
+    if HAS_SINKS:  # as a key that was seen already, whose value is 0
+        top = tl.load(sinks + head, mask=used, other=0.0).to(tl.float32) * LOG2_E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+
+    k += kv_head.to(tl.int64) * k_head
+    v += kv_head.to(tl.int64) * v_head
+    pool_k += kv_head.to(tl.int64) * (POOL_BLOCK * HEAD_SIZE)
+    pool_v += kv_head.to(tl.int64) * (POOL_BLOCK * V_HEAD_SIZE)
+    row_position, end = position + row, position + num_rows
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
+    all_stored = num_stored // BLOCK_N * BLOCK_N  # of the blocks before, every key is stored
+    all_seen = (position + 1) // BLOCK_N * BLOCK_N  # and every row sees every key, but for the window
+    # One loop would do, the last. The others are spared what their blocks do not need: 32 % and 18 % of its
+    # instructions (sm_90, head size 128).
+    for begin in range(first, all_stored, BLOCK_N):
+        top, total, sums = _add_block(
+            *(top, total, sums, queries, row_position, begin, end, k, v, k_row, v_row, pool_k, pool_v, num_stored),
+            *(to_row, table, unit, softcap, squash, window, True, False, KV_HEADS, HEAD_SIZE, V_HEAD_SIZE, POOL_BLOCK),
+            *(BLOCK_N, BLOCK_D, BLOCK_V, ALIGNED, HAS_WINDOW, HAS_SOFTCAP),
+        )
+    for begin in range(tl.maximum(first, all_stored), all_seen, BLOCK_N):
+        top, total, sums = _add_block(
+            *(top, total, sums, queries, row_position, begin, end, k, v, k_row, v_row, pool_k, pool_v, num_stored),
+            *(to_row, table, unit, softcap, squash, window, False, False, KV_HEADS, HEAD_SIZE, V_HEAD_SIZE, POOL_BLOCK),
+            *(BLOCK_N, BLOCK_D, BLOCK_V, ALIGNED, HAS_WINDOW, HAS_SOFTCAP),
+        )
+    for begin in range(all_seen, end, BLOCK_N):
+        top, total, sums = _add_block(
+            *(top, total, sums, queries, row_position, begin, end, k, v, k_row, v_row, pool_k, pool_v, num_stored),
+            *(to_row, table, unit, softcap, squash, window, False, True, KV_HEADS, HEAD_SIZE, V_HEAD_SIZE, POOL_BLOCK),
+            *(BLOCK_N, BLOCK_D, BLOCK_V, ALIGNED, HAS_WINDOW, HAS_SOFTCAP),
+        )
+
+    result = out + (first_row + row).to(tl.int64) * (KV_HEADS * GROUP * V_HEAD_SIZE) + head * V_HEAD_SIZE
+    mask = used[:, None] & (dv < V_HEAD_SIZE)[None, :]
+    tl.store(result[:, None] + dv[None, :], (sums / total[:, None]).to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_block(
+    top,  # [BLOCK_M] the greatest score so far, as a power of two
+    total,  # [BLOCK_M] sum of weights, a score of `top` having weight 1
+    sums,  # [BLOCK_M, BLOCK_V] sum of values by those weights
+    queries,  # [BLOCK_M, BLOCK_D]
+    row_position,  # [BLOCK_M]
+    begin,  # position of the block's first key
+    end,  # position after the last key there is
+    k,  # from here to table: of this kv head
+    v,
+    k_row,
+    v_row,
+    pool_k,
+    pool_v,
+    num_stored,
+    to_row,
+    table,
+    unit,
+    softcap,
+    squash,
+    window,
+    ALL_STORED: tl.constexpr,
+    HIDES: tl.constexpr,  # not every row sees every key, and not every key is there
+    KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    V_HEAD_SIZE: tl.constexpr,
+    POOL_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """`top`, `total` and `sums` with one more block of keys.
+
+    What floating point instructions a row goes through, and in which order, must not depend on ALL_STORED and HIDES:
+    that would depend on where the sequence was cut, and on the row's place in its tile.
+    """
+    key = begin + tl.arange(0, BLOCK_N)
+    block = tl.load(table + begin // POOL_BLOCK, mask=begin < num_stored, other=0).to(tl.int64)
+    own_row = (begin + to_row).to(tl.int64)
+
+    keys = _load(
+        *(pool_k + block * (KV_HEADS * POOL_BLOCK * HEAD_SIZE) + begin % POOL_BLOCK * HEAD_SIZE, k + own_row * k_row),
+        *(k_row, key < num_stored, key < end, ALL_STORED, HIDES, HEAD_SIZE, BLOCK_N, BLOCK_D, ALIGNED),
+    )
+    scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+    if HAS_SOFTCAP:  # softcap * tanh(scale * scores / softcap)
+        scores = softcap - 2.0 * softcap / (1.0 + tl.exp2(scores * squash))
+    if HIDES:
+        scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
+    if HAS_WINDOW:
+        scores = tl.where(row_position[:, None] - key[None, :] < window, scores, float("-inf"))
+
+    new_top = tl.maximum(top, tl.max(scores, 1) * unit)
+    origin = new_top
+    if HAS_WINDOW:  # a row that has seen no key yet: -inf - -inf is not a number
+        origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+    kept = tl.exp2(top - origin)
+    no_scores = tl.zeros_like(scores)
+    weights = tl.exp2(tl.fma(scores, no_scores + unit, no_scores - origin[:, None]))
+    total = tl.fma(total, kept, tl.sum(weights, 1))
+    values = _load(
+        *(
+            pool_v + block * (KV_HEADS * POOL_BLOCK * V_HEAD_SIZE) + begin % POOL_BLOCK * V_HEAD_SIZE,
+            v + own_row * v_row,
+        ),
+        *(v_row, key < num_stored, key < end, ALL_STORED, HIDES, V_HEAD_SIZE, BLOCK_N, BLOCK_V, ALIGNED),
+    )
+    sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None], input_precision="ieee")
+    return new_top, total, sums
+
+
+@triton.jit
+def _load(
+    in_pool,  # where the block's first key is, if it is stored
+    in_pack,  # where it is if not; before the pack, perhaps, where it is
+    pack_row,
+    stored,  # [BLOCK_N]
+    there,  # [BLOCK_N]
+    ALL_STORED: tl.constexpr,
+    MAY_END: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """A block of keys, or of values, [BLOCK_N, BLOCK_SIZE]: each from where it is; 0 where there is none."""
+    n, d = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_SIZE)
+    at = in_pool + n * SIZE
+    if not ALL_STORED:
+        at = tl.where(stored, at, in_pack + n * pack_row)
+        if ALIGNED:  # which the compiler cannot see through `where`; without it nothing is loaded ahead
+            at = tl.multiple_of(at, 16)
+    at = at[:, None] + d[None, :]
+    if MAY_END:
+        return tl.load(at, mask=there[:, None] & (d < SIZE)[None, :], other=0.0)
+    elif SIZE < BLOCK_SIZE:
+        return tl.load(at, mask=(d < SIZE)[None, :], other=0.0)
+    else:
+        return tl.load(at)

@@ -1,0 +1,130 @@
+"""Forwards of few tokens replayed as CUDA graphs: what they cost is launching a thousand kernels, not computing.
+
+A graph computes on tensors that stay where they are, of a size that stays what it is. So a pack's inputs are copied
+into those of the next larger bucket; what is left of the bucket does nothing: tiles without rows, rows that nobody
+reads, stores to a block that belongs to nobody.
+"""
+
+import logging
+import time
+
+import torch
+from rewardserve_kernels.kv_cache.paged import StoreIndex
+
+from rewardserve.models.backbone import KVPool, Pack
+from rewardserve.models.reward_model import RewardModel
+
+log = logging.getLogger(__name__)
+
+BUCKETS = (256, 512, 1024, 2048)  # rows
+MAX_POOLED = 128
+MAX_SEGMENTS = 256
+MAX_TABLE = 16_384  # blocks, of all block tables of a pack together: two million tokens of prompts
+WARM_UPS = 3  # forwards before a capture, as torch asks for: what is set up once must not be captured
+
+
+class StaticStep:
+    """A forward whose inputs lie at fixed places. Needs attention with fixed plans: attention.triton."""
+
+    def __init__(self, model: RewardModel, pool: KVPool, num_rows: int, spare_block: int) -> None:
+        """The model must have run once. `spare_block` of the pool is written to and never read."""
+        from rewardserve_kernels.attention import triton
+
+        device = model.backbone.device
+        self._model, self._pool, self._spare_block = model, pool, spare_block
+        self._rows_per_tile: dict[tuple[int, bool], int] = {}
+        plans: dict[tuple[int, bool], triton.FixedPlan] = {}
+        for key, shape in model.backbone.attention_shapes.items():
+            window, pooled_only = key
+            tuning = triton.default_tuning(shape.head_size, shape.v_head_size, shape.dtype, triton._capability(device))
+            rows = triton.rows_per_tile(shape.heads, shape.kv_heads, tuning)
+            num_queries = MAX_POOLED if pooled_only else num_rows
+            max_tiles = MAX_POOLED if pooled_only else num_rows // rows + MAX_SEGMENTS
+            plans[key] = triton.FixedPlan(num_queries, max_tiles, MAX_TABLE, device, window)
+            self._rows_per_tile[key] = rows
+
+        def zeros(count: int) -> torch.Tensor:
+            return torch.zeros(count, dtype=torch.int32, device=device)
+
+        stored = StoreIndex(zeros(num_rows), zeros(num_rows) + spare_block, zeros(num_rows))
+        pooled = tuple(range(MAX_POOLED))
+        self._pack = Pack(zeros(num_rows), zeros(num_rows), (), pooled, zeros(MAX_POOLED), stored, dict(plans))
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._pack.input_ids)
+
+    def fill(self, pack: Pack) -> bool:
+        """Takes over the inputs of `pack`, on the current stream; False if there is no room for them."""
+        assert pack.stored is not None and self._pack.stored is not None
+        if len(pack.input_ids) > self.num_rows or not 0 < len(pack.pooled) <= MAX_POOLED:
+            return False
+        backbone = self._model.backbone
+        try:
+            for key, fixed in self._pack.plans.items():
+                window, pooled_only = key
+                segments = tuple(pack.segments[i] for i in pack.pooled) if pooled_only else pack.segments
+                dtype = backbone.attention_shapes[key].dtype
+                plan = backbone.attention.plan_attention(segments, dtype, backbone.device, window, pooled_only)
+                fixed.fill(plan, self._rows_per_tile[key])
+        except ValueError:  # more tiles or blocks than there is room for
+            return False
+        for ours, theirs in (
+            (self._pack.input_ids, pack.input_ids),
+            (self._pack.position_ids, pack.position_ids),
+            (self._pack.pooled_rows, pack.pooled_rows),
+            (self._pack.stored.rows, pack.stored.rows),
+            (self._pack.stored.slots, pack.stored.slots),
+        ):
+            ours[: len(theirs)] = theirs
+        self._pack.stored.blocks.fill_(self._spare_block)
+        self._pack.stored.blocks[: len(pack.stored.blocks)] = pack.stored.blocks
+        return True
+
+    def compute(self) -> torch.Tensor:
+        """Scores [MAX_POOLED], of which as many count as were filled in."""
+        return self._model.score_packed(self._pack, self._pool)
+
+
+class Graphs:
+    """A captured step for every bucket."""
+
+    def __init__(self, captured: list[tuple[StaticStep, torch.cuda.CUDAGraph, torch.Tensor]]) -> None:
+        """Smallest first; the tensors are where the graphs leave their scores."""
+        self._captured = captured
+
+    def launch(self, pack: Pack) -> torch.Tensor | None:
+        """Scores [len(pack.pooled)], valid until the next launch on this stream; None if no graph holds the pack."""
+        for step, graph, scores in self._captured:
+            if len(pack.input_ids) <= step.num_rows:
+                if not step.fill(pack):
+                    return None
+                graph.replay()
+                return scores[: len(pack.pooled)]
+        return None
+
+
+def capture(model: RewardModel, pool: KVPool, spare_block: int) -> Graphs | None:
+    """None, with a warning, where this model cannot be captured: it runs all the same, kernel by kernel."""
+    started = time.perf_counter()
+    captured, memory = [], torch.cuda.graph_pool_handle()
+    try:
+        for num_rows in reversed(BUCKETS):  # the largest first: the others find room in its memory
+            step = StaticStep(model, pool, num_rows, spare_block)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    step.compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=memory):
+                scores = step.compute()
+            captured.append((step, graph, scores))
+    except Exception as error:
+        log.warning(
+            "small forwards are not captured as CUDA graphs: %s", f"{type(error).__name__}: {error}".splitlines()[0]
+        )
+        return None
+    log.info("CUDA graphs for up to %d tokens captured in %.1f s", BUCKETS[-1], time.perf_counter() - started)
+    return Graphs(captured[::-1])
