@@ -43,6 +43,7 @@ def native_options(config: ServeConfig, source: str, dtype: str) -> NativeOption
         max_batch_sequences=config.max_batch_sequences,
         prefix_cache_bytes=config.prefix_cache_mb << 20,
         compile=config.compile,
+        batch_invariant=config.batch_invariant,
         cuda_graphs=config.cuda_graphs,
         quantize=config.quantize,
         path=config.path,

@@ -43,6 +43,9 @@ class ServeConfig(Options):
         default="auto",
         description="torch.compile the layers; auto: from 50M parameters on, if a probe at start says it pays",
     )
+    batch_invariant: bool = Field(
+        default=True, description="on a GPU: a pair has the same score, to the bit, whatever is computed beside it"
+    )
     cuda_graphs: bool = Field(
         default=True, description="replay forwards of up to 2048 tokens as CUDA graphs, for models up to 5B parameters"
     )

@@ -5,12 +5,12 @@ import logging
 import os
 from pathlib import Path
 
-import psutil
 import torch
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 from rewardserve.engine.base import EngineInfo
 from rewardserve.engine.native.canary import Canary
+from rewardserve.engine.native.gpu import make_batch_invariant
 from rewardserve.engine.native.graphs import capture
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner, PaddedRunner, Runner
@@ -64,6 +64,8 @@ def load_runner(options: NativeOptions) -> Loaded:
     if device.type == "cpu":
         torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
         keep_freed_memory()
+    elif options.batch_invariant:
+        make_batch_invariant()
     log.info("loading %s (%s) as %s on %s", options.source, spec.architecture, dtype, device)
     model = loader.load(spec, dtype, device)
     max_batch_tokens = options.max_batch_tokens or (2048 if device.type == "cpu" else 8192)
@@ -83,7 +85,7 @@ def load_runner(options: NativeOptions) -> Loaded:
             vocab_size=spec.config.get_text_config().vocab_size,
             canary_error=0.0,
             prefix_cache_tokens=0,
-            bos_token_id=_first_id(getattr(spec.config.get_text_config(), "bos_token_id", None)),
+            bos_token_id=first_id(getattr(spec.config.get_text_config(), "bos_token_id", None)),
             text=text,
             text_missing_reason=text_missing_reason,
         ),
@@ -104,7 +106,7 @@ def load_runner(options: NativeOptions) -> Loaded:
         return padded.fall_back(str(reason))
 
 
-def _first_id(ids: int | list[int] | None) -> int | None:
+def first_id(ids: int | list[int] | None) -> int | None:
     return ids[0] if isinstance(ids, list) else ids
 
 
@@ -161,7 +163,7 @@ def _num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: i
     if not budget and device.type == "cuda":
         budget = int(0.6 * torch.cuda.mem_get_info(device)[0])
     elif not budget:
-        budget = min(_free_bytes() // 10, MAX_AUTO_CACHE_BYTES)
+        budget = auto_cache_bytes()
     num_blocks = budget // bytes_per_block
     if num_blocks < 4:
         need = 4 * bytes_per_block
@@ -169,8 +171,15 @@ def _num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: i
     return min(num_blocks, MAX_BLOCKS)
 
 
+def auto_cache_bytes() -> int:
+    """What the prefix cache gets on a CPU by default."""
+    return min(_free_bytes() // 10, MAX_AUTO_CACHE_BYTES)
+
+
 def _free_bytes() -> int:
     """Memory that this process can still take: the machine's or, if that is less, its container's."""
+    import psutil  # here: on a GPU the engine needs nothing beyond torch, transformers and numpy
+
     free = psutil.virtual_memory().available
     for limit, used in CONTAINER_MEMORY:
         try:

@@ -1,0 +1,20 @@
+"""How cuBLAS is set up, once for a process, before its first product."""
+
+import os
+
+import torch
+
+
+def make_batch_invariant() -> None:
+    """A row of a matrix product shall not depend on how many rows there are.
+
+    On Hopper the one thing it depends on is split-K: for few rows cuBLAS splits the sum among several blocks, and adds
+    up in another order. It needs a workspace for that and is given none, as vLLM does it (its batch_invariant.py). That
+    it costs nothing from some 2,000 rows on is a prediction (benchmarks/NOTES.md).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "1")
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]  # nor split-K
+    matmul.allow_fp16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]
