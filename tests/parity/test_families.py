@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import FAMILIES, NOT_PACKABLE, make_tokenizer, padded_scores, save_checkpoint
+from rewardserve.engine.native.load import load_runner
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve_kernels.pooling import reference
 from scoring import IdGroup, joined, native
 from texts import all_texts, groups
 
@@ -99,3 +102,20 @@ async def test_compiled_layers_give_the_same_scores(tmp_path: Path, id_groups: l
         for _ in range(2):
             got = await scorer.scores(id_groups)
             assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_final_norm_and_head_in_one_give_the_scores_of_the_two(family: str, tmp_path: Path) -> None:
+    """Which kind of norm a family has is found by trying it: none is served by a formula that is not its own."""
+    save_checkpoint(tmp_path, family)
+    model = load_runner(NativeOptions(str(tmp_path), path="padded")).model
+    with torch.no_grad():  # a fresh norm's weights are all alike
+        norm = model.backbone._final_norm.norm
+        for parameter in norm.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    rows = [torch.arange(5, 5 + length) for length in (3, 40, 17)]
+    wanted = model.score_padded(rows)
+    model.use_pool_head(reference.pool_head)
+    assert model._norm is not None, "not recognized"
+    got = model.score_padded(rows)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()

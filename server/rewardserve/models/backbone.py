@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from rewardserve_kernels.attention import chunked
 from rewardserve_kernels.kv_cache.paged import StoreIndex, store_rows, store_segment
+from rewardserve_kernels.pooling.reference import Norm, NormKind, normed
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.workspace import Workspace, make_resident, untouched
 from torch import nn
@@ -269,9 +270,10 @@ class _FullPrecisionNorm(nn.Module):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         self.norm = norm.float()
+        self.skipped = False  # whoever reads the hidden states norms them
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.norm(hidden_states.float())
+        return hidden_states if self.skipped else self.norm(hidden_states.float())
 
 
 def rope_switch(config: PreTrainedConfig) -> int | None:
@@ -325,7 +327,7 @@ class Backbone:
         # Between layers, hidden states in fp32: what every layer adds to is not rounded each time. For layers whose
         # products take any precision (rewardserve_kernels.linear); a fifth to a third off the error of bf16.
         self.residual_in_fp32 = False
-        _widen_final_norm(module)
+        self._final_norm = _widen_final_norm(module)
 
     def prepare_packed(self, prune: bool, max_length: int) -> None:
         """Routes attention to ours and, with `prune`, cuts the last layer short. Raises NotPackable."""
@@ -384,6 +386,17 @@ class Backbone:
             raise NotPackable(f"attention was called {forward.num_calls} times instead of {expected} in a forward")
         return (hidden if self._pruned else hidden[pack.pooled_rows])[:num_pooled]
 
+    def leave_out_final_norm(self) -> Norm | None:
+        """From here on hidden states come before the final norm, which is returned.
+
+        None, and all stays as it is, where what the norm does is none of the kinds known: it is told by trying it.
+        """
+        if self._final_norm is None:
+            return None
+        norm = _recognized(self._final_norm.norm, self.config.hidden_size, self.device)
+        self._final_norm.skipped = norm is not None
+        return norm
+
     def _inputs(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.residual_in_fp32:
             return {"input_ids": input_ids}
@@ -418,9 +431,32 @@ def _decoder_layers(module: nn.Module, num_layers: int) -> nn.ModuleList | None:
     return lists[0] if len(lists) == 1 else None
 
 
-def _widen_final_norm(module: nn.Module) -> None:
+def _widen_final_norm(module: nn.Module) -> _FullPrecisionNorm | None:
     for name in FINAL_NORMS:
         norm = getattr(module, name, None)
         if isinstance(norm, nn.Module):
-            setattr(module, name, _FullPrecisionNorm(norm))
-            return
+            wide = _FullPrecisionNorm(norm)
+            setattr(module, name, wide)
+            return wide
+    return None
+
+
+def _recognized(norm: nn.Module, hidden_size: int, device: torch.device) -> Norm | None:
+    """What `norm` computes, by comparing it with each kind there is; a class may call its parts what it likes."""
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    eps = next((float(value) for name in ("variance_epsilon", "eps") if (value := getattr(norm, name, None))), None)
+    if weight is None or eps is None:
+        return None
+    generator = torch.Generator(device).manual_seed(0)
+    rows = torch.randn(4, hidden_size, generator=generator, device=device) * torch.tensor([[1e-3], [1], [30], [3]]).to(
+        device
+    )
+    with torch.inference_mode():
+        wanted = norm(rows)
+        for kind, plus_one in ((NormKind.RMS, False), (NormKind.RMS, True), (NormKind.LAYER, False)):
+            if bias is not None and kind is not NormKind.LAYER:
+                continue
+            candidate = Norm(kind, weight, eps, bias, plus_one)
+            if torch.allclose(normed(rows, candidate), wanted, rtol=1e-4, atol=1e-6):
+                return candidate
+    return None

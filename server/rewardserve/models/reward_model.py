@@ -1,11 +1,14 @@
 """Backbone + last-token pooling + scalar head; hidden states to scores in fp32 throughout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from rewardserve_kernels.pooling.reference import linear_head
+from rewardserve_kernels.pooling.reference import Norm, linear_head, normed
 
 from rewardserve.models.backbone import Backbone, KVPool, Pack
+
+# hidden [rows, hidden_size], spans [spans, 2], weight, bias, norm -> scores [spans, heads]
+PoolHead = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Norm | None], torch.Tensor]
 
 
 class RewardModel:
@@ -15,6 +18,8 @@ class RewardModel:
         self.backbone = backbone
         self._head_weight = head_weight  # [1, hidden_size] fp32
         self._head_bias = head_bias  # [1] fp32
+        self._pool_head: PoolHead | None = None
+        self._norm: Norm | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -26,9 +31,24 @@ class RewardModel:
         return self._head(self.backbone.run_packed(pack, pool))
 
     @torch.inference_mode()
+    def states_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
+        """Final hidden states of the pack's pooled segments, after the final norm, [len(pack.pooled), hidden_size]."""
+        hidden = self.backbone.run_packed(pack, pool)
+        return hidden if self._norm is None else normed(hidden.float(), self._norm)
+
+    @torch.inference_mode()
     def score_padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
         """Scores of whole sequences (int64 token ids each), [len(rows)] fp32."""
         return self._head(self.backbone.run_padded(rows))
 
+    def use_pool_head(self, pool_head: PoolHead) -> None:
+        """Final norm and head in one launch from here on: `pool_head` of rewardserve_kernels.pooling."""
+        self._pool_head = pool_head
+        self._norm = self.backbone.leave_out_final_norm()
+
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        return linear_head(hidden, self._head_weight, self._head_bias)[:, 0]
+        if self._pool_head is None:
+            return linear_head(hidden, self._head_weight, self._head_bias)[:, 0]
+        first = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
+        spans = torch.stack([first, first + 1], 1)  # every row was picked already
+        return self._pool_head(hidden, spans, self._head_weight, self._head_bias, self._norm)[:, 0]

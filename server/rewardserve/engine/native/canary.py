@@ -30,8 +30,7 @@ class Canary:
         num_blocks = ceil_block(len(self._prompt)) // BLOCK_TOKENS
         pool, blocks = KVPool(num_blocks), tuple(range(num_blocks))
         packs = [self._pack(model.backbone.device, blocks, with_prompt) for with_prompt in (True, False)]
-        with torch.inference_mode():
-            states = [model.backbone.run_packed(pack, pool) for pack in packs]
+        states = [model.states_packed(pack, pool) for pack in packs]
         wanted = self._wanted
         errors = [((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median().item() for got in states]
         return pool, max(float("inf") if math.isnan(error) else error for error in errors)

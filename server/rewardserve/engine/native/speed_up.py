@@ -92,7 +92,7 @@ def speed_up(subject: Subject, compile_option: str, quantize: str) -> None:
     elif subject.on_cpu and _prepack(subject):
         _keep_residual_in_fp32(subject)
     if not subject.on_cpu:
-        _use_triton_attention(subject)
+        _use_triton(subject)
     if compile_option == "off":
         return
     if subject.on_cpu and subject.model.backbone.module.dtype == torch.bfloat16:
@@ -189,17 +189,20 @@ def _build_attention(subject: Subject) -> None:
         log.warning("attention by the library's products: %s", reason)
 
 
-def _use_triton_attention(subject: Subject) -> None:
-    """Our kernel for GPUs, where the canary agrees with it."""
+def _use_triton(subject: Subject) -> None:
+    """Our kernels for GPUs, each where the canary agrees with it."""
     try:
-        from rewardserve_kernels.attention import triton
+        from rewardserve_kernels.attention import triton as attention
+        from rewardserve_kernels.pooling import triton as pooling
     except ImportError as failure:
         log.warning("attention by the library's products: %s", failure)
         return
-    subject.model.backbone.attention = triton
+    backbone = subject.model.backbone
+    backbone.attention = attention
     if flaw := subject.flaw():
-        subject.model.backbone.attention = chunked
+        backbone.attention = chunked
         log.warning("attention by the library's products: %s", flaw)
+    subject.model.use_pool_head(pooling.pool_head)
 
 
 def _compile(subject: Subject) -> str | None:
