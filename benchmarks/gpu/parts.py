@@ -200,7 +200,7 @@ def _attend(part: Part, q: torch.Tensor, *rest: Any, window: int = 0, **options:
     *tensors, segments = rest
     kernel = _kernel(part)
     plan = kernel.plan_attention(segments, q.dtype, q.device, window, False)
-    return kernel.tree_attention(q, *tensors, plan, Workspace(), 0.2, **options)
+    return kernel.tree_attention(q, *tensors, plan, Workspace(), q.shape[2] ** -0.5, **options)
 
 
 def _attention_is_right(part: Part, head_size: int, v_head_size: int, options: dict[str, Any]) -> tuple[bool, str]:
@@ -210,7 +210,7 @@ def _attention_is_right(part: Part, head_size: int, v_head_size: int, options: d
     got = _attend(part, *tensors, segments, sinks=sinks, **options)
     exact = (t.double().cpu() for t in tensors)
     wanted = attention_reference.tree_attention(
-        *exact, segments, 0.2, sinks=None if sinks is None else sinks.double().cpu(), **options
+        *exact, segments, head_size**-0.5, sinks=None if sinks is None else sinks.double().cpu(), **options
     )
     error = ((got.double().cpu() - wanted).norm() / wanted.norm()).item()
     return error < 1e-2, f"relative error {error:.1e} to fp64"

@@ -48,11 +48,9 @@ class Tuning:
 # each entry: GPU, TFLOP/s, date. `tree_attention(tuning=)` is for finding them.
 #     (compute capability from, greatest padded head size) -> Tuning
 TUNINGS_16_BIT = {
-    ((9, 0), 64): Tuning(128, 64, 8, 3),
-    ((9, 0), 128): Tuning(128, 64, 8, 3),
-    ((9, 0), 256): Tuning(128, 32, 8, 2),
     ((8, 0), 64): Tuning(128, 64, 8, 3),
-    ((8, 0), 128): Tuning(128, 32, 8, 2),
+    ((8, 0), 128): Tuning(128, 64, 8, 3),
+    ((9, 0), 256): Tuning(128, 32, 8, 2),
     ((8, 0), 256): Tuning(64, 32, 8, 2),
 }
 TUNINGS_32_BIT = {  # matrix instructions take no fp32: for comparisons, not for speed
@@ -375,8 +373,10 @@ def attend_tile(
             *(BLOCK_N, BLOCK_D, BLOCK_V, ALIGNED, HAS_WINDOW, HAS_SOFTCAP),
         )
 
+    # Loaded once more, or else what follows from them is held through the loops, in registers that are short.
+    first_row, num_rows = tl.load(tile, volatile=True), tl.load(tile + 1, volatile=True)
     result = out + (first_row + row).to(tl.int64) * (KV_HEADS * GROUP * V_HEAD_SIZE) + head * V_HEAD_SIZE
-    mask = used[:, None] & (dv < V_HEAD_SIZE)[None, :]
+    mask = (row < num_rows)[:, None] & (dv < V_HEAD_SIZE)[None, :]
     tl.store(result[:, None] + dv[None, :], (sums / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 

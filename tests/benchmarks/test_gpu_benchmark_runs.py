@@ -1,0 +1,36 @@
+"""What will be run on a GPU, once there is one, runs: on a CPU, with tiny models, and one part failing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytest.importorskip("triton", reason="triton is not installed")
+
+
+def run(output: Path, *flags: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+    command = [sys.executable, ROOT / "benchmarks" / "gpu" / "run.py", "--dry-run", "--output", output, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    (file,) = output.glob("*.json")
+    return done, json.loads(file.read_text())
+
+
+def test_a_model_is_measured_and_a_variant_compared_with_it(tmp_path: Path) -> None:
+    done, whole = run(tmp_path, "--only", "machine", "qwen3-0.6b", "llama-3.1-8b fp8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = whole["parts"]
+    assert set(parts["qwen3-0.6b"]["workloads"]) == {"best_of_16", "ppo", "grpo_64", "short_items"}
+    for entry in parts["qwen3-0.6b"]["workloads"].values():
+        assert entry["pairs_per_s"] > 0 and 0 < entry["share_of_limit"] < 1.5
+    assert 0 < parts["llama-3.1-8b fp8"]["more"]["against bf16"]["mean_abs_err"] < 0.2
+    assert list(tmp_path.glob("*.png")) and "of the limit" in done.stdout
+
+
+def test_a_part_that_has_no_time_costs_itself_alone_and_all_that_is_known_is_written(tmp_path: Path) -> None:
+    done, whole = run(tmp_path, "--only", "machine", "gate", "--seconds", "25")
+    assert "failed" not in whole["parts"]["machine"]
+    assert "it was not done after" in whole["parts"]["gate"]["failed"] or "no time" in whole["parts"]["gate"]["failed"]
+    assert "FAILED" in done.stdout and done.stdout.rstrip().endswith(".json")
