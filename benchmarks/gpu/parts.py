@@ -21,9 +21,12 @@ import random_model
 import torch
 import torch.nn.functional as F
 from rewardserve.engine.base import EngineListener, EngineRequest, EngineResult
+from rewardserve.engine.native.block_pool import BlockPool
 from rewardserve.engine.native.engine import NativeEngine
 from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.native.prefix_cache import PrefixCache
+from rewardserve.engine.native.scheduler import Scheduler
 from rewardserve.models import loader
 from rewardserve.types import EncodedGroup
 from rewardserve_kernels.attention import chunked
@@ -154,6 +157,7 @@ def gate(part: Part) -> None:
 
     for family in FAMILIES:
         check(f"canary {family}", lambda: _family_is_right(part, family))  # noqa: B023
+    check("a step waits for nothing", lambda: _nothing_waits(part))
     check("a pair's bits, cold, warm, batched, reordered", lambda: _engine_is_invariant(part))
 
 
@@ -272,6 +276,31 @@ def _family_is_right(part: Part, family: str) -> tuple[bool, str]:
     if info.path != "packed":
         return False, f"served padded: {info.path_reason}"
     return True, f"final hidden states within {info.canary_error:.1e} of padded Hugging Face"
+
+
+def _nothing_waits(part: Part) -> tuple[bool, str]:
+    """A step that waited for the device would raise here."""
+    with _model(part, "qwen3-0.6b" if part.on_gpu else TINY) as folder:
+        cache = {} if part.on_gpu else {"prefix_cache_bytes": 64 << 20}
+        loaded = load_runner(NativeOptions(folder, device=str(part.device), path="packed", compile="off", **cache))
+    runner = loaded.runner
+    scheduler = Scheduler(PrefixCache(BlockPool(runner.num_blocks)), 1024, 512)
+    for number, (prompt, responses) in enumerate(_groups(part, Traffic(300, 4, 200), 20_000, seed=5)):
+        group = EncodedGroup(_bytes(prompt), tuple(map(_bytes, responses)))
+        scheduler.add(EngineRequest(str(number), (group,)))
+    count = 0
+    while (plan := scheduler.schedule()) is not None:
+        prepared = runner.prepare(plan)
+        if part.on_gpu and count > 2:  # the first ones set things up
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            launched = runner.launch(prepared)
+        finally:
+            if part.on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+        scheduler.complete(plan, launched.scores())
+        count += 1
+    return True, f"{count} steps, eager and as graphs"
 
 
 def _engine_is_invariant(part: Part) -> tuple[bool, str]:

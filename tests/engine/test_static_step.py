@@ -31,7 +31,7 @@ from rewardserve_kernels.attention import chunked, triton
 from scoring import pack as ids
 
 graphs.MAX_POOLED, graphs.MAX_SEGMENTS, graphs.MAX_TABLE = 8, 8, 64
-NUM_BLOCKS, CPU = 16, torch.device("cpu")
+NUM_BLOCKS = 16
 loaded = load_runner(NativeOptions(sys.argv[1], num_threads=1, prefix_cache_bytes=1 << 24, compile="off"))
 model, backbone = loaded.model, loaded.model.backbone
 assert loaded.info.path == "packed", loaded.info.path_reason
@@ -57,13 +57,13 @@ plain, eager, fixed = poisoned(), poisoned(), poisoned()
 step, num_filled, num_steps = None, 0, 0
 while (plan := scheduler.schedule()) is not None:
     backbone.attention = chunked
-    wanted = model.score_packed(build_pack(plan, CPU, store_at_once=False), plain)
+    wanted = model.score_packed(build_pack(plan, backbone, for_gpu=False), plain)
     backbone.attention = triton
-    got = model.score_packed(build_pack(plan, CPU, store_at_once=True), eager)
+    got = model.score_packed(build_pack(plan, backbone, for_gpu=True), eager)
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
     if step is None and plan.num_scored:  # the model has met all its kinds of attention
         step = graphs.StaticStep(model, fixed, 128, spare_block=NUM_BLOCKS)
-    pack = build_pack(plan, CPU, store_at_once=True)
+    pack = build_pack(plan, backbone, for_gpu=True)
     if step is not None and step.fill(pack):
         num_filled += 1
         got = step.compute()[: plan.num_scored]

@@ -43,9 +43,10 @@ class Tuning:
     num_stages: int  # blocks of keys under way to shared memory
 
 
-# NOT YET MEASURED ON A GPU. What the compiler says of them is all that is known: with these nothing is spilled, and all
-# of it fits in shared memory (tests/kernels/test_triton_compiles_ahead_of_time.py). Measured figures go here, a line for
-# each entry: GPU, TFLOP/s, date. `tree_attention(tuning=)` is for finding them.
+# NOT YET MEASURED ON A GPU. All that is known of these is what the compiler says: nothing is spilled, everything fits
+# in shared memory (tests/kernels/test_triton_compiles_ahead_of_time.py). How many bytes a tile reads for its arithmetic
+# depends on block_m alone, hence the greatest that registers hold. Measured figures go here, behind each entry: GPU,
+# TFLOP/s, date. `tree_attention(tuning=)` is for finding them.
 #     (compute capability from, greatest padded head size) -> Tuning
 TUNINGS_16_BIT = {
     ((8, 0), 64): Tuning(128, 64, 8, 3),
@@ -80,6 +81,13 @@ def rows_per_tile(heads: int, kv_heads: int, tuning: Tuning) -> int:
     return tuning.block_m // group
 
 
+def rows_per_tile_of(
+    heads: int, kv_heads: int, head_size: int, v_head_size: int, dtype: torch.dtype, device: torch.device
+) -> int:
+    """What `tree_attention` makes of such tensors by itself. Raises ValueError where it takes none of them."""
+    return rows_per_tile(heads, kv_heads, default_tuning(head_size, v_head_size, dtype, _capability(device)))
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What the kernel reads of a plan."""
@@ -106,9 +114,18 @@ class Plan:
     def work(self, rows: int) -> Work:
         """Tiles of up to `rows` rows."""
         if rows not in self._work:
-            tiles = _cut(self.pieces, rows, self.window)
-            self._work[rows] = Work(_to_device(_lay_out(tiles, self.blocks, len(tiles)), self.device), len(tiles))
+            buffer, num_tiles = self.lay_out(rows)
+            self._work[rows] = Work(_to_device(buffer, self.device), num_tiles)
         return self._work[rows]
+
+    def lay_out(self, rows: int) -> tuple[np.ndarray, int]:
+        """The buffer of tiles of up to `rows` rows, [n] int32, and how many tiles there are."""
+        tiles = _cut(self.pieces, rows, self.window)
+        return _lay_out(tiles, self.blocks, len(tiles)), len(tiles)
+
+    def adopt(self, rows: int, buffer: torch.Tensor, num_tiles: int) -> None:
+        """What `lay_out` returned lies on the device already: whoever has more to send there sent it along."""
+        self._work[rows] = Work(buffer, num_tiles)
 
 
 class FixedPlan:
@@ -138,9 +155,8 @@ class FixedPlan:
         if plan.window != self.window:
             raise ValueError(f"a plan for a window of {plan.window} does not go into one for {self.window}")
         if plan.num_rows > self.num_rows or len(tiles) > num_tiles:
-            raise ValueError(
-                f"a plan of {plan.num_rows} rows and {len(tiles)} tiles does not go into one of {self.num_rows} and {num_tiles}"
-            )
+            needed, there = f"{plan.num_rows} rows and {len(tiles)} tiles", f"{self.num_rows} and {num_tiles}"
+            raise ValueError(f"a plan of {needed} does not go into one of {there}")
         if num_tiles * TILE_FIELDS.value + len(plan.blocks) > len(buffer):
             raise ValueError(f"a plan of {len(plan.blocks)} blocks has no place in {len(buffer)} integers")
         laid_out = _lay_out(tiles, plan.blocks, num_tiles)

@@ -133,11 +133,23 @@ class _Forward:
         pack, pooled_only = self.pack, self.captured is not None
         key = (window, pooled_only)
         if key not in pack.plans:
-            segments = tuple(pack.segments[i] for i in pack.pooled) if pooled_only else pack.segments
-            pack.plans[key] = self.attention.plan_attention(segments, q.dtype, q.device, window, pooled_only)
+            pack.plans[key] = _plan(self.attention, pack.segments, pack.pooled, key, q.dtype, q.device)
         self.shapes[key] = AttentionShape(len(q), len(k), q.shape[2], v.shape[2], q.dtype)
         plan, workspace = pack.plans[key], self.pool.workspace
         return self.attention.tree_attention(q, k, v, *pools, plan, workspace, scale, softcap, sinks)
+
+
+def _plan(
+    attention: TreeAttention,
+    segments: Sequence[Segment],
+    pooled: Sequence[int],
+    key: tuple[int, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Any:
+    window, pooled_only = key
+    queries = [segments[i] for i in pooled] if pooled_only else segments
+    return attention.plan_attention(queries, dtype, device, window, pooled_only)
 
 
 _current = threading.local()
@@ -322,7 +334,7 @@ class Backbone:
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
         self._pruned = False
         self.attention: TreeAttention = chunked
-        # Of the layers, by the key of their plans, as the last forward met them.
+        # Of the layers, by the key of their plans, as forwards met them.
         self.attention_shapes: dict[tuple[int, bool], AttentionShape] = {}
         # Between layers, hidden states in fp32: what every layer adds to is not rounded each time. For layers whose
         # products take any precision (rewardserve_kernels.linear); a fifth to a third off the error of bf16.
@@ -380,11 +392,15 @@ class Backbone:
             ).last_hidden_state[0]
         finally:
             _current.forward = None
-        self.attention_shapes = forward.shapes
+        self.attention_shapes = {**self.attention_shapes, **forward.shapes}  # another thread may be reading the old one
         expected = self.config.num_hidden_layers + (1 if self._pruned and pack.pooled else 0)
         if forward.num_calls != expected:
             raise NotPackable(f"attention was called {forward.num_calls} times instead of {expected} in a forward")
         return (hidden if self._pruned else hidden[pack.pooled_rows])[:num_pooled]
+
+    def plan_attention(self, segments: Sequence[Segment], pooled: Sequence[int], key: tuple[int, bool]) -> Any:
+        """Ahead of the forward that asks for it; `key` is one of `attention_shapes`."""
+        return _plan(self.attention, segments, pooled, key, self.attention_shapes[key].dtype, self.device)
 
     def leave_out_final_norm(self) -> Norm | None:
         """From here on hidden states come before the final norm, which is returned.
@@ -415,13 +431,13 @@ class Backbone:
 
 
 def _at_least_two_rows(pack: Pack) -> Pack:
-    """Doubles a single row, computed or pooled: a product of one row takes another path in oneDNN, to other bits."""
+    """Doubles a single row, computed or pooled: a product of one row takes another path, to other bits."""
     if len(pack.pooled) == 1:
-        pack = replace(pack, pooled=pack.pooled * 2, pooled_rows=pack.pooled_rows.repeat(2))
+        pack = replace(pack, pooled=pack.pooled * 2, pooled_rows=pack.pooled_rows.repeat(2), plans={})
     if len(pack.input_ids) == 1:
         alone = Segment(row=1, num_rows=1, start=0, blocks=(), store=False)
         ids, positions = pack.input_ids.repeat(2), torch.cat([pack.position_ids, pack.position_ids.new_zeros(1)])
-        pack = replace(pack, input_ids=ids, position_ids=positions, segments=(*pack.segments, alone))
+        pack = replace(pack, input_ids=ids, position_ids=positions, segments=(*pack.segments, alone), plans={})
     return pack
 
 

@@ -1,5 +1,9 @@
 """BatchPlan -> Pack: the only place where the tensors of a forward are assembled."""
 
+from collections.abc import Sequence
+from dataclasses import astuple
+from typing import Any
+
 import numpy as np
 import torch
 from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index
@@ -7,13 +11,14 @@ from rewardserve_kernels.ragged import Segment
 from rewardserve_kernels.upload import Upload
 
 from rewardserve.engine.native.sequence import BatchPlan
-from rewardserve.models.backbone import Pack
+from rewardserve.models.backbone import Backbone, Pack
 
 
-def build_pack(plan: BatchPlan, device: torch.device, store_at_once: bool) -> Pack:
+def build_pack(plan: BatchPlan, backbone: Backbone, for_gpu: bool) -> Pack:
     """Lays the plan's chunks end to end. One copy to the device, none back.
 
-    With `store_at_once` rows are stored in one launch, which a GPU wants; a CPU copies segment by segment.
+    With `for_gpu` rows are stored in one launch, and how the attention is cut goes along in the copy; on a CPU segments
+    are stored one by one, and the thread that computes cuts the attention.
     """
     segments, pooled, pooled_rows = [], [], []
     row = 0
@@ -28,8 +33,9 @@ def build_pack(plan: BatchPlan, device: torch.device, store_at_once: bool) -> Pa
     input_ids = upload.add(np.frombuffer(b"".join(chunk.tokens for chunk in plan.chunks), "<i4"))
     positions = upload.add(np.concatenate([np.arange(c.start, c.stop, dtype=np.int32) for c in plan.chunks]))
     rows = upload.add(np.array(pooled_rows, np.int32))
-    stored = [upload.add(part) for part in store_index(segments)] if store_at_once else []
-    upload.ship(device)
+    stored = [upload.add(part) for part in store_index(segments)] if for_gpu else []
+    ahead = _PlansAhead(backbone, segments, pooled, upload) if for_gpu else None
+    upload.ship(backbone.device)
     return Pack(
         upload[input_ids],
         upload[positions],
@@ -37,7 +43,29 @@ def build_pack(plan: BatchPlan, device: torch.device, store_at_once: bool) -> Pa
         tuple(pooled),
         upload[rows],
         StoreIndex(*(upload[part] for part in stored)) if stored else None,
+        ahead.arrived(upload) if ahead else {},
     )
+
+
+class _PlansAhead:
+    """Plans of Triton's attention for every kind of it that the model's forwards met, sent along with the pack."""
+
+    def __init__(self, backbone: Backbone, segments: Sequence[Segment], pooled: Sequence[int], upload: Upload) -> None:
+        self._sent: list[tuple[tuple[int, bool], Any, int, int, int]] = []
+        if not hasattr(backbone.attention, "rows_per_tile_of"):
+            return  # it has no plans that lie on the device
+        for key, shape in backbone.attention_shapes.items():
+            if key[1] and not pooled:
+                continue
+            plan = backbone.plan_attention(segments, pooled, key)
+            rows = backbone.attention.rows_per_tile_of(*astuple(shape), backbone.device)
+            buffer, num_tiles = plan.lay_out(rows)
+            self._sent.append((key, plan, rows, upload.add(buffer), num_tiles))
+
+    def arrived(self, upload: Upload) -> dict[tuple[int, bool], Any]:
+        for _, plan, rows, number, num_tiles in self._sent:
+            plan.adopt(rows, upload[number], num_tiles)
+        return {key: plan for key, plan, *_ in self._sent}
 
 
 def build_rows(plan: BatchPlan) -> list[torch.Tensor]:

@@ -7,6 +7,7 @@ reads, stores to a block that belongs to nobody.
 
 import logging
 import time
+from dataclasses import astuple
 
 import torch
 from rewardserve_kernels.kv_cache.paged import StoreIndex
@@ -36,8 +37,7 @@ class StaticStep:
         plans: dict[tuple[int, bool], triton.FixedPlan] = {}
         for key, shape in model.backbone.attention_shapes.items():
             window, pooled_only = key
-            tuning = triton.default_tuning(shape.head_size, shape.v_head_size, shape.dtype, triton._capability(device))
-            rows = triton.rows_per_tile(shape.heads, shape.kv_heads, tuning)
+            rows = triton.rows_per_tile_of(*astuple(shape), device)
             num_queries = MAX_POOLED if pooled_only else num_rows
             max_tiles = MAX_POOLED if pooled_only else num_rows // rows + MAX_SEGMENTS
             plans[key] = triton.FixedPlan(num_queries, max_tiles, MAX_TABLE, device, window)
@@ -62,10 +62,7 @@ class StaticStep:
         backbone = self._model.backbone
         try:
             for key, fixed in self._pack.plans.items():
-                window, pooled_only = key
-                segments = tuple(pack.segments[i] for i in pack.pooled) if pooled_only else pack.segments
-                dtype = backbone.attention_shapes[key].dtype
-                plan = backbone.attention.plan_attention(segments, dtype, backbone.device, window, pooled_only)
+                plan = pack.plans.get(key) or backbone.plan_attention(pack.segments, pack.pooled, key)
                 fixed.fill(plan, self._rows_per_tile[key])
         except ValueError:  # more tiles or blocks than there is room for
             return False

@@ -72,8 +72,8 @@ class PackedRunner:
         self.num_blocks = num_blocks
 
     def prepare(self, plan: BatchPlan) -> Pack:
-        device = self._model.backbone.device
-        return build_pack(plan, device, store_at_once=device.type != "cpu")
+        backbone = self._model.backbone
+        return build_pack(plan, backbone, for_gpu=backbone.device.type != "cpu")
 
     def launch(self, prepared: object) -> Launched:
         assert isinstance(prepared, Pack)
