@@ -42,6 +42,7 @@ def native_options(config: ServeConfig, source: str, dtype: str) -> NativeOption
         max_batch_tokens=config.max_batch_tokens,
         max_batch_sequences=config.max_batch_sequences,
         prefix_cache_bytes=config.prefix_cache_mb << 20,
+        host_cache_bytes=config.host_cache_mb << 20,
         compile=config.compile,
         batch_invariant=config.batch_invariant,
         cuda_graphs=config.cuda_graphs,

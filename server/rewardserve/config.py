@@ -43,6 +43,12 @@ class ServeConfig(Options):
         default="auto",
         description="torch.compile the layers; auto: from 50M parameters on, if a probe at start says it pays",
     )
+    host_cache_mb: int = Field(
+        default=0,
+        ge=0,
+        description="host memory for prompts that leave the GPU's prefix cache; pays from 4B parameters on, where "
+        "copying one back is faster than computing it",
+    )
     batch_invariant: bool = Field(
         default=True, description="on a GPU: a pair has the same score, to the bit, whatever is computed beside it"
     )

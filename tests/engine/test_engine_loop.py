@@ -153,28 +153,28 @@ class Device(threading.Thread):
         self.two_launched = threading.Event()
         self.largest = largest
         self.launch_now = PackedRunner.launch
-        monkeypatch.setattr(PackedRunner, "launch", lambda runner, pack: self.launch(runner, pack))
+        monkeypatch.setattr(PackedRunner, "launch", lambda runner, step: self.launch(runner, step))
         self.start()
 
-    def launch(self, runner: PackedRunner, pack) -> "Device.Launched":
+    def launch(self, runner: PackedRunner, step) -> "Device.Launched":
         launched = Device.Launched(self)
         self.num_launched += 1
         self.num_under_way += 1
         self.most_under_way = max(self.most_under_way, self.num_under_way)
         if self.num_launched == 2:
             self.two_launched.set()
-        self.queue.put((launched, runner, pack))
+        self.queue.put((launched, runner, step))
         return launched
 
     def run(self) -> None:
         while True:
-            launched, runner, pack = self.queue.get()
+            launched, runner, step = self.queue.get()
             if launched is self.first and not self.two_launched.wait(60):
                 launched.future.set_exception(AssertionError("nothing was launched beside the first forward"))
-            elif len(pack.input_ids) > self.largest:
+            elif len(step.pack.input_ids) > self.largest:
                 launched.future.set_exception(RuntimeError("CUDA out of memory"))
             else:
-                launched.future.set_result(self.launch_now(runner, pack).scores())
+                launched.future.set_result(self.launch_now(runner, step).scores())
 
     first: "Device.Launched | None" = None
 

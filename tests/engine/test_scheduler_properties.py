@@ -33,11 +33,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Drives scheduler and cache as the engine does: at most two forwards scheduled, run in their order."""
 
     @initialize(
-        num_blocks=st.integers(6, 10), tokens=st.integers(20, 600), chunks=st.integers(1, 20), cached=st.booleans()
+        num_blocks=st.integers(6, 10),
+        tokens=st.integers(20, 600),
+        chunks=st.integers(1, 20),
+        cached=st.booleans(),
+        host_slots=st.sampled_from([0, 1, 2, 5]),
     )
-    def start(self, num_blocks: int, tokens: int, chunks: int, cached: bool) -> None:
+    def start(self, num_blocks: int, tokens: int, chunks: int, cached: bool, host_slots: int) -> None:
         self.now = 0.0
-        self.cache = PrefixCache(BlockPool(num_blocks)) if cached else None
+        self.cache = PrefixCache(BlockPool(num_blocks), host_slots) if cached else None
         self.scheduler = Scheduler(self.cache, tokens, chunks, lambda: self.now)
         self.model = ToyModel(num_blocks)
         self.plans: list[BatchPlan] = []

@@ -18,9 +18,15 @@ def true_score(tokens: bytes) -> float:
 class ToyModel:
     def __init__(self, num_blocks: int) -> None:
         self._slots = np.full((max(1, num_blocks), BLOCK_TOKENS, 2), -1, dtype=np.int64)
+        self._host: dict[int, np.ndarray] = {}
 
     def run(self, plan: BatchPlan) -> list[float]:
-        """As a forward does: everything is written before anything is read."""
+        """As a forward does: everything is written before anything is read, and blocks are moved before that."""
+        for move in plan.moves:
+            if move.out:
+                self._host[move.slot] = self._slots[move.block].copy()
+            else:
+                self._slots[move.block] = self._host[move.slot]
         for chunk in plan.chunks:
             if chunk.store:
                 blocks, slots, positions = _places(chunk.blocks, chunk.start, chunk.stop)

@@ -126,7 +126,8 @@ class EngineLoop:
             self._deliver()
 
     def _new_scheduler(self) -> Scheduler:
-        cache = PrefixCache(BlockPool(self._runner.num_blocks)) if self._runner.num_blocks else None
+        runner = self._runner
+        cache = PrefixCache(BlockPool(runner.num_blocks), runner.num_host_slots) if runner.num_blocks else None
         return Scheduler(cache, self._loaded.max_batch_tokens, self._max_batch_sequences)
 
     def _guard(self, body: Callable[[], None]) -> Callable[[], None]:

@@ -17,7 +17,7 @@ from rewardserve.engine.native.runner import PackedRunner, PaddedRunner, Runner
 from rewardserve.engine.native.speed_up import Subject, keep_freed_memory, speed_up
 from rewardserve.errors import LoadFailed
 from rewardserve.models import loader
-from rewardserve.models.backbone import KVPool, NotPackable, check_packable
+from rewardserve.models.backbone import HostBlocks, KVPool, NotPackable, check_packable
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text
@@ -128,6 +128,7 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:
         log.warning("max_length is %d, not %d: that is what the prefix cache holds", max_length, padded.info.max_length)
+    host = _host_blocks(options, pool, small_pool.bytes_per_block)
     info = dataclasses.replace(
         padded.info,
         path="packed",
@@ -136,7 +137,7 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
         canary_error=error,
         prefix_cache_tokens=num_blocks * BLOCK_TOKENS,
     )
-    return dataclasses.replace(padded, runner=PackedRunner(padded.model, pool, num_blocks, graphs), info=info)
+    return dataclasses.replace(padded, runner=PackedRunner(padded.model, pool, num_blocks, graphs, host), info=info)
 
 
 def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance: float) -> None:
@@ -174,6 +175,16 @@ def _num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: i
 def auto_cache_bytes() -> int:
     """What the prefix cache gets on a CPU by default."""
     return min(_free_bytes() // 10, MAX_AUTO_CACHE_BYTES)
+
+
+def _host_blocks(options: NativeOptions, pool: KVPool, bytes_per_block: int) -> HostBlocks | None:
+    """The second tier of the prefix cache, where one is asked for. Raises LoadFailed where there can be none."""
+    num_slots = options.host_cache_bytes // bytes_per_block
+    if not num_slots:
+        return None
+    if pool.whole is None:
+        raise LoadFailed("a host cache needs layers that are all of one shape; leave out host_cache_mb")
+    return HostBlocks(pool, num_slots)
 
 
 def _free_bytes() -> int:

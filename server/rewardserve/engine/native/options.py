@@ -15,6 +15,7 @@ class NativeOptions:
     max_batch_tokens: int = 0  # 0: 2048 on a CPU, 8192 on a GPU
     max_batch_sequences: int = 512
     prefix_cache_bytes: int = 0  # 0: a tenth of free memory, 4 GiB at most, on a CPU; six tenths on a GPU
+    host_cache_bytes: int = 0  # of prompts that left the prefix cache
     batch_invariant: bool = True  # on a GPU; on a CPU bf16 is so anyway
     cuda_graphs: bool = True  # for forwards of few tokens, on a GPU
     compile: str = "auto"  # auto (where it works and pays), on, off

@@ -5,6 +5,11 @@ A prompt's partial last block is a block like any other, found only by a prompt 
 Blocks are published when their forward is scheduled, before it has run: within a forward every layer writes keys
 before it attends, so whoever is scheduled in the same forward or later may read them. If that forward fails they are
 retracted.
+
+What is evicted may go on to a second tier, in host memory, and comes back when it is asked for. The copies are moves of
+the next plan, before its forward; their order is that in which they were decided, so that a block is copied out before
+it is written anew, and a slot read before it is. A block that came back keeps its slot: evicted again, it need not be
+copied.
 """
 
 import hashlib
@@ -14,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 from rewardserve.engine.native.block_pool import BlockPool
+from rewardserve.engine.native.sequence import Move
 
 Key = bytes
 BLOCK_BYTES = 4 * BLOCK_TOKENS
@@ -27,11 +33,53 @@ def block_keys(prompt: bytes) -> Iterator[Key]:
         yield key
 
 
+class HostTier:
+    """Which slots of host memory hold which blocks' contents; least recently used first out."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._slots: OrderedDict[Key, int] = OrderedDict()
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._slots
+
+    def find(self, key: Key) -> int | None:
+        slot = self._slots.get(key)
+        if slot is not None:
+            self._slots.move_to_end(key)
+        return slot
+
+    def take(self, key: Key) -> int | None:
+        """A slot to copy `key` to; None if it has one, with the same contents, or there are none at all."""
+        if self.find(key) is not None or not self.num_slots:
+            return None
+        if not self._free:
+            self._free.append(self._slots.popitem(last=False)[1])
+        self._slots[key] = self._free.pop()
+        return self._slots[key]
+
+    def forget(self, move: Move) -> None:
+        """What was to be copied out was not, or was nothing to keep."""
+        if self._slots.get(move.key) == move.slot:
+            self._free.append(self._slots.pop(move.key))
+
+    def clear(self) -> None:
+        self._free += self._slots.values()
+        self._slots.clear()
+
+    def check(self) -> None:
+        """Asserts that every slot is free or holds one block."""
+        assert sorted([*self._free, *self._slots.values()]) == list(range(self.num_slots))
+
+
 class PrefixCache:
     """Finds blocks by key, and keeps those nobody holds until their room is needed, least recently used first."""
 
-    def __init__(self, pool: BlockPool) -> None:
+    def __init__(self, pool: BlockPool, host_slots: int = 0) -> None:
         self.pool = pool
+        self._host = HostTier(host_slots)
+        self._moves: list[Move] = []  # decided, and not yet part of a plan
         self._blocks: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
         self._unheld: OrderedDict[int, None] = OrderedDict()  # least recently used first
@@ -42,12 +90,33 @@ class PrefixCache:
         return self.pool.num_free + len(self._unheld)
 
     def acquire(self, key: Key) -> int | None:
-        """The block published under `key`, held once more until `release`; None if there is none."""
+        """The block published under `key`, held once more until `release`; None if there is none.
+
+        One in host memory is brought back into a block that must be to be had, as for `allocate`.
+        """
         block = self._blocks.get(key)
-        if block is not None:
-            self._unheld.pop(block, None)
-            self.pool.hold(block)
+        if block is None:
+            return self._bring_back(key) if key in self._host else None
+        self._unheld.pop(block, None)
+        self.pool.hold(block)
         return block
+
+    def _bring_back(self, key: Key) -> int | None:
+        block = self.allocate()
+        assert block is not None, "who looks for a block has one reserved"
+        slot = self._host.find(key)
+        if slot is None:  # the block that gave way took its place
+            self.pool.release(block)
+            self.pool.free(block)
+            return None
+        self._moves.append(Move(key, block, slot, out=False))
+        self.publish(key, block)
+        return block
+
+    def take_moves(self) -> tuple[Move, ...]:
+        """Those decided since the last call, for the plan that is made now."""
+        moves, self._moves = tuple(self._moves), []
+        return moves
 
     def allocate(self) -> int | None:
         """A block to write, held by the caller; evicts the least recently used unheld one if none is free."""
@@ -56,6 +125,9 @@ class PrefixCache:
         if not self._unheld:
             return None
         block, _ = self._unheld.popitem(last=False)
+        slot = self._host.take(self._keys[block])
+        if slot is not None:
+            self._moves.append(Move(self._keys[block], block, slot, out=True))
         self._forget(block)
         self.pool.free(block)
         return self.pool.take()
@@ -75,6 +147,14 @@ class PrefixCache:
         if self._unheld.pop(block, 0) is None:
             self.pool.free(block)
 
+    def undo(self, moves: Iterable[Move]) -> None:
+        """The plans they belonged to failed: what was to come is not there. Those not yet planned fail with them."""
+        for move in (*moves, *self.take_moves()):
+            if move.out:
+                self._host.forget(move)
+            elif self._blocks.get(move.key) == move.block:
+                self.retract(move.block)
+
     def release(self, blocks: Iterable[int]) -> None:
         """The caller's hold ends. Later blocks of a prompt should be evicted before earlier ones: they go in first."""
         for block in reversed(list(blocks)):
@@ -86,12 +166,14 @@ class PrefixCache:
                 self.pool.free(block)
 
     def clear(self) -> None:
-        """Forgets everything published; unheld blocks become free."""
+        """Forgets everything published, in host memory too; unheld blocks become free."""
+        self._host.clear()
         for block in list(self._keys):
             self.retract(block)
 
     def check(self) -> None:
         """Asserts the index and the pool agree."""
+        self._host.check()
         self.pool.check(self._unheld)
         assert len(self._blocks) == len(self._keys)
         assert all(self._blocks[key] == block for block, key in self._keys.items())

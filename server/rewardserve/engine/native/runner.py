@@ -1,5 +1,6 @@
 """BatchPlan -> raw scores: executes forwards. Knows nothing of requests, queues or caches."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -7,8 +8,8 @@ from rewardserve_kernels.workspace import Workspace
 
 from rewardserve.engine.native.batch import build_pack, build_rows
 from rewardserve.engine.native.graphs import Graphs
-from rewardserve.engine.native.sequence import BatchPlan
-from rewardserve.models.backbone import KVPool, Pack, rope_switch
+from rewardserve.engine.native.sequence import BatchPlan, Move
+from rewardserve.models.backbone import HostBlocks, KVPool, Pack, rope_switch
 from rewardserve.models.reward_model import RewardModel
 
 
@@ -26,6 +27,7 @@ class Runner(Protocol):
     """Prepares a forward while others run, then launches it. The two are called from different threads."""
 
     num_blocks: int  # 0: it has no prefix cache, plans hold whole sequences
+    num_host_slots: int  # blocks that host memory holds besides
 
     def prepare(self, plan: BatchPlan) -> object: ...
 
@@ -63,23 +65,41 @@ class _OnGpu:
         return self._scores.tolist()
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    pack: Pack
+    moves: tuple[Move, ...]
+
+
 class PackedRunner:
-    def __init__(self, model: RewardModel, pool: KVPool, num_blocks: int, graphs: Graphs | None = None) -> None:
+    def __init__(
+        self,
+        model: RewardModel,
+        pool: KVPool,
+        num_blocks: int,
+        graphs: Graphs | None = None,
+        host: HostBlocks | None = None,
+    ) -> None:
         """`num_blocks` of the pool are for plans; `graphs` take the forwards that are small enough for them."""
         self._model = model
         self._pool = pool
         self._graphs = graphs
+        self._host = host
         self.num_blocks = num_blocks
+        self.num_host_slots = 0 if host is None else host.num_slots
 
-    def prepare(self, plan: BatchPlan) -> Pack:
+    def prepare(self, plan: BatchPlan) -> "_Step":
         backbone = self._model.backbone
-        return build_pack(plan, backbone, for_gpu=backbone.device.type != "cpu")
+        return _Step(build_pack(plan, backbone, for_gpu=backbone.device.type != "cpu"), plan.moves)
 
     def launch(self, prepared: object) -> Launched:
-        assert isinstance(prepared, Pack)
-        scores = self._graphs.launch(prepared) if self._graphs is not None else None
+        assert isinstance(prepared, _Step)
+        for move in prepared.moves:
+            assert self._host is not None
+            (self._host.copy_out if move.out else self._host.copy_back)(move.block, move.slot)
+        scores = self._graphs.launch(prepared.pack) if self._graphs is not None else None
         if scores is None:
-            scores = self._model.score_packed(prepared, self._pool)
+            scores = self._model.score_packed(prepared.pack, self._pool)
         return _OnGpu(scores) if scores.is_cuda else Done(scores.tolist())
 
     @property
@@ -91,7 +111,7 @@ class PackedRunner:
 class PaddedRunner:
     """The fallback: whole sequences sorted by length, padded within batches of `max_batch_tokens`."""
 
-    num_blocks = 0
+    num_blocks = num_host_slots = 0
 
     def __init__(self, model: RewardModel, max_batch_tokens: int) -> None:
         self._model = model

@@ -153,7 +153,8 @@ class Scheduler:
         self._settle(filling)
         if not filling.chunks:
             return None
-        plan = BatchPlan(tuple(filling.chunks), tuple(filling.published), filling.num_cached_tokens)
+        moves = self._cache.take_moves() if self._cache is not None else ()
+        plan = BatchPlan(tuple(filling.chunks), tuple(filling.published), filling.num_cached_tokens, moves)
         self._outstanding.append(plan)
         return plan
 
@@ -338,6 +339,7 @@ class Scheduler:
         if self._cache is not None:
             for block in {block for plan in plans for block in plan.published}:
                 self._cache.retract(block)
+            self._cache.undo(move for plan in plans for move in plan.moves)
         for group in touched.values():
             if self._cache is not None:
                 self._cache.release(self._leave_started(group))

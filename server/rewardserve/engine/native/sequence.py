@@ -95,12 +95,23 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class Move:
+    """One block's contents between the pool and a slot in host memory."""
+
+    key: bytes  # of the prompt's beginning that ends in it
+    block: int
+    slot: int
+    out: bool  # of the pool, into host memory
+
+
+@dataclass(frozen=True, slots=True)
 class BatchPlan:
     """One forward."""
 
     chunks: tuple[Chunk, ...]
     published: tuple[int, ...]  # blocks others may already rely on; retracted if the forward fails
     num_cached_tokens: int  # prompt tokens it need not compute
+    moves: tuple[Move, ...] = ()  # in this order, before the forward
 
     @property
     def num_tokens(self) -> int:
