@@ -132,7 +132,7 @@ class FixedPlan:
     """A plan whose buffer stays where it is, for a CUDA graph: tiles it does not use do nothing.
 
     Capture with it, and before each replay `fill` it on the stream of the replay. Rows of the result that no tile
-    covers are left as they are.
+    covers are not written, and hold anything.
     """
 
     def __init__(self, num_rows: int, max_tiles: int, max_blocks: int, device: torch.device, window: int = 0) -> None:
@@ -167,7 +167,8 @@ def plan_attention(
     segments: Sequence[Segment], dtype: torch.dtype, device: torch.device, window: int = 0, last_rows_only: bool = False
 ) -> Plan:
     """As chunked.plan_attention; the precision does not matter."""
-    pieces, blocks = [], []
+    pieces: list[tuple[int, ...]] = []
+    blocks: list[int] = []
     tables: dict[tuple[int, ...], int] = {}
     row = 0
     for segment in segments:
@@ -303,7 +304,8 @@ def _padded(head_size: int) -> int:
     return max(16, triton.next_power_of_2(head_size))
 
 
-@triton.jit
+# Plans lie where there is room in a copy; aligned or not must not make two kernels of it, one compiled while serving.
+@triton.jit(do_not_specialize_on_alignment=["work"])
 def attend_tile(
     q,  # [heads, rows, HEAD_SIZE], by strides
     k,  # [KV_HEADS, rows, HEAD_SIZE], by strides
@@ -368,7 +370,7 @@ def attend_tile(
         first = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
     all_stored = num_stored // BLOCK_N * BLOCK_N  # of the blocks before, every key is stored
     all_seen = (position + 1) // BLOCK_N * BLOCK_N  # and every row sees every key, but for the window
-    # One loop would do, the last. The others are spared what their blocks do not need: 32 % and 18 % of its
+    # One loop would do, the last. The others are spared what their blocks do not need: 32 % and 17 % of its
     # instructions (sm_90, head size 128).
     for begin in range(first, all_stored, BLOCK_N):
         top, total, sums = _add_block(

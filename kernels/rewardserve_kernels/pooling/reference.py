@@ -109,28 +109,28 @@ def check_arguments(
 ) -> None:
     """Raises ValueError where `pool_head` does. Reads no values: that would wait for the device."""
     num_spans, heads, hidden_size = len(spans), len(head_weight), hidden.shape[-1]
-    shapes = [("spans", spans, (num_spans, 2)), ("head_weight", head_weight, (heads, hidden_size))]
-    shapes += [("head_bias", head_bias, (heads,)), ("sums", sums, (num_spans, hidden_size))]
-    if norm is not None:
-        shapes += [("norm.weight", norm.weight, (hidden_size,)), ("norm.bias", norm.bias, (hidden_size,))]
-        if norm.bias is not None and norm.kind is not NormKind.LAYER:
-            raise ValueError("an RMS norm has no bias")
-    if before is not None:
-        shapes += [
-            ("before.sums", before.sums, (num_spans, hidden_size)),
-            ("before.counts", before.counts, (num_spans,)),
-        ]
-    for name, tensor, shape in shapes:
-        if tensor is not None and tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)} instead of {list(shape)}")
     if hidden.dim() != 2 or (hidden_size > 1 and hidden.stride(1) != 1):
         raise ValueError("hidden is not [rows, hidden_size] with a contiguous last axis")
-    integers = [("spans", spans)] + ([] if before is None else [("before.counts", before.counts)])
-    if wrong := [name for name, tensor in integers if tensor.dtype != torch.int32]:
-        raise ValueError(f"{wrong[0]} is not int32")
-    floats = [("sums", sums)] + ([] if before is None else [("before.sums", before.sums)])
-    for name, tensor in floats:
-        if tensor is not None and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
+    meant: list[tuple[str, torch.Tensor | None, tuple[int, ...]]] = [
+        ("spans", spans, (num_spans, 2)),
+        ("head_weight", head_weight, (heads, hidden_size)),
+        ("head_bias", head_bias, (heads,)),
+        ("norm.weight", None if norm is None else norm.weight, (hidden_size,)),
+        ("norm.bias", None if norm is None else norm.bias, (hidden_size,)),
+        ("before.sums", None if before is None else before.sums, (num_spans, hidden_size)),
+        ("before.counts", None if before is None else before.counts, (num_spans,)),
+        ("sums", sums, (num_spans, hidden_size)),
+    ]
+    for name, tensor, shape in meant:
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)} instead of {list(shape)}")
+        if name in ("spans", "before.counts") and tensor.dtype != torch.int32:
+            raise ValueError(f"{name} is not int32")
+        if name in ("sums", "before.sums") and (tensor.dtype != torch.float32 or not tensor.is_contiguous()):
             raise ValueError(f"{name} is not fp32 and contiguous")
+    if norm is not None and norm.bias is not None and norm.kind is not NormKind.LAYER:
+        raise ValueError("an RMS norm has no bias")
     if pooling is Pooling.LAST and (before is not None or sums is not None):
         raise ValueError("the last row alone has no sums, before or after")

@@ -74,7 +74,8 @@ def compiler_options(hidden_size: int) -> dict[str, Any]:
     return {"num_warps": 4 if hidden_size <= 1024 else 8 if hidden_size <= 8192 else 16, "enable_fp_fusion": False}
 
 
-@triton.jit
+# Spans lie where there is room in a copy; aligned or not must not make two kernels of it, one compiled while serving.
+@triton.jit(do_not_specialize_on_alignment=["spans", "counts_before"])
 def pool_span(
     hidden,  # [rows, HIDDEN_SIZE], rows by stride
     spans,  # [spans, 2]
