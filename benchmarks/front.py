@@ -151,7 +151,7 @@ def _be_child(arguments: list[str]) -> None:
     from rewardserve.engine.native.sequence import BatchPlan
 
     class NullRunner:
-        num_blocks = 16_384
+        num_blocks, num_host_slots = 16_384, 0
 
         def prepare(self, plan: BatchPlan) -> object:
             return plan
