@@ -126,7 +126,8 @@ async def test_a_prompt_that_came_back_gives_the_same_scores_and_costs_no_tokens
 ) -> None:
     monkeypatch.setattr(load, "MAX_BLOCKS", 8)
     groups: list[IdGroup] = [
-        ([(seed * 31 + i) % VOCAB_SIZE for i in range(280)], [list(range(10, 10 + n)) for n in (7, 40)]) for seed in range(5)
+        ([(seed * 31 + i) % VOCAB_SIZE for i in range(280)], [list(range(10, 10 + n)) for n in (7, 40)])
+        for seed in range(5)
     ]
     wanted = padded_scores(checkpoint, joined(groups), torch.float32)
     async with native(checkpoint, host_cache_bytes=64 << 20) as scorer:
