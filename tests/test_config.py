@@ -288,6 +288,12 @@ def test_log_text_logs_every_request_unless_told_otherwise(file, monkeypatch: py
         (["--model=a=/x", "--log-text", "--log-level=error"], "--log-level error"),
         (["--model=a=/x", "--path=padded", "--compile=on"], "--compile on"),
         (["--model=a=/x", "--path=padded", "--quantize=int8"], "--quantize"),
+        (["--model=a=/x", "--engine=vllm", "--path=packed"], "--engine vllm means vllm, which has no --path packed"),
+        (["--model=a=/x", "--engine=vllm", "--quantize=int8"], "which has no --quantize int8"),
+        (["--model=a=/x", "--engine=vllm", "--no-cuda-graphs"], "which has no --cuda-graphs"),
+        (["--model=a=/x", "--engine=native", "--tensor-parallel=2"], "--tensor-parallel 2 .* no --engine native"),
+        (["--model=a=/x", "--vllm-quantization=fp8", "--quantize=fp8"], "--vllm-quantization fp8 .* no --quantize fp8"),
+        (["--model=a=/x", "--tensor-parallel=2", "--device=cuda:1"], "not --device cuda:1"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments: list[str], said: str) -> None:
@@ -297,7 +303,13 @@ def test_options_that_do_not_go_together_are_refused(arguments: list[str], said:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--model=a=/x"], ["--allow-model-control"], ["--model=a=/x", "--port=0", "--metrics-port=0", "--log-text"]],
+    [
+        ["--model=a=/x"],
+        ["--allow-model-control"],
+        ["--model=a=/x", "--port=0", "--metrics-port=0", "--log-text"],
+        ["--model=a=/x", "--engine=vllm", "--tensor-parallel=2", "--vllm-quantization=fp8", "--device=cuda"],
+        ["--model=a=/x", "--engine=native", "--quantize=int8", "--no-cuda-graphs"],
+    ],
 )
 def test_options_that_go_together_are_taken(arguments: list[str]) -> None:
     load_config(arguments).check()

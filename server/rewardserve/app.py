@@ -18,9 +18,11 @@ from grpc_reflection.v1alpha import reflection
 
 from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine
+from rewardserve.engine.choice import Wish, choose
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.process import EngineProcess
 from rewardserve.engine.replicas import Replicas
+from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.metrics import Metrics
 from rewardserve.service.admission import Limits
 from rewardserve.service.registry import LiveModel, Registry
@@ -48,6 +50,23 @@ def native_options(config: ServeConfig, source: str, dtype: str) -> NativeOption
         cuda_graphs=config.cuda_graphs,
         quantize=config.quantize,
         path=config.path,
+        num_threads=config.threads,
+    )
+
+
+def vllm_options(config: ServeConfig, source: str, dtype: str, reason: str) -> VllmOptions:
+    return VllmOptions(
+        source=source,
+        reason=reason,
+        dtype=config.dtype if dtype == "auto" else dtype,
+        device=config.device,
+        max_length=config.max_length,
+        max_batch_tokens=config.max_batch_tokens,
+        max_batch_sequences=config.max_batch_sequences,
+        prefix_cache_bytes=config.prefix_cache_mb << 20,
+        compile=config.compile,
+        quantization=config.vllm_quantization,
+        tensor_parallel=config.tensor_parallel,
         num_threads=config.threads,
     )
 
@@ -138,7 +157,15 @@ class App:
 
     def _make_engine(self, name: str, source: str, dtype: str) -> Engine:
         config = self._config
-        options = native_options(config, source, dtype)
+        wish = Wish(config.engine, config.tensor_parallel, config.vllm_quantization, config.path, config.quantize)
+        return choose(
+            wish,
+            native=lambda: self._on_devices(native_options(config, source, dtype), name),
+            vllm=lambda reason: self._on_devices(vllm_options(config, source, dtype, reason), name),
+        )
+
+    def _on_devices(self, options: NativeOptions | VllmOptions, name: str) -> Engine:
+        config = self._config
         devices = config.device.split(",")
         if len(devices) == 1:
             return self._engine_process(options, name)
@@ -150,7 +177,7 @@ class App:
             ]
         )
 
-    def _engine_process(self, options: NativeOptions, name: str) -> EngineProcess:
+    def _engine_process(self, options: NativeOptions | VllmOptions, name: str) -> EngineProcess:
         config = self._config
         return EngineProcess(options, name, config.stall_timeout_s, config.log_format, config.log_level)
 

@@ -11,6 +11,12 @@ from rewardserve.types import is_model_name
 
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 DEVICES = r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$"
+# Of the native engine, and heeded only if vLLM is not asked for.
+NATIVE_SWITCHES = {
+    "--batch-invariant": "batch_invariant",
+    "--cuda-graphs": "cuda_graphs",
+    "--host-cache-mb": "host_cache_mb",
+}
 MAX_THREADS = 4096  # more is a slip of the finger, and ends in a crash of torch
 
 
@@ -25,6 +31,17 @@ class ServeConfig(Options):
     port: int = Field(default=50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
     metrics_port: int = Field(default=9090, ge=-1, le=65535, description="Prometheus port; 0 picks one, -1 is none")
 
+    engine: Literal["auto", "native", "vllm"] = Field(
+        default="auto",
+        description="auto: native or, for a checkpoint it cannot load, vllm if that is installed",
+    )
+    tensor_parallel: int = Field(
+        default=1, ge=1, le=1024, description="GPUs one model is spread over; from 2 on it is served by vllm"
+    )
+    vllm_quantization: str = Field(
+        default="",
+        description="vllm's method for weights, such as fp8; a checkpoint that is quantized already needs no naming",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="precision of the backbone; auto is the checkpoint's own"
     )
@@ -46,22 +63,23 @@ class ServeConfig(Options):
     host_cache_mb: int = Field(
         default=0,
         ge=0,
-        description="host memory for prompts that leave the GPU's prefix cache; pays from 4B parameters on, where "
-        "copying one back is faster than computing it",
+        description="host memory for prompts that leave the prefix cache; pays on a GPU, from 4B parameters on",
     )
     batch_invariant: bool = Field(
-        default=True, description="on a GPU: a pair has the same score, to the bit, whatever is computed beside it"
+        default=True,
+        description="on a GPU, native engine: a pair has the same score, to the bit, whatever is computed beside it",
     )
     cuda_graphs: bool = Field(
-        default=True, description="replay forwards of up to 2048 tokens as CUDA graphs, for models up to 5B parameters"
+        default=True,
+        description="native engine: replay forwards of up to 2048 tokens as CUDA graphs, for models up to 5B",
     )
     quantize: Literal["", "int8", "fp8"] = Field(
         default="",
-        description="8-bit weights and activations, faster and less exact: int8 on a CPU, fp8 on a GPU (8.9 and later)",
+        description="native engine: 8-bit weights and activations, less exact: int8 on a CPU, fp8 on a GPU (8.9 on)",
     )
     path: Literal["auto", "packed", "padded"] = Field(
         default="auto",
-        description="packed refuses models that cannot be packed; padded serves all by plain Hugging Face",
+        description="native engine: packed refuses what cannot be packed; padded serves all by plain Hugging Face",
     )
     threads: int = Field(
         default=0,
@@ -109,9 +127,31 @@ class ServeConfig(Options):
             self.path != "padded" or self.compile != "on", "--compile on needs the packed path, not --path padded"
         )
         self.require(self.path != "padded" or not self.quantize, "--quantize needs the packed path, not --path padded")
+        self._check_engine()
         self.require(
             not self.log_requests or self.log_level in ("debug", "info"),
             f"requests are logged at level info, which --log-level {self.log_level} leaves out",
+        )
+
+    def _check_engine(self) -> None:
+        """What an engine would not heed is not to be asked of it."""
+        of_vllm = [f"--tensor-parallel {self.tensor_parallel}"] if self.tensor_parallel > 1 else []
+        of_vllm += [f"--vllm-quantization {self.vllm_quantization}"] if self.vllm_quantization else []
+        of_native = [f"--quantize {self.quantize}"] if self.quantize else []
+        of_native += [f"--path {self.path}"] if self.path != "auto" else []
+        of_native += [flag for flag, field in NATIVE_SWITCHES.items() if field in self.model_fields_set]
+        if self.engine == "vllm":
+            of_vllm.append("--engine vllm")
+        if self.engine == "native":
+            of_native.append("--engine native")
+        both = bool(of_vllm and of_native)
+        self.require(
+            not both, f"{(of_vllm or [''])[0]} means vllm, which has no {(of_native or [''])[0]}; leave out one of them"
+        )
+        self.require(
+            self.tensor_parallel == 1 or not set(":,") & set(self.device),
+            f"--tensor-parallel {self.tensor_parallel} takes that many GPUs by itself, not --device {self.device}; "
+            "give --device cuda, and choose among GPUs with CUDA_VISIBLE_DEVICES",
         )
 
     @property

@@ -132,8 +132,9 @@ def _cells(model: ModelInfo) -> list[Text]:
 
 
 def _remarks(model: ModelInfo) -> list[str]:
-    padded = [f"padded, and so slower: {model.path_reason}"] if model.path_reason else []
-    return [*padded, *([f"{model.state}: {model.message}"] if model.message else [])]
+    kind = {"padded": "padded, and so slower", "vllm": "by vLLM"}.get(model.path, model.path)
+    reason = [f"{kind}: {model.path_reason}"] if model.path_reason else []
+    return [*reason, *([f"{model.state}: {model.message}"] if model.message else [])]
 
 
 def _details(model: ModelInfo) -> Table:

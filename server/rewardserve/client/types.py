@@ -175,7 +175,7 @@ class ModelInfo:
     message: str = ""
     source: str = ""
     architecture: str = ""
-    path: str = "unspecified"  # "packed" or "padded"; `path_reason` says why padded
+    path: str = "unspecified"  # "packed", "padded" or "vllm"; `path_reason` says why not packed
     path_reason: str = ""
     dtype: str = ""
     device: str = ""

@@ -45,12 +45,21 @@ class EngineResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """The one end of every request: a result, or None when it was dropped (expired or cancelled)."""
+
+    request_id: str
+    result: EngineResult | None
+    expired: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class EngineInfo:
     """What was loaded."""
 
     version: str
     architecture: str
-    path: str  # "packed" or "padded"
+    path: str  # "packed" or "padded", both of the native engine, or "vllm"
     path_reason: str
     dtype: str
     device: str

@@ -1,5 +1,10 @@
-"""The engine's process: `python -m rewardserve.engine.child`, started by engine/process.py and by nobody else."""
+"""The engine's process: `python -m rewardserve.engine.child`, started by engine/process.py and by nobody else.
 
+Which engine runs in it is said by the command line. Its modules are imported when it is known: the processes that vLLM
+starts import this one again.
+"""
+
+import contextlib
 import json
 import os
 import shutil
@@ -8,10 +13,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import msgspec
+import psutil
 import zmq
 
+from rewardserve.engine.base import BatchReport, EngineInfo, EngineRequest, Outcome
 from rewardserve.engine.messages import (
     POISONED_EXIT,
     Batch,
@@ -25,23 +34,45 @@ from rewardserve.engine.messages import (
     ToChild,
     ToParent,
 )
-from rewardserve.engine.native.engine import EngineLoop
-from rewardserve.engine.native.load import Loaded, load_runner
 from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.errors import LoadFailed
 from rewardserve.logs import set_up_logging
 
+if TYPE_CHECKING:
+    from rewardserve.engine.native.load import Loaded
+
 LOADING_INTERVAL_S = 2.0
+DESCENDANTS_END_S = 5.0
+
+
+class Loop(Protocol):
+    """An engine on threads of its own. `submit` and `cancel` may be called from any thread."""
+
+    def start(self) -> EngineInfo:
+        """Blocks until the model is loaded. Raises LoadFailed."""
+
+    def submit(self, request: EngineRequest) -> None: ...
+
+    def cancel(self, request_id: str) -> None: ...
+
+
+class MakeLoop(Protocol):
+    def __call__(
+        self,
+        *,
+        on_outcome: Callable[[Outcome], None],
+        on_batch: Callable[[BatchReport], None],
+        on_info: Callable[[EngineInfo], None],
+        on_poisoned: Callable[[str], None],
+    ) -> Loop: ...
 
 
 class Child:
     """Receives on the main thread; the engine's threads send, one at a time."""
 
-    def __init__(
-        self, folder: str, options: NativeOptions, load: Callable[[NativeOptions], Loaded] = load_runner
-    ) -> None:
-        self._options = options
-        self._load = load
+    def __init__(self, folder: str, make_loop: MakeLoop) -> None:
+        self._make_loop = make_loop
         self._encoder_lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
         context = zmq.Context()
@@ -52,9 +83,7 @@ class Child:
         self._outbox.connect(f"ipc://{folder}/out")
 
     def run(self) -> None:
-        loop = EngineLoop(
-            lambda: self._load(self._options),
-            self._options.max_batch_sequences,
+        loop = self._make_loop(
             on_outcome=lambda outcome: self._send(Done(outcome.request_id, outcome.result, outcome.expired)),
             on_batch=lambda report: self._send(Batch(report)),
             on_info=lambda info: self._send(Ready(info)),
@@ -79,7 +108,7 @@ class Child:
                 case Cancel(request_id):
                     loop.cancel(request_id)
                 case Stop():
-                    os._exit(0)  # nothing is left to lose, and unwinding torch takes seconds
+                    _leave()
 
     def _say_loading(self, loaded: threading.Event) -> None:
         while not loaded.wait(LOADING_INTERVAL_S):
@@ -95,17 +124,57 @@ def _exit_with_parent(parent: int, folder: str) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     shutil.rmtree(folder, ignore_errors=True)
+    _leave()
+
+
+def _leave() -> NoReturn:
+    """At once: nothing is left to lose, and unwinding torch takes seconds.
+
+    vLLM's processes would stay, so they go first.
+    """
+    processes = [p for p in psutil.Process().children(recursive=True) if not _ends_by_itself(p)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, left = psutil.wait_procs(processes, DESCENDANTS_END_S)
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     os._exit(0)
 
 
-def main(load: Callable[[NativeOptions], Loaded] = load_runner) -> None:
-    """`load` makes the runner; a benchmark of all but the model brings its own."""
+def _ends_by_itself(process: psutil.Process) -> bool:
+    """It removes the shared memory that others leave behind, when all of them are gone."""
+    try:
+        return "multiprocessing.resource_tracker" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _native(options: dict[str, Any], load: "Callable[[NativeOptions], Loaded] | None") -> MakeLoop:
+    from rewardserve.engine.native.engine import EngineLoop
+    from rewardserve.engine.native.load import load_runner
+
+    native = NativeOptions(**options)
+    return partial(EngineLoop, partial(load or load_runner, native), native.max_batch_sequences)
+
+
+def _vllm(options: dict[str, Any]) -> MakeLoop:
+    from rewardserve.engine.vllm_engine import VllmLoop
+    from rewardserve.engine.vllm_load import load
+
+    return partial(VllmLoop, partial(load, VllmOptions(**options)))
+
+
+def main(load: "Callable[[NativeOptions], Loaded] | None" = None) -> None:
+    """`load` makes the native engine's runner; a benchmark of all but the model brings its own."""
     for number in (signal.SIGINT, signal.SIGTERM):  # they are the front's to handle: it drains first
         signal.signal(number, signal.SIG_IGN)
-    folder, parent, options, log_format, log_level, name = sys.argv[1:]
+    folder, parent, engine, text, log_format, log_level, name = sys.argv[1:]
     threading.Thread(target=_exit_with_parent, args=(int(parent), folder), daemon=True).start()
     set_up_logging(log_format, log_level, f"engine[{name}]")
-    Child(folder, NativeOptions(**json.loads(options)), load).run()
+    options = json.loads(text)
+    Child(folder, _vllm(options) if engine == VllmOptions.engine else _native(options, load)).run()
 
 
 if __name__ == "__main__":

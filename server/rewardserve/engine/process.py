@@ -1,4 +1,4 @@
-"""A native engine in a child process, and its supervisor.
+"""An engine in a child process, and its supervisor.
 
 The front never runs the model: a CUDA fault poisons its process and only a restart heals it, and two busy Python
 programs should not share one interpreter lock. The supervisor restarts a child that died and hands it once more what
@@ -37,6 +37,7 @@ from rewardserve.engine.messages import (
     ToParent,
 )
 from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.errors import DeadlineExceeded, EngineDied, LoadFailed, RewardServeError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 RESTART_WINDOW_S = 300.0
 RETRY_SEND_S = 0.01
 MESSAGES_AT_ONCE = 64
+DESCENDANTS_END_S = 5.0
 
 
 @dataclass(slots=True, eq=False)
@@ -60,7 +62,7 @@ class EngineProcess:
 
     def __init__(
         self,
-        options: NativeOptions,
+        options: NativeOptions | VllmOptions,
         name: str,
         stall_timeout_s: float = 600.0,
         log_format: str = "text",
@@ -282,7 +284,9 @@ class _Child:
         self._loop.add_reader(self._from_child.FD, self._on_readable)
 
     @classmethod
-    async def spawn(cls, program: Sequence[str], options: NativeOptions, log_options: Sequence[str]) -> "_Child":
+    async def spawn(
+        cls, program: Sequence[str], options: NativeOptions | VllmOptions, log_options: Sequence[str]
+    ) -> "_Child":
         folder = tempfile.mkdtemp(prefix="rewardserve-")
         context = zmq.Context.instance()
         sockets = tuple(context.socket(kind) for kind in (zmq.PUSH, zmq.PULL))
@@ -291,8 +295,10 @@ class _Child:
                 socket.setsockopt(zmq.LINGER, 0)
                 socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
                 socket.bind(f"ipc://{folder}/{name}")
-            command = (*program, folder, str(os.getpid()), json.dumps(asdict(options)), *log_options)
-            process = await asyncio.create_subprocess_exec(*command)
+            said = (options.engine, json.dumps(asdict(options)), *log_options)
+            command = (*program, folder, str(os.getpid()), *said)
+            # A session of its own: processes it starts can be found when it is dead, and a terminal's Ctrl-C ends none.
+            process = await asyncio.create_subprocess_exec(*command, start_new_session=True)
         except BaseException:  # cancelled, too: a model may be unloaded while its engine is restarted
             for socket in sockets:
                 socket.close()
@@ -373,12 +379,31 @@ class _Child:
             with contextlib.suppress(ProcessLookupError):
                 self.process.kill()
             await self.process.wait()
+        await _end_session(self.process.pid)
         self._to_child.close()
         self._from_child.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
+async def _end_session(leader: int) -> None:
+    """Of a leader that is dead: vLLM's processes outlive it, and would hold the device that the next one needs.
+
+    They are asked first, for then they remove what they shared.
+    """
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + DESCENDANTS_END_S
+        try:
+            os.killpg(leader, number)
+            while time.monotonic() < deadline:
+                os.killpg(leader, 0)
+                await asyncio.sleep(0.05)
+        except ProcessLookupError:  # nobody is left
+            return
+
+
 def _cause(code: int) -> str:
     if code < 0:
         return f"was killed by {signal.Signals(-code).name}"
-    return "ended because its device cannot go on" if code == POISONED_EXIT else f"ended with exit code {code}"
+    if code == POISONED_EXIT:
+        return "ended because its device, or a process of its own, cannot go on"
+    return f"ended with exit code {code}"

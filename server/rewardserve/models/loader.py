@@ -1,9 +1,10 @@
 """Checkpoint -> reward model on a device."""
 
 import logging
+from typing import Any
 
 import torch
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
@@ -40,17 +41,33 @@ def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dty
 
 def load(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RewardModel:
     """Raises LoadFailed if a weight of the backbone is missing: transformers would make one up."""
+    module = _read_backbone(spec, dtype=dtype)
+    module = module.to(device).eval().requires_grad_(False)
+    bias = None if spec.head_bias is None else spec.head_bias.to(device)
+    return RewardModel(Backbone(module), spec.head_weight.to(device), bias)
+
+
+def count_parameters(spec: ModelSpec) -> int:
+    """Of the model that `load` would load, without reading a weight. Raises LoadFailed as `load` does.
+
+    For engines that load by themselves: not all refuse a checkpoint from which a weight is missing.
+    """
+    module = _read_backbone(spec, device_map="meta")
+    return sum(p.numel() for p in module.parameters()) + spec.head_weight.numel()
+
+
+def _read_backbone(spec: ModelSpec, **options: Any) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()  # what is missing or not used we say ourselves
     transformers_logging.disable_progress_bar()
     try:
         module, info = AutoModel.from_pretrained(
             spec.folder,
             config=spec.config,
-            dtype=dtype,
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
+            **options,
         )
     except Exception as error:  # what a config describes may not be buildable, in as many ways
         raise LoadFailed(
@@ -62,6 +79,4 @@ def load(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RewardMod
     ignored = sorted(set(info["unexpected_keys"]) - {HEAD_WEIGHT, HEAD_BIAS})
     if ignored:
         log.warning("%d weights of the checkpoint are not used: %s", len(ignored), ", ".join(ignored[:10]))
-    module = module.to(device).eval().requires_grad_(False)
-    bias = None if spec.head_bias is None else spec.head_bias.to(device)
-    return RewardModel(Backbone(module), spec.head_weight.to(device), bias)
+    return module

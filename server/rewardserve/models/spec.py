@@ -68,10 +68,15 @@ def resolve_folder(source: str) -> Path:
         raise LoadFailed(f"{source}: not a local folder, and the hub could not provide it: {reason}") from error
 
 
-def read_spec(source: str) -> ModelSpec:
-    """Raises LoadFailed, saying what is missing, if `source` is not a checkpoint this engine can serve."""
+def read_spec(source: str, any_quantization: bool = False) -> ModelSpec:
+    """Raises LoadFailed, saying what is missing, if `source` is not a checkpoint that can be served.
+
+    `any_quantization`: also one that transformers does not know.
+    """
     folder = resolve_folder(source)
     config = _read_config(folder)
+    if not any_quantization:
+        _check_quantization(folder, config)
     files = _weight_files(folder)
     where = {key: file for file in files for key in _keys(file)}
     head_weight, head_bias, stored_dtype = _read_head(where, config, folder)
@@ -97,15 +102,18 @@ def _read_config(folder: Path) -> PreTrainedConfig:
         )  # said, or transformers asks on the terminal
     except Exception as error:  # a config can be wrong in as many ways as it has keys
         raise LoadFailed(f"{folder}/config.json: {first_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise LoadFailed(f"{folder}: an encoder-decoder model; only decoders with a scalar head can be served")
+    return config
+
+
+def _check_quantization(folder: Path, config: PreTrainedConfig) -> None:
     quantization = getattr(config, "quantization_config", None)
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
     if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         raise LoadFailed(
             f"{folder}/config.json: quantization method '{method}' is unknown; its weights would be misread"
         )
-    if config.is_encoder_decoder:
-        raise LoadFailed(f"{folder}: an encoder-decoder model; only decoders with a scalar head can be served")
-    return config
 
 
 def _weight_files(folder: Path) -> tuple[Path, ...]:

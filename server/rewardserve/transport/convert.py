@@ -37,7 +37,11 @@ STATES = {
     ModelState.DRAINING: models_pb2.MODEL_STATE_DRAINING,
     ModelState.FAILED: models_pb2.MODEL_STATE_FAILED,
 }
-PATHS = {"packed": models_pb2.EXECUTION_PATH_PACKED, "padded": models_pb2.EXECUTION_PATH_PADDED}
+PATHS = {
+    "packed": models_pb2.EXECUTION_PATH_PACKED,
+    "padded": models_pb2.EXECUTION_PATH_PADDED,
+    "vllm": models_pb2.EXECUTION_PATH_VLLM,
+}
 
 
 def score_request(message: scoring_pb2.ScoreRequest, deadline: float | None, client: str) -> ScoreRequest:

@@ -21,6 +21,7 @@ class ExecutionPath(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     EXECUTION_PATH_UNSPECIFIED: _ClassVar[ExecutionPath]
     EXECUTION_PATH_PACKED: _ClassVar[ExecutionPath]
     EXECUTION_PATH_PADDED: _ClassVar[ExecutionPath]
+    EXECUTION_PATH_VLLM: _ClassVar[ExecutionPath]
 MODEL_STATE_UNSPECIFIED: ModelState
 MODEL_STATE_LOADING: ModelState
 MODEL_STATE_SERVING: ModelState
@@ -30,6 +31,7 @@ MODEL_STATE_FAILED: ModelState
 EXECUTION_PATH_UNSPECIFIED: ExecutionPath
 EXECUTION_PATH_PACKED: ExecutionPath
 EXECUTION_PATH_PADDED: ExecutionPath
+EXECUTION_PATH_VLLM: ExecutionPath
 
 class Model(_message.Message):
     __slots__ = ("name", "version", "state", "message", "source", "architecture", "path", "path_reason", "dtype", "device", "num_parameters", "max_length", "vocab_size", "has_tokenizer", "has_chat_template", "prompt_tokenized_once", "canary_error", "num_restarts", "prefix_cache_tokens")

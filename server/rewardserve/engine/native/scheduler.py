@@ -15,20 +15,11 @@ from dataclasses import dataclass, field
 
 from rewardserve_kernels.ragged import BLOCK_TOKENS, ceil_block, floor_block
 
-from rewardserve.engine.base import EngineGroup, EngineItem, EngineRequest, EngineResult
+from rewardserve.engine.base import EngineGroup, EngineItem, EngineRequest, EngineResult, Outcome
 from rewardserve.engine.native.fair_queue import FairQueue
 from rewardserve.engine.native.prefix_cache import PrefixCache, block_keys
 from rewardserve.engine.native.sequence import BatchPlan, Chunk, Group, Sequence, Status
 from rewardserve.types import ItemCode, ItemFailure
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """The one end of every request: a result, or None when it was dropped (expired or cancelled)."""
-
-    request_id: str
-    result: EngineResult | None
-    expired: bool = False
 
 
 @dataclass(slots=True, eq=False)

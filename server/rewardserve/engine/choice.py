@@ -1,0 +1,84 @@
+"""Which engine serves a checkpoint: decided here, and nowhere else.
+
+What only one engine can do names that engine. Where nothing does, the native engine is tried first, for it is exact and
+shares prompts; what it cannot load, vLLM is given, if it is installed. Loads neither.
+"""
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rewardserve.engine.base import Engine, EngineInfo, EngineListener, EngineRequest, EngineResult
+from rewardserve.errors import LoadFailed, Unavailable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the server's options say about it."""
+
+    engine: str = "auto"  # auto, native, vllm
+    tensor_parallel: int = 1
+    vllm_quantization: str = ""
+    path: str = "auto"  # of the native engine
+    quantize: str = ""  # by the native engine
+
+
+def choose(wish: Wish, native: Callable[[], Engine], vllm: Callable[[str], Engine]) -> Engine:
+    """`vllm` is given the reason for it, which is shown with the model."""
+    if wish.engine == "vllm":
+        return vllm("asked for")
+    if wish.engine == "native" or wish.quantize or wish.path != "auto":
+        return native()
+    if wish.tensor_parallel > 1:
+        return vllm(f"tensor_parallel = {wish.tensor_parallel}")
+    if wish.vllm_quantization:
+        return vllm(f"vllm_quantization = {wish.vllm_quantization}")
+    return NativeElseVllm(native(), vllm)
+
+
+def is_vllm_installed() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+class NativeElseVllm:
+    """The Engine protocol: the native engine or, for a checkpoint that it cannot load, vLLM."""
+
+    def __init__(
+        self, native: Engine, vllm: Callable[[str], Engine], is_installed: Callable[[], bool] = is_vllm_installed
+    ) -> None:
+        self._engine: Engine | None = native
+        self._vllm = vllm
+        self._is_installed = is_installed
+
+    async def start(self, listener: EngineListener) -> EngineInfo:
+        assert self._engine is not None
+        try:
+            return await self._engine.start(listener)
+        except LoadFailed as refusal:
+            if not self._is_installed():
+                raise
+            log.warning("the native engine cannot load it, trying vLLM: %s", refusal)
+            await self._engine.stop()
+            self._engine = self._vllm(f"the native engine cannot load it: {refusal}")
+            return await self._start_vllm(self._engine, listener, refusal)
+
+    async def _start_vllm(self, engine: Engine, listener: EngineListener, refusal: LoadFailed) -> EngineInfo:
+        try:
+            return await engine.start(listener)
+        except LoadFailed as error:
+            if str(error) == str(refusal):  # what is wrong is the checkpoint
+                raise
+            raise LoadFailed(f"{refusal}; nor can vLLM: {error}") from error
+
+    async def score(self, request: EngineRequest) -> EngineResult:
+        if self._engine is None:
+            raise Unavailable("the engine was stopped")
+        return await self._engine.score(request)
+
+    async def stop(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            await engine.stop()

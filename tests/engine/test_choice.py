@@ -1,0 +1,75 @@
+"""Which engine serves a checkpoint."""
+
+import dataclasses
+
+import pytest
+from rewardserve.engine.base import EngineInfo, EngineListener
+from rewardserve.engine.choice import NativeElseVllm, Wish, choose
+from rewardserve.engine.fake import FakeEngine
+from rewardserve.errors import LoadFailed
+
+INFO = EngineInfo("v", "A", "packed", "", "float32", "cpu", 1, 100, 1000, 0.0, 0)
+
+
+class Refusing(FakeEngine):
+    def __init__(self, reason: str) -> None:
+        super().__init__(INFO)
+        self.reason, self.stopped = reason, False
+
+    async def start(self, listener):
+        raise LoadFailed(self.reason)
+
+    async def stop(self):
+        self.stopped = True
+
+
+def vllm(reason: str) -> FakeEngine:
+    return FakeEngine(dataclasses.replace(INFO, path="vllm", path_reason=reason))
+
+
+@pytest.mark.parametrize(
+    ("wish", "path", "reason"),
+    [
+        (Wish(), "packed", ""),
+        (Wish("native"), "packed", ""),
+        (Wish("vllm"), "vllm", "asked for"),
+        (Wish(tensor_parallel=2), "vllm", "tensor_parallel = 2"),
+        (Wish(vllm_quantization="fp8"), "vllm", "vllm_quantization = fp8"),
+        (Wish(path="padded"), "packed", ""),
+        (Wish(quantize="int8"), "packed", ""),
+    ],
+)
+async def test_what_only_one_can_do_names_it_and_else_the_native_one_is_first(wish, path, reason):
+    info = await choose(wish, lambda: FakeEngine(INFO), vllm).start(EngineListener())
+    assert (info.path, info.path_reason) == (path, reason)
+
+
+async def test_what_the_native_engine_cannot_load_vllm_is_given_and_says_why():
+    native = Refusing("weights of kind x")
+    engine = NativeElseVllm(native, vllm, is_installed=lambda: True)
+    info = await engine.start(EngineListener())
+    assert info.path == "vllm" and info.path_reason == "the native engine cannot load it: weights of kind x"
+    assert native.stopped
+    await engine.stop()
+
+
+async def test_without_vllm_the_native_refusal_stands_as_it_is():
+    with pytest.raises(LoadFailed, match=r"^weights of kind x$"):
+        await NativeElseVllm(Refusing("weights of kind x"), vllm, is_installed=lambda: False).start(EngineListener())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [("no folder", "no folder"), ("no kernel", "no folder; nor can vLLM: no kernel")],
+    ids=["the same", "another"],
+)
+async def test_where_neither_can_both_reasons_are_said_once(theirs, said):
+    engine = NativeElseVllm(Refusing("no folder"), lambda reason: Refusing(theirs), is_installed=lambda: True)
+    with pytest.raises(LoadFailed) as caught:
+        await engine.start(EngineListener())
+    assert str(caught.value) == said
+
+
+async def test_a_named_native_engine_has_no_fallback():
+    with pytest.raises(LoadFailed, match="no folder"):
+        await choose(Wish("native"), lambda: Refusing("no folder"), vllm).start(EngineListener())
