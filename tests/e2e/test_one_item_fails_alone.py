@@ -92,15 +92,16 @@ def out_of_memory_above(monkeypatch):
 
         def load(options):
             loaded = load_runner(options)
-            run = loaded.runner.run
+            launch = loaded.runner.launch
 
-            def run_if_it_fits(pack):
-                sizes.append(len(pack.input_ids))
-                if len(pack.input_ids) > num_tokens or (pack.input_ids == never).any():
+            def launch_if_it_fits(step):
+                ids = step.pack.input_ids
+                sizes.append(len(ids))
+                if len(ids) > num_tokens or (ids == never).any():
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-                return run(pack)
+                return launch(step)
 
-            loaded.runner.run = run_if_it_fits
+            loaded.runner.launch = launch_if_it_fits
             return loaded
 
         monkeypatch.setattr(native_engine, "load_runner", load)
