@@ -30,7 +30,7 @@ class Int8Linear(nn.Module):
         """x [..., in_features] in any precision -> [..., out_features] in bf16."""
         quantized, scale = _quantize(x)
         sums = torch._int_mm(quantized.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
-        result = sums.float() * scale * self.weight_scale
+        result = sums.float() * self.weight_scale * scale  # in this order the largest numbers stay finite
         if self.bias is not None:
             result = result + self.bias
         return result.to(torch.bfloat16)
