@@ -13,7 +13,7 @@ NUM_REQUESTS = 48
 
 
 def slow_requests(kit):
-    return [kit.ids_request(kit.random_ids(i, 1500), [kit.random_ids(500 + i, 500)] * 2) for i in range(NUM_REQUESTS)]
+    return [kit.ids_request(kit.random_ids(i, 1500), [kit.random_ids(500 + i, 500)] * 8) for i in range(NUM_REQUESTS)]
 
 
 def send(server, request, timeout=60):
@@ -64,7 +64,7 @@ def test_sigterm_answers_all_that_was_admitted_and_refuses_what_comes_after(star
 
 
 def test_a_grace_too_short_ends_in_bounds_and_every_caller_hears_of_it(start, bf16_checkpoint, kit):
-    server = start("--model", f"tiny={bf16_checkpoint}", "--grace-s", "0.2").ready()
+    server = start("--model", f"tiny={bf16_checkpoint}", "--grace-s", "0.05").ready()
     engine = server.engine()
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
         futures = start_slow_work(pool, server, kit)
