@@ -81,7 +81,7 @@ async def test_a_backbone_found_unfit_while_serving_is_served_padded_from_then_o
     checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     infos = []
-    engine = NativeEngine(NativeOptions(str(checkpoint), num_threads=2))
+    engine = NativeEngine(NativeOptions(str(checkpoint), num_threads=2, prefix_cache_bytes=16 << 20))
     info = await engine.start(EngineListener(on_up=infos.append))
     assert info.path == "packed"
     refuse(monkeypatch, NotPackable, "attention was called 2 times instead of 4 in a forward", above=0)
@@ -114,7 +114,7 @@ async def test_a_poisoned_device_fails_the_callers_and_the_engine(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failed = []
-    engine = NativeEngine(NativeOptions(str(checkpoint), num_threads=2))
+    engine = NativeEngine(NativeOptions(str(checkpoint), num_threads=2, prefix_cache_bytes=16 << 20))
     await engine.start(EngineListener(on_failed=failed.append))
     refuse(monkeypatch, RuntimeError, "CUDA error: device-side assert triggered", above=0)
     group = EncodedGroup(pack([1, 2, 3]), (pack([4]),))

@@ -33,7 +33,7 @@ class Scorer:
 
 @asynccontextmanager
 async def native(folder: object, **options) -> AsyncIterator[Scorer]:
-    engine = NativeEngine(NativeOptions(str(folder), num_threads=2, prefix_cache_bytes=64 << 20, **options))
+    engine = NativeEngine(NativeOptions(str(folder), num_threads=2, prefix_cache_bytes=16 << 20, **options))
     try:
         yield Scorer(engine, await engine.start(EngineListener()))
     finally:
