@@ -28,7 +28,8 @@ demo: $(VENV)/.server ## serve the bundled reward model and rank real answers wi
 test: $(VENV)/.dev ## lint and every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q
+	@# Two at a time: most tests wait for processes. A file's tests share servers, so they stay together.
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-vllm: $(VLLM_VENV)/.made ## the tests of the vLLM engine, on a CPU, in an environment of their own; some minutes
 	$(VLLM_VENV)/bin/python -m pytest -q -s tests/vllm

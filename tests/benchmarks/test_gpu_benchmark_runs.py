@@ -24,7 +24,7 @@ def test_a_model_is_measured_and_a_variant_compared_with_it(tmp_path: Path) -> N
     parts = whole["parts"]
     assert set(parts["qwen3-0.6b"]["workloads"]) == {"best_of_16", "ppo", "grpo_64", "short_items"}
     for entry in parts["qwen3-0.6b"]["workloads"].values():
-        assert entry["pairs_per_s"] > 0 and 0 < entry["share_of_limit"] < 1.5
+        assert entry["pairs"] > 0 and entry["pairs_per_s"] > 0 and entry["share_of_limit"] > 0
     assert 0 < parts["llama-3.1-8b fp8"]["more"]["against bf16"]["mean_abs_err"] < 0.2
     assert list(tmp_path.glob("*.png")) and "of the limit" in done.stdout
 
