@@ -25,7 +25,7 @@ from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.prefix_cache import PrefixCache
 from rewardserve.engine.native.scheduler import Scheduler
-from rewardserve.models.backbone import KVPool
+from rewardserve.models.kv_pool import KVPool
 from rewardserve.types import EncodedGroup
 from rewardserve_kernels.attention import chunked, triton
 from scoring import pack as ids

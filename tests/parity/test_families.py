@@ -115,7 +115,25 @@ def test_final_norm_and_head_in_one_give_the_scores_of_the_two(family: str, tmp_
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     rows = [torch.arange(5, 5 + length) for length in (3, 40, 17)]
     wanted = model.score_padded(rows)
-    model.use_pool_head(reference.pool_head)
+    assert model.use_pool_head(reference.pool_head) is None
     assert model._norm is not None, "not recognized"
     got = model.score_padded(rows)
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_a_pool_head_that_fails_or_gives_other_scores_is_not_used(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    model = load_runner(NativeOptions(str(tmp_path), path="padded")).model
+    rows = [torch.arange(5, 45)]
+    wanted = model.score_padded(rows)
+
+    def wrong(*arguments):
+        return reference.pool_head(*arguments) * 1.01
+
+    def fails(*arguments):
+        raise ValueError("rows of up to 8 are taken")
+
+    assert model.use_pool_head(wrong) == "it gives other scores"
+    assert torch.equal(model.score_padded(rows), wanted)
+    assert model.use_pool_head(fails) == "ValueError: rows of up to 8 are taken"
+    assert torch.equal(model.score_padded(rows), wanted)

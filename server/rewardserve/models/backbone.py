@@ -15,10 +15,12 @@ import torch
 from rewardserve_kernels.attention import chunked
 from rewardserve_kernels.kv_cache.paged import StoreIndex, store_rows, store_segment
 from rewardserve_kernels.pooling.reference import Norm, NormKind, normed
-from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
-from rewardserve_kernels.workspace import Workspace, make_resident, untouched
+from rewardserve_kernels.ragged import Segment
+from rewardserve_kernels.workspace import Workspace
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+
+from rewardserve.models.kv_pool import KVPool
 
 ATTENTION = "rewardserve"
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
@@ -49,70 +51,6 @@ class TreeAttention(Protocol):
         softcap: float,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor: ...
-
-
-class KVPool:
-    """Keys and values of stored blocks, a pair of tensors [blocks, kv_heads, BLOCK_TOKENS, head_size] for each layer.
-
-    Layers are allocated when first met, because only the attention call knows their shapes, or all at once as in
-    another pool.
-    """
-
-    def __init__(self, num_blocks: int) -> None:
-        self.num_blocks = num_blocks
-        self.workspace = Workspace()  # of the attention that reads from here
-        self.whole: torch.Tensor | None = None  # [layers, 2, blocks, kv_heads, BLOCK_TOKENS, head_size]
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The pools of layer `index`, shaped for k and v [kv_heads, rows, head_size]."""
-        if index == len(self._layers):
-            shapes = [(self.num_blocks, t.shape[0], BLOCK_TOKENS, t.shape[2]) for t in (k, v)]
-            # No slot is read before it is written.
-            self._layers.append((untouched(shapes[0], k), untouched(shapes[1], v)))
-        return self._layers[index]
-
-    def allocate_like(self, other: "KVPool") -> None:
-        """All layers, resident: memory that is not there is missed before the first request."""
-        like, shapes = other._layers[0][0], {t.shape[1:] for pair in other._layers for t in pair}
-        if len(shapes) == 1:  # as it nearly always is: one tensor, so that a block of all layers is one slice
-            self.whole = untouched((len(other._layers), 2, self.num_blocks, *like.shape[1:]), like)
-            self._layers = [(pair[0], pair[1]) for pair in self.whole]
-        else:
-            self._layers = [(self._new(k), self._new(v)) for k, v in other._layers]
-        make_resident([self.whole] if self.whole is not None else (t for pair in self._layers for t in pair))
-
-    def _new(self, like: torch.Tensor) -> torch.Tensor:
-        return untouched((self.num_blocks, *like.shape[1:]), like)
-
-    @property
-    def bytes_per_block(self) -> int:
-        """Over all layers met so far."""
-        return sum(t.nbytes for pair in self._layers for t in pair) // self.num_blocks
-
-
-class HostBlocks:
-    """Contents of blocks in host memory, pinned where the pool is on a GPU: copies go on while the host does."""
-
-    def __init__(self, pool: KVPool, num_slots: int) -> None:
-        """`pool` must be one tensor (`whole`)."""
-        assert pool.whole is not None
-        self._pool = pool.whole
-        layers, two, _, *block = pool.whole.shape
-        shape, on_gpu = (num_slots, layers, two, *block), pool.whole.is_cuda
-        self._slots = torch.empty(shape, dtype=pool.whole.dtype, pin_memory=on_gpu)
-
-    @property
-    def num_slots(self) -> int:
-        return len(self._slots)
-
-    def copy_out(self, block: int, slot: int) -> None:
-        """In its turn with all else on the current stream."""
-        self._slots[slot].copy_(self._pool[:, :, block], non_blocking=True)
-
-    def copy_back(self, block: int, slot: int) -> None:
-        """Likewise."""
-        self._pool[:, :, block].copy_(self._slots[slot], non_blocking=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,6 +383,11 @@ class Backbone:
         norm = _recognized(self._final_norm.norm, self.config.hidden_size, self.device)
         self._final_norm.skipped = norm is not None
         return norm
+
+    def restore_final_norm(self) -> None:
+        """Hidden states come after the final norm again."""
+        if self._final_norm is not None:
+            self._final_norm.skipped = False
 
     def _inputs(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         if not self.residual_in_fp32:

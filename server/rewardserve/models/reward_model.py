@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from rewardserve_kernels.pooling.reference import Norm, linear_head, normed
 
-from rewardserve.models.backbone import Backbone, KVPool, Pack
+from rewardserve.models.backbone import Backbone, Pack
+from rewardserve.models.kv_pool import KVPool
 
 # hidden [rows, hidden_size], spans [spans, 2], weight, bias, norm -> scores [spans, heads]
 PoolHead = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Norm | None], torch.Tensor]
@@ -41,10 +42,27 @@ class RewardModel:
         """Scores of whole sequences (int64 token ids each), [len(rows)] fp32."""
         return self._head(self.backbone.run_padded(rows))
 
-    def use_pool_head(self, pool_head: PoolHead) -> None:
-        """Final norm and head in one launch from here on: `pool_head` of rewardserve_kernels.pooling."""
-        self._pool_head = pool_head
-        self._norm = self.backbone.leave_out_final_norm()
+    @torch.inference_mode()
+    def use_pool_head(self, pool_head: PoolHead) -> str | None:
+        """Final norm and head in one launch from here on: `pool_head` of rewardserve_kernels.pooling.
+
+        It is tried on a few rows first; if it fails or gives something else, all stays as it was, and the reason is
+        returned.
+        """
+        generator = torch.Generator().manual_seed(0)
+        rows = torch.randn(5, self._head_weight.shape[1], generator=generator).to(self._head_weight.device)
+        norm = self.backbone.leave_out_final_norm()
+        wanted = linear_head(rows if norm is None else normed(rows, norm), self._head_weight, self._head_bias)[:, 0]
+        self._pool_head, self._norm = pool_head, norm
+        try:
+            got = self._head(rows)
+            reason = None if torch.allclose(got, wanted, rtol=1e-4, atol=1e-5) else "it gives other scores"
+        except Exception as error:  # rows too wide for it, a compiler that fails
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if reason is not None:
+            self._pool_head = self._norm = None
+            self.backbone.restore_final_norm()
+        return reason
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._pool_head is None:

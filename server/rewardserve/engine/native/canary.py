@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, ceil_block
 
-from rewardserve.models.backbone import KVPool, Pack
+from rewardserve.models.backbone import Pack
+from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec
 

@@ -12,7 +12,8 @@ from dataclasses import astuple
 import torch
 from rewardserve_kernels.kv_cache.paged import StoreIndex
 
-from rewardserve.models.backbone import KVPool, Pack
+from rewardserve.models.backbone import Pack
+from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
 
 log = logging.getLogger(__name__)

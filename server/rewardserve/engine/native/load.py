@@ -17,7 +17,8 @@ from rewardserve.engine.native.runner import PackedRunner, PaddedRunner, Runner
 from rewardserve.engine.native.speed_up import Subject, keep_freed_memory, speed_up
 from rewardserve.errors import LoadFailed
 from rewardserve.models import loader
-from rewardserve.models.backbone import HostBlocks, KVPool, NotPackable, check_packable
+from rewardserve.models.backbone import NotPackable, check_packable
+from rewardserve.models.kv_pool import HostBlocks, KVPool
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text

@@ -9,7 +9,8 @@ from rewardserve_kernels.workspace import Workspace
 from rewardserve.engine.native.batch import build_pack, build_rows
 from rewardserve.engine.native.graphs import Graphs
 from rewardserve.engine.native.sequence import BatchPlan, Move
-from rewardserve.models.backbone import HostBlocks, KVPool, Pack, rope_switch
+from rewardserve.models.backbone import Pack, rope_switch
+from rewardserve.models.kv_pool import HostBlocks, KVPool
 from rewardserve.models.reward_model import RewardModel
 
 

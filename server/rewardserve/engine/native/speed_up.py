@@ -25,7 +25,8 @@ from torch import nn
 
 from rewardserve.engine.native.canary import Canary
 from rewardserve.errors import LoadFailed
-from rewardserve.models.backbone import KVPool, Pack
+from rewardserve.models.backbone import Pack
+from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
 
 log = logging.getLogger(__name__)
@@ -190,7 +191,7 @@ def _build_attention(subject: Subject) -> None:
 
 
 def _use_triton(subject: Subject) -> None:
-    """Our kernels for GPUs, each where the canary agrees with it."""
+    """Our kernels for GPUs: attention where the canary agrees with it, norm and head in one where they are the same."""
     try:
         from rewardserve_kernels.attention import triton as attention
         from rewardserve_kernels.pooling import triton as pooling
@@ -202,7 +203,8 @@ def _use_triton(subject: Subject) -> None:
     if flaw := subject.flaw():
         backbone.attention = chunked
         log.warning("attention by the library's products: %s", flaw)
-    subject.model.use_pool_head(pooling.pool_head)
+    if reason := subject.model.use_pool_head(pooling.pool_head):
+        log.warning("final norm and head one after the other: %s", reason)
 
 
 def _compile(subject: Subject) -> str | None:
