@@ -27,6 +27,7 @@ def untouched(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 
 
 MADV_POPULATE_WRITE = 23  # of Linux 5.14 and later
+PIECE_BYTES = 64 << 20  # made at a time by one thread; whole pages
 
 
 def make_resident(tensors: Iterable[torch.Tensor]) -> None:
@@ -39,9 +40,14 @@ def make_resident(tensors: Iterable[torch.Tensor]) -> None:
     except (OSError, AttributeError):
         return
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    on_cpu = [t for t in tensors if t.device.type == "cpu"]
+    pieces = [
+        (t.data_ptr() + begin, min(PIECE_BYTES, t.nbytes - begin))
+        for t in tensors
+        if t.device.type == "cpu"
+        for begin in range(0, t.nbytes, PIECE_BYTES)
+    ]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(lambda t: madvise(t.data_ptr(), t.nbytes, MADV_POPULATE_WRITE), on_cpu))
+        list(pool.map(lambda piece: madvise(*piece, MADV_POPULATE_WRITE), pieces))
 
 
 class Workspace:
