@@ -5,10 +5,12 @@ import os
 import re
 import subprocess
 import sys
+import uuid
 from collections import defaultdict
 from pathlib import Path
 
 import demo_data
+import psutil
 import pytest
 import torch
 from evaluate_demo_model import held_out_pairs, reward_ids
@@ -33,18 +35,25 @@ def test_the_model_is_small_and_its_card_states_what_it_must() -> None:
 def test_make_demo_ranks_every_prompt_over_grpc_and_leaves_nothing_running() -> None:
     rows = [json.loads(line) for line in (ROOT / "examples" / "demo.jsonl").read_text().splitlines()]
     assert len(rows) >= 8
+    mark = f"TEST_OF_THE_DEMO_{uuid.uuid4().hex}"  # inherited by all that the demo starts, and by nothing else
     demo = subprocess.run(
         [sys.executable, ROOT / "examples" / "demo.py"],
         capture_output=True,
         text=True,
-        env={**os.environ, "COLUMNS": "100"},
+        env={**os.environ, "COLUMNS": "100", mark: "1"},
     )
     assert demo.returncode == 0, demo.stderr
     ranked = re.findall(r"^ +1 +(-?\d+\.\d+) +\d+ +(\S+)", demo.stdout, flags=re.M)
     assert len(ranked) == len(rows), demo.stdout
     assert sum(label == "good" for _, label in ranked) > len(rows) / 2
-    left = subprocess.run(["pgrep", "-f", str(FOLDER)], capture_output=True, text=True).stdout.split()
-    assert left == []
+    assert not [process.cmdline() for process in psutil.process_iter() if mark in _environment(process)]
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:  # gone meanwhile, or another user's
+        return {}
 
 
 @needs_data

@@ -157,6 +157,25 @@ def test_where_a_sequence_is_cut_into_segments_changes_no_bit_in_bf16(cut: int, 
     assert torch.equal(got, wanted[cut:])
 
 
+@pytest.mark.skipif(bool(missing), reason=missing)
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4, 5])
+def test_siblings_in_one_piece_of_work_each_see_their_own_window(num_threads: int) -> None:
+    """The number of threads says how many rows make a piece: in some the end of one sibling meets the next's start."""
+    torch.manual_seed(0)
+    start, rows, window = 1000, 100, 300
+    pools = [torch.randn(10, 2, BLOCK_TOKENS, 32).bfloat16() for _ in range(2)]
+    q, k, v = (torch.randn(h, 3 * rows, 32).bfloat16() for h in (4, 2, 2))
+    segments = [Segment(n * rows, rows, start, tuple(range(10)), store=False) for n in range(3)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        got = attend(avx512, q, k, v, *pools, segments, 0.3, window=window)
+    finally:
+        torch.set_num_threads(before)
+    wanted = reference.tree_attention(*(t.double() for t in (q, k, v, *pools)), segments, 0.3, window=window)
+    assert (got.double() - wanted).norm() / wanted.norm() < 1e-2
+
+
 @both
 def test_a_sequence_longer_than_what_is_laid_out_at_a_time_equals_the_dense_oracle(kernel) -> None:
     """2,500 stored keys, 300 own: avx512 lays out 1,024 at a time and cuts the rows into chunks."""

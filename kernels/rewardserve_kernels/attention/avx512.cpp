@@ -227,10 +227,17 @@ class Worker {
         return r;
     }
 
+    // The block with the first key that any of rows [begin, end) sees. With a window that need not be the first row's:
+    // where a new part begins, positions start anew.
+    int64_t first_block_seen(int64_t begin, int64_t end) const {
+        int64_t first = rows_[begin].first_key;
+        for (int64_t row = begin + 1; row < end; row++) first = std::min(first, rows_[row].first_key);
+        return round_down(first, BLOCK);
+    }
+
     // Rows [begin, end) over keys [first_key, end_key); `first_key` is at the border of a block.
     void over_keys(int64_t begin, int64_t end, int64_t first_key, int64_t end_key, int64_t own_row) {
-        for (int64_t key = std::max(first_key, round_down(rows_[begin].first_key, BLOCK)); key < end_key;
-             key += GATHERED) {
+        for (int64_t key = std::max(first_key, first_block_seen(begin, end)); key < end_key; key += GATHERED) {
             const int64_t stop = std::min(end_key, key + GATHERED);
             gather(key, stop, own_row);
             for (int64_t row = begin; row < end; row += TILE) over_tile(row, std::min(TILE, end - row), key, stop);
@@ -291,7 +298,7 @@ class Worker {
     }
 
     void over_tile(int64_t row, int64_t count, int64_t first_key, int64_t end_key) {
-        const int64_t first = std::max(first_key, round_down(rows_[row].first_key, BLOCK));
+        const int64_t first = std::max(first_key, first_block_seen(row, row + count));
         const int64_t end = std::min(end_key, rows_[row + count - 1].end_key);
         for (int64_t block = first; block < end; block += BLOCK) {
             const int64_t num_keys = round_up(std::min(BLOCK, end - block), PANEL);
