@@ -19,6 +19,8 @@ def three_values(name: str) -> list[Any]:
     field = FIELDS[name]
     if name == "model":
         return [["a=/x"], ["b=/y", "c=/z"], ["d=/w"]]
+    if name == "ensemble":
+        return [["e=mean(a+b)"], ["e=min(a+b)", "f=median(b+a)"], ["g=mean-0.5std(a+b)"]]
     if name in SPECIAL:
         return SPECIAL[name]
     if field.annotation is bool:
@@ -119,6 +121,20 @@ def test_a_wrong_value_names_its_option_and_itself(name: str, way: str, file, mo
             pytest.skip("every string is a model")
         with pytest.raises(ConfigError, match="model"):
             load_config([], file=file("model = 3"))
+        return
+    if name == "ensemble":
+        for wrong in (
+            "WRONG",
+            "e=mean",
+            "e=mode(a+b)",
+            "e=mean(a)",
+            "e=mean(a+a)",
+            "e=mean(a+c)",
+            "a=mean(a+b)",
+            "=min(a+b)",
+        ):
+            with pytest.raises(ConfigError, match=f"--ensemble '{re.escape(wrong)}'"):
+                load_config(["--model", "a=/x", "--model", "b=/y", "--ensemble", wrong]).check()
         return
     flag = "--" + name.replace("_", "-")
     if way == "flag":

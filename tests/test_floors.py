@@ -36,7 +36,7 @@ def test_the_contracts_have_teeth() -> None:
 
     graph = grimp.build_graph("rewardserve", "rewardserve_kernels", include_external_packages=True, cache_dir=None)
     assert graph.direct_import_exists(importer="rewardserve.models.spec", imported="torch")
-    assert graph.direct_import_exists(importer="rewardserve.models.spec", imported="huggingface_hub"), (
+    assert graph.direct_import_exists(importer="rewardserve.models.checkpoint", imported="huggingface_hub"), (
         "an import inside of a function"
     )
 

@@ -17,7 +17,7 @@ PYTHON = os.environ.get("GRPC_TOOLS_PYTHON", sys.executable)
 FILES = (scoring_pb2.DESCRIPTOR, models_pb2.DESCRIPTOR)
 ENUMS = [enum for file in FILES for enum in file.enum_types_by_name.values()]
 # A zero that is an answer, not the lack of one; documented in the proto.
-MEANT = {"OVERFLOW_ERROR"}
+MEANT = {"OVERFLOW_ERROR", "GRANULARITY_OUTCOME", "STEP_REDUCTION_MIN"}
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,8 @@ class App:
             self._serve_metrics()
         await self._server.start()
         log.info("listening on %s, metrics on port %s", _address(self._host, self.port), self.metrics_port or "none")
+        for name, (aggregate, members) in self._config.ensembles.items():
+            self.registry.add_ensemble(name, members, aggregate)
         for name, source in self._config.models.items():
             await self.registry.load(name, source)
         await self._health.started(self.registry)

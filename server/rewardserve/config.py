@@ -1,5 +1,6 @@
 """Every option of the server."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from rewardserve.options import SERVE, ConfigError, Options, Repeated, at_top_of_file, load_options
-from rewardserve.types import is_model_name
+from rewardserve.types import Aggregate, is_model_name
 
 DEVICE = r"^(auto|cpu|cuda(:\d+)?)$"
 DEVICES = r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$"
@@ -26,6 +27,10 @@ class ServeConfig(Options):
 
     model: Repeated = Field(
         default=[], description="checkpoint to serve: FOLDER, a hub name, or NAME=either; repeat for several"
+    )
+    ensemble: Repeated = Field(
+        default=[],
+        description="NAME=HOW(a+b+c): models as one; HOW is mean, min, median or mean-0.5std; repeat for several",
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
@@ -128,6 +133,7 @@ class ServeConfig(Options):
         )
         self.require(self.path != "padded" or not self.quantize, "--quantize needs the packed path, not --path padded")
         self._check_engine()
+        _ = self.ensembles
         self.require(
             not self.log_requests or self.log_level in ("debug", "info"),
             f"requests are logged at level info, which --log-level {self.log_level} leaves out",
@@ -153,6 +159,25 @@ class ServeConfig(Options):
             f"--tensor-parallel {self.tensor_parallel} takes that many GPUs by itself, not --device {self.device}; "
             "give --device cuda, and choose among GPUs with CUDA_VISIBLE_DEVICES",
         )
+
+    @property
+    def ensembles(self) -> dict[str, tuple[Aggregate, tuple[str, ...]]]:
+        """Name -> how its members become one score, and which they are. Raises ConfigError."""
+        named: dict[str, tuple[Aggregate, tuple[str, ...]]] = {}
+        for entry in self.ensemble:
+            match = re.fullmatch(r"([^=]+)=([^()]+)\(([^()]*)\)", entry.replace(" ", ""))
+            aggregate = Aggregate.parse(match[2]) if match else None
+            members = tuple(filter(None, match[3].split("+"))) if match else ()
+            if match is None or aggregate is None or not is_model_name(match[1]):
+                raise ConfigError(f"--ensemble {entry!r}: give NAME=mean(a+b), or min, median, mean-0.5std for mean")
+            if len(set(members)) < 2:
+                raise ConfigError(f"--ensemble {entry!r}: an ensemble has two members at least")
+            if unknown := [member for member in members if member not in self.models]:
+                raise ConfigError(f"--ensemble {entry!r}: no --model is named {', '.join(unknown)}")
+            if match[1] in named or match[1] in self.models:
+                raise ConfigError(f"--ensemble {entry!r}: the name '{match[1]}' is taken")
+            named[match[1]] = (aggregate, members)
+        return named
 
     @property
     def models(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ RewardServeError
 ├── ModelExists           ALREADY_EXISTS
 ├── ControlDisabled       PERMISSION_DENIED    Load and Unload are switched off
 ├── LoadFailed            FAILED_PRECONDITION  the checkpoint cannot be served, and why
+├── SwapRefused           FAILED_PRECONDITION  the new version did not pass; the old one serves on
 ├── ItemFailed            (the item's code)    a call about single responses, and one has no score
 ├── InternalError         INTERNAL             a bug of ours; the log has it
 ├── Overloaded            RESOURCE_EXHAUSTED   come back in `retry_after_s`
@@ -46,6 +47,10 @@ class ControlDisabled(RewardServeError):
 
 
 class LoadFailed(RewardServeError):
+    grpc = "FAILED_PRECONDITION"
+
+
+class SwapRefused(RewardServeError):
     grpc = "FAILED_PRECONDITION"
 
 

@@ -1,6 +1,7 @@
 """The nouns of one request's journey. Standard library only; nothing here knows protobuf, torch or text."""
 
 import enum
+import re
 from dataclasses import dataclass
 
 
@@ -17,6 +18,41 @@ class Overflow(enum.IntEnum):
     TRUNCATE_RESPONSE_RIGHT = 2
 
 
+class StepReduction(enum.IntEnum):
+    """How the scores of a response's steps become its score."""
+
+    MIN = 0
+    MEAN = 1
+    PRODUCT = 2
+    LAST = 3
+
+
+class How(enum.Enum):
+    MEAN = "mean"
+    MIN = "min"
+    MEDIAN = "median"
+    MEAN_LESS_STD = "mean-std"  # mean - k std: cautious where members disagree (Coste et al. 2023, arXiv:2310.02743)
+
+
+@dataclass(frozen=True, slots=True)
+class Aggregate:
+    how: How
+    num_stds: float = 0.0  # k of MEAN_LESS_STD
+
+    @classmethod
+    def parse(cls, text: str) -> "Aggregate | None":
+        """`mean`, `min`, `median`, or `mean-0.5std`; None for anything else."""
+        if match := re.fullmatch(r"mean-(\d+(?:\.\d+)?)?std", text):
+            return cls(How.MEAN_LESS_STD, float(match[1] or 1))
+        try:
+            return cls(How(text))
+        except ValueError:
+            return None
+
+    def __str__(self) -> str:
+        return f"mean-{self.num_stds:g}std" if self.how is How.MEAN_LESS_STD else self.how.value
+
+
 class ItemCode(enum.IntEnum):
     """Why one response has no score; the numbers are google.rpc.Code."""
 
@@ -24,6 +60,14 @@ class ItemCode(enum.IntEnum):
     RESOURCE_EXHAUSTED = 8
     OUT_OF_RANGE = 11
     INTERNAL = 13
+
+
+class ScoreKind(enum.IntEnum):
+    """What a score means."""
+
+    RAW_LOGIT = 1
+    PROBABILITY = 2
+    NORMALIZED = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +113,23 @@ class TokenIds:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A response cut into steps by the caller."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepIds:
+    """A response's token ids, and where its steps end: numbers of tokens up to and including each step's last."""
+
+    data: bytes
+    ends: tuple[int, ...]
+
+
 Prompt = PlainText | Conversation | Rendered | TokenIds
-Response = str | TokenIds
+Response = str | TokenIds | Steps | StepIds
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +145,10 @@ class ScoreRequest:
     model: str
     groups: tuple[PromptGroup, ...]
     overflow: Overflow = Overflow.ERROR
+    by_step: bool = False  # a score for each step, also from models that were not made for it
+    step_reduction: StepReduction = StepReduction.MIN
+    step_separator: str = ""  # empty: the model's own
+    cache_response: bool = False
     priority: int = 0  # higher first
     deadline: float | None = None  # CLOCK_MONOTONIC, seconds
     client: str = ""  # whose fair share this counts towards
@@ -98,10 +161,24 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class EncodedGroup:
-    """One prompt and its responses as little-endian int32 token ids. No response is empty; the prompt may be."""
+    """One prompt and its responses as little-endian int32 token ids. No response is empty; the prompt may be.
+
+    `steps`, if there are any, are the positions in prompt + response where each response's steps end.
+    """
 
     prompt: bytes
     responses: tuple[bytes, ...]
+    steps: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EnsembleScore:
+    """What an ensemble's score is made of; members in the order of ScoreResult.members."""
+
+    mean: float
+    min: float
+    scores: tuple[float, ...]
+    raw_scores: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +191,12 @@ class ItemScore:
     num_response_tokens: int
     num_cached_tokens: int
     truncated: bool
+    raw: float | None = None  # what the model gave, before any normaliser, calibration or penalty
+    kind: ScoreKind = ScoreKind.RAW_LOGIT
+    steps: tuple[float, ...] = ()
+    attributes: tuple[float, ...] = ()  # named by ScoreResult.attributes
+    std: float | None = None  # the model's own uncertainty, or the spread of an ensemble's members
+    members: EnsembleScore | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +223,27 @@ class ScoreResult:
     version: str
     groups: tuple[GroupScore, ...]
     timings: Timings
+    attributes: tuple[str, ...] = ()
+    members: tuple[tuple[str, str], ...] = ()  # of an ensemble: name and version of each
+
+
+class StepStyle(enum.Enum):
+    """How a model is shown the steps of a response."""
+
+    ENDS = "ends"  # the response as it stands; the last token of each step is read
+    APART = (
+        "apart"  # after the bare prompt and a tag, each step tokenized by itself and closed by the tag, which is read
+    )
+    TAGGED = "tagged"  # a tag after each, which is read
+    TURNS = "turns"  # each is a user's turn that the assistant answers with the tag; read is where the answer begins
+
+
+@dataclass(frozen=True, slots=True)
+class StepFormat:
+    style: StepStyle = StepStyle.ENDS
+    separator: str = "\n\n"  # what a response is split at if the caller does not give its steps
+    tag: str = ""  # what follows each step; of TURNS, the answer
+    joint: str = ""  # between a step's tag and the next step
 
 
 @dataclass(frozen=True, slots=True)

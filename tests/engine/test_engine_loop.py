@@ -174,7 +174,7 @@ class Device(threading.Thread):
             elif len(step.pack.input_ids) > self.largest:
                 launched.future.set_exception(RuntimeError("CUDA out of memory"))
             else:
-                launched.future.set_result(self.launch_now(runner, step).scores())
+                launched.future.set_result(self.launch_now(runner, step).features())
 
     first: "Device.Launched | None" = None
 
@@ -186,7 +186,7 @@ class Device(threading.Thread):
         def ready(self) -> bool:
             return self.future.done()
 
-        def scores(self) -> list[float]:
+        def features(self) -> list[list[float]]:
             self.device.num_under_way -= 1
             return self.future.result()
 

@@ -149,13 +149,13 @@ def test_a_huge_request_does_not_hold_up_anothers_small_one() -> None:
     for _ in range(3):
         plan = queue.schedule()
         assert plan is not None
-        queue.complete(plan, [0.0] * plan.num_scored)
+        queue.complete(plan, [[0.0]] * plan.num_reads)
     queue.add(request("small", group(20, 10, seed=99), client="b"))
     finished = []
     for _ in range(2):
         plan = queue.schedule()
         assert plan is not None
-        queue.complete(plan, [0.0] * plan.num_scored)
+        queue.complete(plan, [[0.0]] * plan.num_reads)
         finished += [outcome.request_id for outcome in queue.take_outcomes()]
     assert finished == ["small"]
 
@@ -165,7 +165,7 @@ def test_a_score_that_is_no_number_is_a_failure_of_that_item_only() -> None:
     queue.add(request("r", group(10, 1, 2, 3)))
     plan = queue.schedule()
     assert plan is not None
-    queue.complete(plan, [1.0, float("nan"), float("inf")])
+    queue.complete(plan, [[1.0], [float("nan")], [float("inf")]])
     (outcome,) = queue.take_outcomes()
     items = outcome.result.groups[0].items
     assert [item.score for item in items] == [1.0, None, None]

@@ -57,9 +57,9 @@ plain, eager, fixed = poisoned(), poisoned(), poisoned()
 step, num_filled, num_steps = None, 0, 0
 while (plan := scheduler.schedule()) is not None:
     backbone.attention = chunked
-    wanted = model.score_packed(build_pack(plan, backbone, for_gpu=False), plain)
+    wanted = model.features_packed(build_pack(plan, backbone, for_gpu=False), plain)
     backbone.attention = triton
-    got = model.score_packed(build_pack(plan, backbone, for_gpu=True), eager)
+    got = model.features_packed(build_pack(plan, backbone, for_gpu=True), eager)
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
     if step is None and plan.num_scored:  # the model has met all its kinds of attention
         step = graphs.StaticStep(model, fixed, 128, spare_block=NUM_BLOCKS)
@@ -69,7 +69,7 @@ while (plan := scheduler.schedule()) is not None:
         got = step.compute()[: plan.num_scored]
         assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
     else:  # as the server does: what no graph holds runs kernel by kernel
-        got = model.score_packed(pack, fixed)
+        got = model.features_packed(pack, fixed)
         assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
     num_steps += 1
     scheduler.complete(plan, wanted.tolist())

@@ -18,7 +18,9 @@ ROWS = [[5, 6, 7, 8], [9, 10], [11, PAD], [12, 13, PAD, PAD], [PAD, 14, PAD], [P
 
 
 def scores(folder: Path, rows=ROWS, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return load(read_spec(str(folder)), dtype, CPU).score_padded([torch.tensor(row) for row in rows])
+    return load(read_spec(str(folder)), dtype, CPU).features_padded(
+        [torch.tensor(row) for row in rows], [[len(row) - 1] for row in rows]
+    )[:, 0]
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor) -> bool:
@@ -75,8 +77,14 @@ def test_a_whole_missing_layer_is_noticed(folder) -> None:
 
 
 def test_a_backbone_under_another_name_is_not_taken_for_random_weights(folder) -> None:
-    folder.rename(lambda key: key.replace("model.", "transformer."))
+    folder.rename(lambda key: key.replace("model.", "mystery."))
     assert "missing" in refusal(folder.path)
+
+
+@pytest.mark.parametrize("wrapper", ["transformer.", "pretrained_model.model.", "base_model.model.model."])
+def test_the_names_that_wrappers_give_a_backbone_are_known(folder, pristine: Path, wrapper: str) -> None:
+    folder.rename(lambda key: key.replace("model.", wrapper))
+    assert torch.equal(scores(folder.path), scores(pristine))
 
 
 def reshape_up_projection(weights) -> None:

@@ -8,11 +8,17 @@ import pytest
 import torch
 from checkpoints import VOCAB_SIZE
 from rewardserve.errors import LoadFailed
-from rewardserve.models.spec import read_spec
+from rewardserve.models.heads import LinearHead
+from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text
 from safetensors.torch import load_file, save_file
 
 HIDDEN = 64
+
+
+def head_of(spec: ModelSpec) -> LinearHead:
+    assert isinstance(spec.recipe.head, LinearHead)
+    return spec.recipe.head
 
 
 def refusal(folder: Path | str) -> str:
@@ -25,8 +31,8 @@ def test_one_file_says_it_all(folder) -> None:
     spec = read_spec(str(folder.path))
     assert spec.folder == folder.path and spec.weight_files == (folder.weights,)
     assert spec.architecture == "Qwen3ForSequenceClassification"
-    assert spec.head_weight.shape == (1, HIDDEN) and spec.head_weight.dtype is torch.float32
-    assert spec.head_bias is None
+    assert head_of(spec).weight.shape == (1, HIDDEN) and head_of(spec).weight.dtype is torch.float32
+    assert head_of(spec).bias is None
     assert spec.stored_dtype is torch.float32
     assert spec.max_length == 2048 and spec.config.get_text_config().vocab_size == VOCAB_SIZE
 
@@ -34,25 +40,26 @@ def test_one_file_says_it_all(folder) -> None:
 def test_several_files_hold_the_same_head(folder, shards) -> None:
     spec = read_spec(str(shards.path))
     assert len(spec.weight_files) > 2 and list(spec.weight_files) == sorted(spec.weight_files)
-    assert torch.equal(spec.head_weight, read_spec(str(folder.path)).head_weight)
+    assert torch.equal(head_of(spec).weight, head_of(read_spec(str(folder.path))).weight)
 
 
 def test_a_head_with_a_bias_keeps_it_in_fp32(folder) -> None:
     folder.reweigh(lambda w: w.update({"score.bias": torch.tensor([0.5], dtype=torch.bfloat16)}))
     spec = read_spec(str(folder.path))
-    assert spec.head_bias is not None and spec.head_bias.dtype is torch.float32 and spec.head_bias.tolist() == [0.5]
+    bias = head_of(spec).bias
+    assert bias is not None and bias.dtype is torch.float32 and bias.tolist() == [0.5]
 
 
 def test_a_head_in_another_precision_does_not_decide_the_backbones(folder) -> None:
     folder.reweigh(lambda w: w.update({key: t.bfloat16() for key, t in w.items() if key != "score.weight"}))
     spec = read_spec(str(folder.path))
-    assert spec.stored_dtype is torch.bfloat16 and spec.head_weight.dtype is torch.float32
+    assert spec.stored_dtype is torch.bfloat16 and head_of(spec).weight.dtype is torch.float32
 
 
 def test_a_missing_head_is_named_with_the_keys_that_could_be_it(folder) -> None:
-    folder.rename(lambda key: key.replace("score.weight", "v_head.summary.weight"))
+    folder.rename(lambda key: key.replace("score.weight", "score_of_mine.weight"))
     message = refusal(folder.path)
-    assert "'score.weight'" in message and "v_head.summary.weight" in message and str(folder.path) in message
+    assert "'score.weight'" in message and "score_of_mine.weight" in message and str(folder.path) in message
 
 
 def test_a_language_models_checkpoint_is_no_reward_model(folder) -> None:
@@ -83,9 +90,24 @@ def test_a_missing_shard_is_named(shards) -> None:
 
 
 def test_no_safetensors_says_what_is_there_instead(folder) -> None:
-    folder.weights.rename(folder.path / "pytorch_model.bin")
+    folder.weights.rename(folder.path / "model.gguf")
     message = refusal(folder.path)
-    assert "model.safetensors" in message and "pytorch_model.bin" in message
+    assert "model.safetensors" in message and "model.gguf" in message
+
+
+def test_a_file_of_weights_that_is_none_is_named(folder) -> None:
+    folder.weights.rename(folder.path / "pytorch_model.bin")
+    assert "pytorch_model.bin: not a readable file of weights" in refusal(folder.path)
+
+
+def test_a_file_of_weights_runs_no_code(folder) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (pytest.fail, ("it ran",))
+
+    folder.weights.unlink()
+    torch.save({"score.weight": Evil()}, folder.path / "pytorch_model.bin")
+    assert "pytorch_model.bin" in refusal(folder.path)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -100, -1])

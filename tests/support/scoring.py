@@ -19,8 +19,14 @@ class Scorer:
     def __init__(self, engine: NativeEngine, info: EngineInfo) -> None:
         self.engine, self.info = engine, info
 
-    async def run(self, groups: Sequence[IdGroup]) -> EngineResult:
-        encoded = tuple(EncodedGroup(pack(prompt), tuple(map(pack, responses))) for prompt, responses in groups)
+    async def run(
+        self, groups: Sequence[IdGroup], steps: Sequence[Sequence[tuple[int, ...]]] | None = None
+    ) -> EngineResult:
+        """`steps`: positions to read, of each response of each group."""
+        encoded = tuple(
+            EncodedGroup(pack(prompt), tuple(map(pack, responses)), () if steps is None else tuple(steps[i]))
+            for i, (prompt, responses) in enumerate(groups)
+        )
         return await self.engine.score(EngineRequest(f"test-{next(_numbers)}", encoded))
 
     async def scores(self, groups: Sequence[IdGroup]) -> torch.Tensor:

@@ -20,7 +20,7 @@ class ToyModel:
         self._slots = np.full((max(1, num_blocks), BLOCK_TOKENS, 2), -1, dtype=np.int64)
         self._host: dict[int, np.ndarray] = {}
 
-    def run(self, plan: BatchPlan) -> list[float]:
+    def run(self, plan: BatchPlan) -> list[list[float]]:
         """As a forward does: everything is written before anything is read, and blocks are moved before that."""
         for move in plan.moves:
             if move.out:
@@ -31,13 +31,14 @@ class ToyModel:
             if chunk.store:
                 blocks, slots, positions = _places(chunk.blocks, chunk.start, chunk.stop)
                 self._slots[blocks, slots] = np.stack([np.frombuffer(chunk.tokens, "<i4"), positions], axis=1)
-        return [self._score(chunk) for chunk in plan.chunks if chunk.scored]
+        return [[self._score(chunk, position)] for chunk in plan.chunks for position in chunk.reads]
 
-    def _score(self, chunk: Chunk) -> float:
+    def _score(self, chunk: Chunk, position: int) -> float:
         blocks, slots, positions = _places(chunk.blocks, 0, chunk.start)
         before = self._slots[blocks, slots]
         assert (before[:, 1] == positions).all(), "a position reads what was written for another"
-        return _score(np.concatenate([before[:, 0], np.frombuffer(chunk.tokens, "<i4")]))
+        own = np.frombuffer(chunk.tokens, "<i4")[: position + 1 - chunk.start]
+        return _score(np.concatenate([before[:, 0], own]))
 
 
 def _places(blocks: tuple[int, ...], start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""`rewardserve models [list | get NAME | load NAME SOURCE | unload NAME]`: what a server serves, and changing it.
+"""`rewardserve models ACTION [NAME [SOURCE]]`: what a server serves, and changing it.
 
 Exit codes: 0; 1 if a server could not or would not do it; 2 for wrong usage.
 """
@@ -9,6 +9,7 @@ import difflib
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
@@ -20,28 +21,45 @@ from rich.text import Text
 
 from rewardserve.cli.running import DEFAULT_ENDPOINT, MAX_TIMEOUT_S, connect, guarded
 from rewardserve.cli.table import TABLE, make_console, one_line
-from rewardserve.client import AsyncRewardClient, ModelInfo
+from rewardserve.client import AsyncRewardClient, CanaryPair, ModelInfo, SwapResult
 from rewardserve.options import ConfigError, Options, Repeated, load_options
 
-ACTIONS = {"list": (), "get": ("NAME",), "load": ("NAME", "SOURCE"), "unload": ("NAME",)}
+ACTIONS = {
+    "list": (),
+    "get": ("NAME",),
+    "load": ("NAME", "SOURCE"),
+    "unload": ("NAME",),
+    "swap": ("NAME", "SOURCE"),
+    "rollback": ("NAME",),
+}
 STYLES = {"serving": "green", "failed": "bold red"}  # of a state; any other is passing
 SUFFIX = "ForSequenceClassification"  # of every architecture that can be served
 
 
 class ModelsOptions(Options):
-    """Lists the models a server serves (list, get NAME), or changes them (load NAME SOURCE, unload NAME)."""
+    """Lists the models a server serves (list, get NAME), or changes them (load, swap NAME SOURCE; unload, rollback)."""
 
     model_config = SettingsConfig(cli_shortcuts={"json-output": "json"})
 
-    action: CliPositionalArg[str] = Field(default="list", description="list, get, load or unload")
+    action: CliPositionalArg[str] = Field(default="list", description="list, get, load, unload, swap or rollback")
     name: CliPositionalArg[str] = Field(default="", description="the name a model is served by; not for list")
     source: CliPositionalArg[str] = Field(
-        default="", description="load: checkpoint, a hub name or a folder on the server's machine"
+        default="", description="load, swap: checkpoint, a hub name or a folder on the server's machine"
     )
     endpoint: Repeated = Field(default=[], description=f"server to ask; repeat for several [{DEFAULT_ENDPOINT}]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="load: precision of the backbone; auto is as the server was told"
+        default="auto", description="load, swap: precision of the backbone; auto is as the server was told"
     )
+    canaries: str = Field(
+        default="", description='swap: JSONL of {"prompt", "chosen", "rejected"} that the new version must rank right'
+    )
+    shadow_share: float = Field(
+        default=0.0, ge=0, le=1, description="swap: share of live requests that both versions score before"
+    )
+    min_rank_correlation: float | None = Field(
+        default=None, ge=-1, le=1, description="swap: least rank correlation of the two over those requests"
+    )
+    keep_previous: bool = Field(default=False, description="swap: keep the old version loaded, for a fast rollback")
     timeout: float = Field(
         default=600.0, gt=0, le=MAX_TIMEOUT_S, description="seconds a server may take; loading takes long"
     )
@@ -77,14 +95,55 @@ async def _ask(client: AsyncRewardClient, options: ModelsOptions) -> tuple[Model
             return (await client.get_model(options.name),)
         case "load":
             return (await client.load_model(options.name, options.source, options.dtype),)
+        case "swap":
+            (result, *_) = await client.swap_model(
+                options.name,
+                options.source,
+                options.dtype,
+                canaries=read_pairs(options.canaries) if options.canaries else (),
+                shadow_share=options.shadow_share,
+                min_rank_correlation=options.min_rank_correlation,
+                keep_previous=options.keep_previous,
+            )
+            _tell(result)
+            return (result.model,)
+        case "rollback":
+            return (await client.rollback_model(options.name),)
         case _:
             await client.unload_model(options.name)
             return ()
 
 
+def read_pairs(path: str) -> list[CanaryPair]:
+    """Raises ConfigError naming the line that is wrong."""
+    pairs = []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"--canaries {path}: {error.strerror}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            pairs.append(CanaryPair(row.get("messages") or row["prompt"], row["chosen"], row["rejected"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            wrong = f'{{"prompt", "chosen", "rejected"}} is needed ({type(error).__name__}: {error})'
+            raise ConfigError(f"--canaries {path}, line {number}: {wrong}") from error
+    return pairs
+
+
+def _tell(result: SwapResult) -> None:
+    """How the new version was tried; on stderr, beside what it is."""
+    told = [f"version {result.previous_version} -> {result.model.version}"]
+    if result.num_canaries:
+        told.append(f"{result.num_canaries_right} of {result.num_canaries} canary pairs right")
+    if result.rank_correlation is not None:
+        told.append(f"rank correlation {result.rank_correlation:.3f} over {result.num_shadow_requests} requests")
+    print("; ".join(told), file=sys.stderr)
+
+
 def _show_json(options: ModelsOptions, models: Sequence[ModelInfo]) -> None:
     values: Any = [dataclasses.asdict(model) for model in models]
-    if options.action in ("get", "load"):
+    if options.action in ("get", "load", "swap", "rollback"):
         (values,) = values
     print(json.dumps({"unloaded": options.name} if options.action == "unload" else values))
 

@@ -202,7 +202,7 @@ class _OfflineScorer:
             result = await self._service.score(request)
         except ServiceInvalidRequest as error:
             return group, _all_failed(group, str(error))
-        return group, tuple(_item(item) for item in result.groups[0].items)
+        return group, tuple(_item(item, result.attributes) for item in result.groups[0].items)
 
 
 def _prompt(group: Group) -> types.Prompt:
@@ -221,15 +221,19 @@ def _response(response: str | TokenIds) -> types.Response:
     return response if isinstance(response, str) else types.TokenIds(response.data)
 
 
-def _item(item: types.ItemScore) -> ItemScore:
+def _item(item: types.ItemScore, attributes: tuple[str, ...]) -> ItemScore:
     failure = item.failure
     status = Status(STATUS_CODES[failure.code], failure.message) if failure else Status(grpc.StatusCode.OK)
     return ItemScore(
         status,
         item.score,
-        "raw_logit",
+        item.kind.name.lower(),
         item.num_prompt_tokens,
         item.num_response_tokens,
         item.num_cached_tokens,
         item.truncated,
+        item.raw,
+        item.steps,
+        dict(zip(attributes, item.attributes, strict=False)),
+        item.std,
     )

@@ -24,6 +24,7 @@ from rewardserve.client.errors import (
 from rewardserve.client.retry import RetryPolicy
 from rewardserve.client.token_ids import TokenIds
 from rewardserve.client.types import (
+    CanaryPair,
     ChatMessage,
     CompareResult,
     Group,
@@ -35,11 +36,15 @@ from rewardserve.client.types import (
     Rendered,
     ScoreResult,
     Status,
+    StepOptions,
+    Steps,
+    SwapResult,
     Timings,
 )
 
 __all__ = [
     "AsyncRewardClient",
+    "CanaryPair",
     "ChatMessage",
     "CompareResult",
     "DeadlineExceeded",
@@ -61,6 +66,9 @@ __all__ = [
     "ScoreResult",
     "ServerError",
     "Status",
+    "StepOptions",
+    "Steps",
+    "SwapResult",
     "Timings",
     "TokenIds",
     "Unavailable",

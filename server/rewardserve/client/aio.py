@@ -16,6 +16,7 @@ from rewardserve.client.readiness import Readiness
 from rewardserve.client.retry import Deadline, RetryPolicy
 from rewardserve.client.stream import Finished, StreamScorer, pump
 from rewardserve.client.types import (
+    CanaryPair,
     CompareResult,
     Group,
     ModelInfo,
@@ -24,6 +25,8 @@ from rewardserve.client.types import (
     RankResult,
     Response,
     ScoreResult,
+    StepOptions,
+    SwapResult,
 )
 from rewardserve.v1 import models_pb2, scoring_pb2
 
@@ -69,18 +72,21 @@ class AsyncRewardClient:
         model: str = "",
         overflow: Overflow = "error",
         priority: int = 0,
+        steps: StepOptions | None = None,
+        cache_response: bool = False,
         timeout: float | None = None,
     ) -> ScoreResult:
         """Scores all groups, in the order given. A response that cannot be scored fails by itself, in its item.
 
         Over several endpoints the groups are split and merged again; `timings` is then the maximum of each field.
+        `steps` asks for a score of each step as well, `cache_response` keeps responses for later ones that begin alike.
         Raises VersionMismatch if the endpoints serve different versions, and the error of the first part that failed.
         """
         deadline, request_id = self._deadline(timeout), _new_id()
         sent = [messages.group(group) for group in groups]
         if not sent:
             raise InvalidRequest("there is nothing to score", violations=[("groups", "at least one group is needed")])
-        options = messages.options(overflow, priority)
+        options = messages.options(overflow, priority, steps, cache_response)
 
         def build(indices: Sequence[int]) -> scoring_pb2.ScoreRequest:
             # Parts have their own ids, for after a failover two of them may be with the same endpoint.
@@ -100,6 +106,8 @@ class AsyncRewardClient:
         model: str = "",
         overflow: Overflow = "error",
         priority: int = 0,
+        steps: StepOptions | None = None,
+        cache_response: bool = False,
         timeout: float | None = None,
     ) -> AsyncGenerator[Finished, None]:
         """Yields (group, GroupScore or RewardClientError) as they finish, in any order, each group exactly once.
@@ -109,15 +117,31 @@ class AsyncRewardClient:
         VersionMismatch when an answer comes from another model version than the first one did. An iterable that is not
         asynchronous must not block.
         """
-        scorer = self.open_stream(window=window, model=model, overflow=overflow, priority=priority, timeout=timeout)
+        scorer = self.open_stream(
+            window=window,
+            model=model,
+            overflow=overflow,
+            priority=priority,
+            steps=steps,
+            cache_response=cache_response,
+            timeout=timeout,
+        )
         return pump(scorer, groups)
 
     def open_stream(
-        self, *, window: int, model: str, overflow: Overflow, priority: int, timeout: float | None
+        self,
+        *,
+        window: int,
+        model: str,
+        overflow: Overflow,
+        priority: int,
+        steps: StepOptions | None,
+        cache_response: bool,
+        timeout: float | None,
     ) -> StreamScorer:
         """What score_stream is made of; the blocking client drives it from another thread."""
         template = scoring_pb2.ScoreRequest(
-            request_id=_new_id(), model=model, options=messages.options(overflow, priority)
+            request_id=_new_id(), model=model, options=messages.options(overflow, priority, steps, cache_response)
         )
         return StreamScorer(self._channels, self._calls, template, self._timeout(timeout), window)
 
@@ -130,6 +154,8 @@ class AsyncRewardClient:
         model: str = "",
         overflow: Overflow = "error",
         priority: int = 0,
+        steps: StepOptions | None = None,
+        cache_response: bool = False,
         timeout: float | None = None,
     ) -> RankResult:
         """The responses from best to worst; at most `top_k` of them, or all if it is 0."""
@@ -140,7 +166,7 @@ class AsyncRewardClient:
             prompt=group.prompt,
             responses=group.responses,
             top_k=top_k,
-            options=messages.options(overflow, priority),
+            options=messages.options(overflow, priority, steps, cache_response),
         )
         key = self._key(group.prompt)
         endpoint, reply = await self._calls.unary(rpcs.RANK, request, key, deadline)
@@ -155,6 +181,8 @@ class AsyncRewardClient:
         model: str = "",
         overflow: Overflow = "error",
         priority: int = 0,
+        steps: StepOptions | None = None,
+        cache_response: bool = False,
         timeout: float | None = None,
     ) -> CompareResult:
         """Margin and Bradley-Terry probability of `a` over `b`."""
@@ -165,7 +193,7 @@ class AsyncRewardClient:
             prompt=request_prompt,
             response_a=messages.response(a),
             response_b=messages.response(b),
-            options=messages.options(overflow, priority),
+            options=messages.options(overflow, priority, steps, cache_response),
         )
         key = self._key(request_prompt)
         _, reply = await self._calls.unary(rpcs.COMPARE, request, key, deadline)
@@ -201,6 +229,49 @@ class AsyncRewardClient:
         """Unloads the model on every endpoint; sent once and never again."""
         request = models_pb2.UnloadModelRequest(name=name)
         await self._calls.everywhere(rpcs.UNLOAD, request, self._deadline(timeout))
+
+    async def swap_model(
+        self,
+        name: str,
+        source: str,
+        dtype: str = "auto",
+        *,
+        canaries: Iterable[CanaryPair] = (),
+        min_canary_accuracy: float = 1.0,
+        shadow_share: float = 0.0,
+        shadow_requests: int = 100,
+        shadow_timeout_s: float = 60.0,
+        min_rank_correlation: float | None = None,
+        keep_previous: bool = False,
+        timeout: float | None = None,
+    ) -> tuple[SwapResult, ...]:
+        """Puts another version in the place of the one that serves, on every endpoint; sent once and never again.
+
+        No request fails or is scored by two versions meanwhile. Raises ServerError (FAILED_PRECONDITION), and that
+        endpoint goes on with the old one, if the new one ranks too few `canaries` right, or the `shadow_share` of live
+        requests too differently. Endpoints change one by one: a caller of several may see both versions for a while.
+        """
+        request = models_pb2.SwapModelRequest(
+            name=name,
+            source=source,
+            dtype=dtype,
+            canaries=[messages.canary_pair(pair) for pair in canaries],
+            min_canary_accuracy=min_canary_accuracy,
+            shadow_share=shadow_share,
+            shadow_requests=shadow_requests,
+            shadow_timeout_s=shadow_timeout_s,
+            min_rank_correlation=min_rank_correlation,
+            keep_previous=keep_previous,
+        )
+        replies = await self._calls.everywhere(rpcs.SWAP, request, self._deadline(timeout))
+        return tuple(messages.swap_result(reply, endpoint) for endpoint, reply in replies)
+
+    async def rollback_model(self, name: str, *, timeout: float | None = None) -> ModelInfo:
+        """The version before the last swap serves again, on every endpoint; sent once and never again."""
+        request = models_pb2.RollbackModelRequest(name=name)
+        replies = await self._calls.everywhere(rpcs.ROLLBACK, request, self._deadline(timeout))
+        endpoint, model = replies[0]
+        return messages.model_info(model, endpoint)
 
     async def wait_ready(self, timeout: float, model: str = "") -> None:
         """Returns when every endpoint is ready to score with `model` (or is up, where no model is named).

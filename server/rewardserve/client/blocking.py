@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
@@ -28,6 +28,8 @@ from rewardserve.client.types import (
     RankResult,
     Response,
     ScoreResult,
+    StepOptions,
+    SwapResult,
 )
 
 _LINGER_S = 0.05  # grpc delivers the last events of cancelled calls; a closed loop would log them as errors
@@ -74,12 +76,22 @@ class RewardClient:
         model: str = "",
         overflow: Overflow = "error",
         priority: int = 0,
+        steps: StepOptions | None = None,
+        cache_response: bool = False,
         timeout: float | None = None,
     ) -> ScoreResult:
         """See AsyncRewardClient.score."""
         groups = tuple(groups)  # the caller's iterable runs in the caller's thread
         return self._loop.run(
-            self._async.score(groups, model=model, overflow=overflow, priority=priority, timeout=timeout)
+            self._async.score(
+                groups,
+                model=model,
+                overflow=overflow,
+                priority=priority,
+                steps=steps,
+                cache_response=cache_response,
+                timeout=timeout,
+            )
         )
 
     def score_stream(
@@ -90,11 +102,19 @@ class RewardClient:
         model: str = "",
         overflow: Overflow = "error",
         priority: int = 0,
+        steps: StepOptions | None = None,
+        cache_response: bool = False,
         timeout: float | None = None,
     ) -> Iterator[Finished]:
         """See AsyncRewardClient.score_stream. `groups` is iterated in the caller's thread, between results."""
         scorer = self._async.open_stream(
-            window=window, model=model, overflow=overflow, priority=priority, timeout=timeout
+            window=window,
+            model=model,
+            overflow=overflow,
+            priority=priority,
+            steps=steps,
+            cache_response=cache_response,
+            timeout=timeout,
         )
         try:
             for group in groups:
@@ -115,6 +135,8 @@ class RewardClient:
         model: str = "",
         overflow: Overflow = "error",
         priority: int = 0,
+        steps: StepOptions | None = None,
+        cache_response: bool = False,
         timeout: float | None = None,
     ) -> RankResult:
         """See AsyncRewardClient.rank."""
@@ -126,6 +148,8 @@ class RewardClient:
                 model=model,
                 overflow=overflow,
                 priority=priority,
+                steps=steps,
+                cache_response=cache_response,
                 timeout=timeout,
             )
         )
@@ -139,11 +163,23 @@ class RewardClient:
         model: str = "",
         overflow: Overflow = "error",
         priority: int = 0,
+        steps: StepOptions | None = None,
+        cache_response: bool = False,
         timeout: float | None = None,
     ) -> CompareResult:
         """See AsyncRewardClient.compare."""
         return self._loop.run(
-            self._async.compare(prompt, a, b, model=model, overflow=overflow, priority=priority, timeout=timeout)
+            self._async.compare(
+                prompt,
+                a,
+                b,
+                model=model,
+                overflow=overflow,
+                priority=priority,
+                steps=steps,
+                cache_response=cache_response,
+                timeout=timeout,
+            )
         )
 
     def list_models(self, *, timeout: float | None = None) -> tuple[ModelInfo, ...]:
@@ -161,6 +197,14 @@ class RewardClient:
     def unload_model(self, name: str, *, timeout: float | None = None) -> None:
         """See AsyncRewardClient.unload_model."""
         self._loop.run(self._async.unload_model(name, timeout=timeout))
+
+    def swap_model(self, name: str, source: str, dtype: str = "auto", **options: Any) -> tuple[SwapResult, ...]:
+        """See AsyncRewardClient.swap_model, for the options too."""
+        return self._loop.run(self._async.swap_model(name, source, dtype, **options))
+
+    def rollback_model(self, name: str, *, timeout: float | None = None) -> ModelInfo:
+        """See AsyncRewardClient.rollback_model."""
+        return self._loop.run(self._async.rollback_model(name, timeout=timeout))
 
     def wait_ready(self, timeout: float, model: str = "") -> None:
         """See AsyncRewardClient.wait_ready."""

@@ -43,6 +43,8 @@ LIST: Rpc = attrgetter("models.List")
 GET: Rpc = attrgetter("models.Get")
 LOAD: Rpc = attrgetter("models.Load")
 UNLOAD: Rpc = attrgetter("models.Unload")
+SWAP: Rpc = attrgetter("models.Swap")
+ROLLBACK: Rpc = attrgetter("models.Rollback")
 CHECK: Rpc = attrgetter("check")
 
 

@@ -21,12 +21,21 @@ from rewardserve.client.translate import CODES
 from rewardserve.v1 import models_pb2, scoring_pb2
 
 _KINDS = {number: word.removeprefix("SCORE_KIND_").lower() for word, number in scoring_pb2.ScoreKind.items()}
+_NO_MODEL = scoring_pb2.ModelVersion()
 _OK = types.Status(grpc.StatusCode.OK)
 _STAGES = attrgetter(*(f.name for f in fields(types.Timings)))
 _OVERFLOWS = {
     "error": scoring_pb2.OVERFLOW_ERROR,
     "truncate_prompt_left": scoring_pb2.OVERFLOW_TRUNCATE_PROMPT_LEFT,
     "truncate_response_right": scoring_pb2.OVERFLOW_TRUNCATE_RESPONSE_RIGHT,
+}
+
+
+_REDUCTIONS = {
+    "min": scoring_pb2.STEP_REDUCTION_MIN,
+    "mean": scoring_pb2.STEP_REDUCTION_MEAN,
+    "product": scoring_pb2.STEP_REDUCTION_PRODUCT,
+    "last": scoring_pb2.STEP_REDUCTION_LAST,
 }
 
 
@@ -42,10 +51,18 @@ class Part:
 # To the wire
 
 
-def options(overflow: types.Overflow, priority: int) -> scoring_pb2.ScoreOptions:
+def options(
+    overflow: types.Overflow, priority: int, steps: types.StepOptions | None = None, cache_response: bool = False
+) -> scoring_pb2.ScoreOptions:
     if overflow not in _OVERFLOWS:
         raise ValueError(f"overflow is one of {sorted(_OVERFLOWS)}, not {overflow!r}")
-    return scoring_pb2.ScoreOptions(overflow=_OVERFLOWS[overflow], priority=priority)
+    wanted = scoring_pb2.ScoreOptions(overflow=_OVERFLOWS[overflow], priority=priority, cache_response=cache_response)
+    if steps is not None:
+        if steps.reduction not in _REDUCTIONS:
+            raise ValueError(f"reduction is one of {sorted(_REDUCTIONS)}, not {steps.reduction!r}")
+        wanted.granularity = scoring_pb2.GRANULARITY_STEP
+        wanted.step_reduction, wanted.step_separator = _REDUCTIONS[steps.reduction], steps.separator
+    return wanted
 
 
 def group(value: types.Group) -> scoring_pb2.Group:
@@ -84,7 +101,11 @@ def response(value: types.Response) -> scoring_pb2.Response:
         return scoring_pb2.Response(text=value)
     if isinstance(value, TokenIds):
         return scoring_pb2.Response(token_ids=value.data)
-    raise TypeError(f"a response is a str or TokenIds, not {type(value).__name__}")
+    if isinstance(value, types.Steps):
+        if value.token_ids is not None:
+            return scoring_pb2.Response(token_ids=value.token_ids.data, step_ends=value.ends)
+        return scoring_pb2.Response(steps=scoring_pb2.Steps(texts=value.texts))
+    raise TypeError(f"a response is a str, TokenIds or Steps, not {type(value).__name__}")
 
 
 def prompt_key(value: scoring_pb2.Prompt) -> bytes:
@@ -120,20 +141,21 @@ def _groups(part: Part, sent: Sequence[scoring_pb2.Group]) -> list[types.GroupSc
     received = part.reply.groups
     if len(received) != len(part.indices):
         raise _misfit(part.endpoint, f"{len(part.indices)} groups were sent and {len(received)} came back")
-    version = part.reply.model.version
     pairs = zip(part.indices, received, strict=True)
-    return [_group_score(sent[index], scored, version, part.endpoint) for index, scored in pairs]
+    return [_group_score(sent[index], scored, part.reply.model, part.endpoint) for index, scored in pairs]
 
 
 def _group_score(
-    sent: scoring_pb2.Group, scored: scoring_pb2.GroupScore, version: str, endpoint: str
+    sent: scoring_pb2.Group, scored: scoring_pb2.GroupScore, model: scoring_pb2.ModelVersion, endpoint: str
 ) -> types.GroupScore:
     if len(scored.items) != len(sent.responses):
         raise _misfit(endpoint, f"{len(sent.responses)} responses were sent and {len(scored.items)} came back")
-    return types.GroupScore(sent.id, tuple(item_score(item) for item in scored.items), version)
+    items = tuple(item_score(item, model) for item in scored.items)
+    return types.GroupScore(sent.id, items, model.version)
 
 
-def item_score(item: scoring_pb2.ItemScore) -> types.ItemScore:
+def item_score(item: scoring_pb2.ItemScore, model: scoring_pb2.ModelVersion = _NO_MODEL) -> types.ItemScore:
+    """`model` is the one that scored it."""
     score = item.score if item.HasField("score") else math.nan
     status = _item_status(item.status, score)
     return types.ItemScore(
@@ -144,6 +166,11 @@ def item_score(item: scoring_pb2.ItemScore) -> types.ItemScore:
         num_response_tokens=item.num_response_tokens,
         num_cached_tokens=item.num_cached_tokens,
         truncated=item.truncated,
+        raw_or_none=item.raw_score if status.code is grpc.StatusCode.OK else None,
+        steps=tuple(item.step_scores),
+        attributes=dict(zip(model.attributes, item.attributes, strict=False)),
+        std=item.std if item.HasField("std") else None,
+        members=dict(zip((member.name for member in model.members), item.ensemble.scores, strict=False)),
     )
 
 
@@ -157,7 +184,7 @@ def _item_status(status: status_pb2.Status, score: float) -> types.Status:
 
 def rank_result(reply: scoring_pb2.RankResponse, num_responses: int, endpoint: str) -> types.RankResult:
     """Raises ServerError where the ranks do not fit the responses sent."""
-    ranked, failed = _ranked(reply.ranked), _ranked(reply.failed)
+    ranked, failed = _ranked(reply.ranked, reply.model), _ranked(reply.failed, reply.model)
     indices = [each.index for each in (*ranked, *failed)]
     if len(set(indices)) != len(indices) or not all(0 <= index < num_responses for index in indices):
         raise _misfit(endpoint, f"ranks {indices} do not fit {num_responses} responses")
@@ -168,12 +195,14 @@ def rank_result(reply: scoring_pb2.RankResponse, num_responses: int, endpoint: s
     )
 
 
-def _ranked(items: Sequence[scoring_pb2.RankedResponse]) -> tuple[types.RankedResponse, ...]:
-    return tuple(types.RankedResponse(each.index, item_score(each.item)) for each in items)
+def _ranked(
+    items: Sequence[scoring_pb2.RankedResponse], model: scoring_pb2.ModelVersion
+) -> tuple[types.RankedResponse, ...]:
+    return tuple(types.RankedResponse(each.index, item_score(each.item, model)) for each in items)
 
 
 def compare_result(reply: scoring_pb2.CompareResponse) -> types.CompareResult:
-    a, b = item_score(reply.a), item_score(reply.b)
+    a, b = (item_score(item, reply.model) for item in (reply.a, reply.b))
     both = a.ok and b.ok  # the wire's margin is 0.0 where an item failed; nobody shall read that as a tie
     return types.CompareResult(
         request_id=reply.request_id,
@@ -193,8 +222,25 @@ def model_info(model: models_pb2.Model, endpoint: str) -> types.ModelInfo:
         "state": _word(models_pb2.ModelState, model.state, "MODEL_STATE_"),
         "path": _word(models_pb2.ExecutionPath, model.path, "EXECUTION_PATH_"),
     }
+    translated |= {"attributes": tuple(model.attributes), "members": tuple(model.members)}
     copied = {f.name: getattr(model, f.name) for f in fields(types.ModelInfo) if f.name not in translated}
     return types.ModelInfo(**copied, **translated)
+
+
+def canary_pair(pair: types.CanaryPair) -> models_pb2.CanaryPair:
+    return models_pb2.CanaryPair(prompt=prompt(pair.prompt), better=response(pair.better), worse=response(pair.worse))
+
+
+def swap_result(reply: models_pb2.SwapModelResponse, endpoint: str) -> types.SwapResult:
+    return types.SwapResult(
+        model=model_info(reply.model, endpoint),
+        previous_version=reply.previous_version,
+        num_canaries=reply.num_canaries,
+        num_canaries_right=reply.num_canaries_right,
+        num_shadow_requests=reply.num_shadow_requests,
+        num_shadow_failures=reply.num_shadow_failures,
+        rank_correlation=reply.rank_correlation if reply.HasField("rank_correlation") else None,
+    )
 
 
 def _timings(timings: scoring_pb2.StageTimings) -> types.Timings:

@@ -1,7 +1,7 @@
 """What goes into the client and what comes out. Plain frozen values: no protobuf, no channels."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 import grpc
@@ -27,7 +27,32 @@ class Rendered:
 
 # Plain text (one user turn), a conversation, token ids, or rendered text.
 Prompt: TypeAlias = str | Sequence[ChatMessage | Mapping[str, str]] | TokenIds | Rendered
-Response: TypeAlias = str | TokenIds
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """A response cut into steps: texts, or token ids with the number of tokens up to each step's end."""
+
+    texts: Sequence[str] = ()
+    token_ids: TokenIds | None = None
+    ends: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.texts, str):
+            raise TypeError("texts is a sequence of steps; a whole text is a response as it is")
+        if bool(self.texts) == (self.token_ids is not None) or bool(self.ends) != (self.token_ids is not None):
+            raise ValueError("steps are either texts, or token_ids with ends")
+
+
+Response: TypeAlias = str | TokenIds | Steps
+
+
+@dataclass(frozen=True, slots=True)
+class StepOptions:
+    """A score for each step of a response, and how they become the response's."""
+
+    reduction: Literal["min", "mean", "product", "last"] = "min"
+    separator: str = ""  # what whole texts are cut at; empty: what the model's authors use, else a blank line
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +85,11 @@ class ItemScore:
     num_response_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
     truncated: bool = False
+    raw_or_none: float | None = None  # what the model gave, before any normaliser, calibration or penalty
+    steps: tuple[float, ...] = ()  # of process reward models, or where steps were asked for
+    attributes: Mapping[str, float] = field(default_factory=dict)  # of models with several objectives
+    std: float | None = None  # uncertainty: the model's own, or an ensemble's
+    members: Mapping[str, float] = field(default_factory=dict)  # of an ensemble: every member's score, by its name
 
     @property
     def ok(self) -> bool:
@@ -188,3 +218,29 @@ class ModelInfo:
     canary_error: float = 0.0  # relative, against the padded Hugging Face forward
     num_restarts: int = 0
     prefix_cache_tokens: int = 0  # capacity
+    attributes: tuple[str, ...] = ()  # that a model with several objectives gives besides its score
+    scores_steps: bool = False  # a process reward model
+    members: tuple[str, ...] = ()  # of an ensemble
+    aggregate: str = ""  # how they become one score
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryPair:
+    """Two responses of which a new version must score the first higher."""
+
+    prompt: Prompt
+    better: Response
+    worse: Response
+
+
+@dataclass(frozen=True, slots=True)
+class SwapResult:
+    """What took the place of what, and how it was tried before."""
+
+    model: ModelInfo
+    previous_version: str
+    num_canaries: int
+    num_canaries_right: int
+    num_shadow_requests: int
+    num_shadow_failures: int
+    rank_correlation: float | None  # Spearman's, between the versions' scores of the shadowed requests

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rewardserve.types import EncodedGroup, ItemFailure, TextSpec
+from rewardserve.types import EncodedGroup, ItemFailure, StepFormat, TextSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,9 @@ class EngineItem:
 
     score: float | None
     failure: ItemFailure | None = None
+    attributes: tuple[float, ...] = ()  # of models with several objectives; EngineInfo names them
+    steps: tuple[float, ...] = ()  # one for each step; `score` is the smallest
+    std: float | None = None  # the model's own uncertainty, where it has one
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,14 @@ class EngineInfo:
     canary_error: float
     prefix_cache_tokens: int
     bos_token_id: int | None = None
+    attributes: tuple[str, ...] = ()
+    is_probability: bool = False  # scores are between 0 and 1 by construction
+    shift: float = 0.0  # final score = (score - shift) / scale, where the checkpoint brings a normaliser
+    scale: float = 1.0
+    reads_single_states: bool = True  # so that a step's last token can be read as well as a response's
+    pattern: tuple[int, ...] = ()  # token ids that a sequence must hold, for that is where it is read
+    appended: int | None = None  # token id that every sequence must end in
+    steps: StepFormat | None = None  # how a process reward model is shown steps
     text: TextSpec | None = None  # None: the checkpoint has no tokenizer, only ids are scored
     text_missing_reason: str = ""
 

@@ -22,7 +22,9 @@ from rewardserve.engine.vllm_engine import ItemFailed, ModelGone, Scored, Step
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.engine.vllm_plugin import OWNER
 from rewardserve.errors import LoadFailed
+from rewardserve.models.heads import LinearHead
 from rewardserve.models.loader import choose_dtype, count_parameters
+from rewardserve.models.reads import ReadPlan
 from rewardserve.models.spec import ModelSpec, first_line, read_spec
 from rewardserve.models.text_export import export_text
 from rewardserve.types import ItemCode, ItemFailure
@@ -82,6 +84,7 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
     if importlib.util.find_spec("vllm") is None:
         raise LoadFailed(f"{options.source}: engine = vllm, but vLLM is not installed; {HOW_TO_INSTALL}")
     spec = read_spec(options.source, any_quantization=True)
+    _check_head(options, spec)
     num_parameters = _check_weights(spec)
     _set_environment(options)
     with _overheard() as reasons:
@@ -96,6 +99,17 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
             reason = next(iter(reasons), first_line(error))
             raise LoadFailed(f"{options.source}: vLLM cannot serve it: {reason}") from error
     return model
+
+
+def _check_head(options: VllmOptions, spec: ModelSpec) -> None:
+    """vLLM's own pooling for a `*ForSequenceClassification` with one output is right; others it reads otherwise."""
+    recipe = spec.recipe
+    plain = isinstance(recipe.head, LinearHead) and recipe.reads == ReadPlan() and recipe.normalizer is None
+    if not plain or recipe.appended is not None or not spec.checkpoint.has("score.weight"):
+        raise LoadFailed(
+            f"{options.source}: vLLM serves a linear head 'score' at the last token, and this is {recipe.family}; "
+            "the native engine knows it: leave out --engine vllm"
+        )
 
 
 def _check_weights(spec: ModelSpec) -> int:

@@ -6,6 +6,7 @@ graph serves every layer. What the operator needs to know of the pack it reads f
 every model family passes keyword arguments through.
 """
 
+import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ import torch
 from rewardserve_kernels.attention import chunked
 from rewardserve_kernels.kv_cache.paged import StoreIndex, store_rows, store_segment
 from rewardserve_kernels.pooling.reference import Norm, NormKind, normed
+from rewardserve_kernels.pooling.running_mean import MeanRows
 from rewardserve_kernels.ragged import Segment
 from rewardserve_kernels.workspace import Workspace
 from torch import nn
@@ -60,11 +62,12 @@ class Pack:
     input_ids: torch.Tensor  # [rows] int32
     position_ids: torch.Tensor  # [rows] int32
     segments: tuple[Segment, ...]
-    pooled: tuple[int, ...]  # segments whose last row is scored
-    pooled_rows: torch.Tensor  # [len(pooled)] int32: the rows of those last tokens
+    reads: tuple[Segment, ...]  # for every row that is read, its segment up to it
+    read_rows: torch.Tensor  # [len(reads)] int32: the last row of each
     stored: StoreIndex | None = None  # of the rows to store, for one launch; None: segment by segment
-    # Of the attention, by window and whether it is that of the pooled rows only; made when first asked for.
+    # Of the attention, by window and whether it is that of the read rows only; made when first asked for.
     plans: dict[tuple[int, bool], Any] = field(default_factory=dict)
+    means: MeanRows | None = None  # what a head that reads means sums up
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +103,11 @@ class _Forward:
         softcap: float,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        """By the pack's plan, or, once keys are captured, by that of its pooled rows; made once for a window."""
-        pack, pooled_only = self.pack, self.captured is not None
-        key = (window, pooled_only)
+        """By the pack's plan, or, once keys are captured, by that of its read rows; made once for a window."""
+        pack = self.pack
+        key = (window, self.captured is not None)
         if key not in pack.plans:
-            pack.plans[key] = _plan(self.attention, pack.segments, pack.pooled, key, q.dtype, q.device)
+            pack.plans[key] = _plan(self.attention, pack.segments, pack.reads, key, q.dtype, q.device)
         self.shapes[key] = AttentionShape(len(q), len(k), q.shape[2], v.shape[2], q.dtype)
         plan, workspace = pack.plans[key], self.pool.workspace
         return self.attention.tree_attention(q, k, v, *pools, plan, workspace, scale, softcap, sinks)
@@ -113,21 +116,20 @@ class _Forward:
 def _plan(
     attention: TreeAttention,
     segments: Sequence[Segment],
-    pooled: Sequence[int],
+    reads: Sequence[Segment],
     key: tuple[int, bool],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Any:
-    window, pooled_only = key
-    queries = [segments[i] for i in pooled] if pooled_only else segments
-    return attention.plan_attention(queries, dtype, device, window, pooled_only)
+    window, reads_only = key
+    return attention.plan_attention(reads if reads_only else segments, dtype, device, window, reads_only)
 
 
 _current = threading.local()
 
 
 class _KeysCaptured(Exception):
-    """Leaves the last layer once its keys and values are known: the rest of it is needed for scored rows only."""
+    """Leaves the last layer once its keys and values are known: the rest of it is needed for rows that are read."""
 
 
 def _attend(
@@ -206,7 +208,7 @@ AttentionInterface.register(ATTENTION, _attention_interface)
 
 
 class _PrunedLayer(nn.Module):
-    """The last decoder layer: keys and values of all rows, everything else of the scored rows only."""
+    """The last decoder layer: keys and values of all rows, everything else of the rows that are read."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -228,7 +230,7 @@ class _PrunedLayer(nn.Module):
             self.layer(hidden_states, *args, **kwargs)
         except _KeysCaptured:
             forward.capturing = False
-        rows = forward.pack.pooled_rows
+        rows = forward.pack.read_rows
         num_rows = hidden_states.shape[1]
         if not len(rows):
             return hidden_states[:, :0]
@@ -311,6 +313,7 @@ class Backbone:
         # products take any precision (rewardserve_kernels.linear); a fifth to a third off the error of bf16.
         self.residual_in_fp32 = False
         self._final_norm = _widen_final_norm(module)
+        self._knows_use_cache = "use_cache" in inspect.signature(module.forward).parameters  # no encoder does
 
     def prepare_packed(self, prune: bool, max_length: int) -> None:
         """Routes attention to ours and, with `prune`, cuts the last layer short. Raises NotPackable."""
@@ -349,11 +352,20 @@ class Backbone:
                 layer._compiled_call_impl = None  # torch has no public way back
 
     def run_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
-        """Final hidden states of the pooled rows, [len(pack.pooled), hidden_size].
+        """Final hidden states of the rows that are read, [len(pack.reads), hidden_size].
 
         Raises NotPackable if not every layer asked our attention exactly once: such a backbone's states are wrong.
         """
-        num_pooled, pack = len(pack.pooled), _at_least_two_rows(pack)
+        num_reads, pack = len(pack.reads), _at_least_two_rows(pack)
+        hidden = self._run(pack, pool)
+        return (hidden if self._pruned else hidden[pack.read_rows])[:num_reads]
+
+    def run_all_rows(self, pack: Pack, pool: KVPool) -> torch.Tensor:
+        """Final hidden states, [rows, hidden_size]. Raises NotPackable likewise; the last layer must not be pruned."""
+        assert not self._pruned
+        return self._run(_at_least_two_rows(pack), pool)[: len(pack.input_ids)]
+
+    def _run(self, pack: Pack, pool: KVPool) -> torch.Tensor:
         last_layer = self.config.num_hidden_layers - 1 if self._pruned else -1
         forward = _Forward(pack, pool, self.attention, last_layer)
         _current.forward = forward
@@ -364,14 +376,14 @@ class Backbone:
         finally:
             _current.forward = None
         self.attention_shapes = {**self.attention_shapes, **forward.shapes}  # another thread may be reading the old one
-        expected = self.config.num_hidden_layers + (1 if self._pruned and pack.pooled else 0)
+        expected = self.config.num_hidden_layers + (1 if self._pruned and pack.reads else 0)
         if forward.num_calls != expected:
             raise NotPackable(f"attention was called {forward.num_calls} times instead of {expected} in a forward")
-        return (hidden if self._pruned else hidden[pack.pooled_rows])[:num_pooled]
+        return hidden
 
-    def plan_attention(self, segments: Sequence[Segment], pooled: Sequence[int], key: tuple[int, bool]) -> Any:
+    def plan_attention(self, segments: Sequence[Segment], reads: Sequence[Segment], key: tuple[int, bool]) -> Any:
         """Ahead of the forward that asks for it; `key` is one of `attention_shapes`."""
-        return _plan(self.attention, segments, pooled, key, self.attention_shapes[key].dtype, self.device)
+        return _plan(self.attention, segments, reads, key, self.attention_shapes[key].dtype, self.device)
 
     def leave_out_final_norm(self) -> Norm | None:
         """From here on hidden states come before the final norm, which is returned.
@@ -394,22 +406,30 @@ class Backbone:
             return {"input_ids": input_ids}
         return {"inputs_embeds": self.module.get_input_embeddings()(input_ids).float()}
 
-    def run_padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Final hidden states of the last token of each row, [len(rows), hidden_size], by a right-padded forward.
+    def run_padded(self, rows: Sequence[torch.Tensor], reads: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Final hidden states at positions `reads` of each row, [all reads, hidden_size], by a right-padded forward."""
+        hidden = self._run_padded(rows)
+        picked = [hidden[i, list(positions)] for i, positions in enumerate(reads)]
+        return torch.cat(picked)
 
-        The last token is found by true length, never by looking for a pad id.
-        """
+    def means_padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Means over the tokens of each row, [len(rows), hidden_size]."""
+        hidden = self._run_padded(rows).double()
+        return torch.stack([hidden[i, : len(row)].mean(0) for i, row in enumerate(rows)]).float()
+
+    def _run_padded(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[len(rows), longest, hidden_size]. Where a row ends is told by its length, never by looking for a pad id."""
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         input_ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True).to(self.device)
         mask = (torch.arange(input_ids.shape[1], device=self.device)[None] < lengths[:, None]).long()
-        hidden = self.module(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        options = {"use_cache": False} if self._knows_use_cache else {}
+        return self.module(input_ids=input_ids, attention_mask=mask, **options).last_hidden_state
 
 
 def _at_least_two_rows(pack: Pack) -> Pack:
-    """Doubles a single row, computed or pooled: a product of one row takes another path, to other bits."""
-    if len(pack.pooled) == 1:
-        pack = replace(pack, pooled=pack.pooled * 2, pooled_rows=pack.pooled_rows.repeat(2), plans={})
+    """Doubles a single row, computed or read: a product of one row takes another path, to other bits."""
+    if len(pack.reads) == 1:
+        pack = replace(pack, reads=pack.reads * 2, read_rows=pack.read_rows.repeat(2), plans={})
     if len(pack.input_ids) == 1:
         alone = Segment(row=1, num_rows=1, start=0, blocks=(), store=False)
         ids, positions = pack.input_ids.repeat(2), torch.cat([pack.position_ids, pack.position_ids.new_zeros(1)])

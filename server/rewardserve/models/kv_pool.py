@@ -16,6 +16,7 @@ class KVPool:
         self.num_blocks = num_blocks
         self.workspace = Workspace()  # of the attention that reads from here
         self.whole: torch.Tensor | None = None  # [layers, 2, blocks, kv_heads, BLOCK_TOKENS, head_size]
+        self.sums: torch.Tensor | None = None  # [blocks, hidden_size] fp32, of final hidden states, for means
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def layer(self, index: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +37,10 @@ class KVPool:
             self._layers = [(self._new(k), self._new(v)) for k, v in other._layers]
         make_resident([self.whole] if self.whole is not None else (t for pair in self._layers for t in pair))
 
+    def keep_sums(self, hidden_size: int, device: torch.device) -> None:
+        """For a head that reads means."""
+        self.sums = torch.zeros(self.num_blocks, hidden_size, device=device)
+
     def _new(self, like: torch.Tensor) -> torch.Tensor:
         return untouched((self.num_blocks, *like.shape[1:]), like)
 
@@ -55,6 +60,8 @@ class HostBlocks:
         layers, two, _, *block = pool.whole.shape
         shape, on_gpu = (num_slots, layers, two, *block), pool.whole.is_cuda
         self._slots = torch.empty(shape, dtype=pool.whole.dtype, pin_memory=on_gpu)
+        self._sums = pool.sums
+        self._sum_slots = None if pool.sums is None else torch.empty(num_slots, pool.sums.shape[1], pin_memory=on_gpu)
 
     @property
     def num_slots(self) -> int:
@@ -63,7 +70,11 @@ class HostBlocks:
     def copy_out(self, block: int, slot: int) -> None:
         """In its turn with all else on the current stream."""
         self._slots[slot].copy_(self._pool[:, :, block], non_blocking=True)
+        if self._sums is not None and self._sum_slots is not None:
+            self._sum_slots[slot].copy_(self._sums[block], non_blocking=True)
 
     def copy_back(self, block: int, slot: int) -> None:
         """Likewise."""
         self._pool[:, :, block].copy_(self._slots[slot], non_blocking=True)
+        if self._sums is not None and self._sum_slots is not None:
+            self._sums[block].copy_(self._sum_slots[slot], non_blocking=True)

@@ -1,6 +1,7 @@
 """Checkpoint -> reward model on a device."""
 
 import logging
+import re
 from typing import Any
 
 import torch
@@ -9,11 +10,15 @@ from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
+from rewardserve.models.checkpoint import first_line
+from rewardserve.models.reads import ReadAt
 from rewardserve.models.reward_model import RewardModel
-from rewardserve.models.spec import HEAD_BIAS, HEAD_WEIGHT, ModelSpec, first_line
+from rewardserve.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
+# What wrappers put before the names of a backbone's weights
+WRAPPERS = re.compile(r"^(?:(?:pretrained_model|base_model|language_model|transformer|backbone|model)\.)+")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -43,8 +48,7 @@ def load(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RewardMod
     """Raises LoadFailed if a weight of the backbone is missing: transformers would make one up."""
     module = _read_backbone(spec, dtype=dtype)
     module = module.to(device).eval().requires_grad_(False)
-    bias = None if spec.head_bias is None else spec.head_bias.to(device)
-    return RewardModel(Backbone(module), spec.head_weight.to(device), bias)
+    return RewardModel(Backbone(module), spec.recipe.head.to(device), takes_mean=spec.recipe.reads.at is ReadAt.MEAN)
 
 
 def count_parameters(spec: ModelSpec) -> int:
@@ -53,18 +57,22 @@ def count_parameters(spec: ModelSpec) -> int:
     For engines that load by themselves: not all refuse a checkpoint from which a weight is missing.
     """
     module = _read_backbone(spec, device_map="meta")
-    return sum(p.numel() for p in module.parameters()) + spec.head_weight.numel()
+    return sum(p.numel() for p in module.parameters()) + spec.recipe.head.num_parameters
 
 
 def _read_backbone(spec: ModelSpec, **options: Any) -> PreTrainedModel:
     transformers_logging.set_verbosity_error()  # what is missing or not used we say ourselves
     transformers_logging.disable_progress_bar()
     try:
-        module, info = AutoModel.from_pretrained(
-            spec.folder,
+        with torch.device("meta"):
+            empty = AutoModel.from_config(spec.config)
+        tensors = _renamed(spec, empty)
+        module, info = type(empty).from_pretrained(
+            None if tensors is not None else spec.folder,
             config=spec.config,
+            state_dict=tensors,
             output_loading_info=True,
-            use_safetensors=True,
+            use_safetensors=None if tensors is not None else _in_safetensors(spec),
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
             **options,
@@ -76,7 +84,29 @@ def _read_backbone(spec: ModelSpec, **options: Any) -> PreTrainedModel:
     if info["missing_keys"] or info["mismatched_keys"]:
         keys = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise LoadFailed(f"{spec.folder}: weights missing or of the wrong shape: {', '.join(keys[:10])}")
-    ignored = sorted(set(info["unexpected_keys"]) - {HEAD_WEIGHT, HEAD_BIAS})
+    ignored = sorted(set(info["unexpected_keys"]) - spec.recipe.head_keys)
     if ignored:
         log.warning("%d weights of the checkpoint are not used: %s", len(ignored), ", ".join(ignored[:10]))
     return module
+
+
+def _in_safetensors(spec: ModelSpec) -> bool:
+    return any(file.suffix == ".safetensors" and file.name.startswith("model") for file in spec.weight_files)
+
+
+def _renamed(spec: ModelSpec, empty: PreTrainedModel) -> dict[str, torch.Tensor] | None:
+    """The backbone's weights by the names that transformers' class has for them; None if it knows those they have."""
+    checkpoint, recipe = spec.checkpoint, spec.recipe
+    if recipe.convert is not None:
+        return recipe.convert(checkpoint)
+    if checkpoint.adapted:
+        return {key: checkpoint.tensor(key) for key in checkpoint.where if key not in recipe.head_keys}
+    names = set(empty.state_dict())
+    prefix = f"{empty.base_model_prefix}."
+    keys = [key for key in checkpoint.where if key not in recipe.head_keys]
+    if any(key in names or key.removeprefix(prefix) in names for key in keys) or getattr(
+        spec.config, "quantization_config", None
+    ):
+        return None
+    bare = {key: WRAPPERS.sub("", key) for key in keys}
+    return {name: checkpoint.tensor(key) for key, name in bare.items() if name in names} or None

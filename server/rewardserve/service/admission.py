@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rewardserve.errors import InvalidRequest, Overloaded
 from rewardserve.metrics import ModelMetrics
-from rewardserve.types import Conversation, Prompt, PromptGroup, ScoreRequest, TokenIds
+from rewardserve.types import Conversation, Prompt, PromptGroup, Response, ScoreRequest, StepIds, Steps, TokenIds
 
 CHARACTERS_PER_TOKEN = 3.5  # of English and code, a little low on purpose: the estimate should rather be too large
 
@@ -97,14 +97,16 @@ def _group_size(group: PromptGroup, max_length: int | None) -> int:
     return size if max_length is None else min(size, len(group.responses) * max_length)
 
 
-def _size(part: Prompt | str) -> int:
-    if isinstance(part, TokenIds):  # before the others: a pattern costs three times as much
+def _size(part: Prompt | Response) -> int:
+    if isinstance(part, TokenIds | StepIds):  # before the others: a pattern costs three times as much
         return len(part.data) // 4
     match part:
         case Conversation(messages):
             return sum(int(len(m.content) / CHARACTERS_PER_TOKEN) + 4 for m in messages)
         case str():
             return int(len(part) / CHARACTERS_PER_TOKEN) + 1
+        case Steps(texts):
+            return sum(_size(text) for text in texts)
         case _:
             return int(len(part.text) / CHARACTERS_PER_TOKEN) + 1
 

@@ -5,8 +5,11 @@ import contextlib
 import enum
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry
 
 from rewardserve.engine.base import BatchReport, Engine, EngineInfo, EngineListener, EngineRequest
 from rewardserve.errors import (
@@ -16,13 +19,16 @@ from rewardserve.errors import (
     ModelExists,
     ModelNotFound,
     RewardServeError,
+    SwapRefused,
     Unavailable,
 )
 from rewardserve.metrics import Metrics, ModelMetrics
 from rewardserve.service.admission import Admission, Limits
+from rewardserve.service.ensemble import Ensemble
+from rewardserve.service.shadow import Shadow
 from rewardserve.text.encoder import EncodedRequest, Encoder, is_quickly_encoded
 from rewardserve.text.tokenizer import Tokenizer
-from rewardserve.types import EncodedGroup, ScoreRequest, is_model_name
+from rewardserve.types import Aggregate, EncodedGroup, ScoreRequest, is_model_name
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +39,15 @@ class ModelState(enum.Enum):
     RESTARTING = "restarting"
     DRAINING = "draining"
     FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Previous:
+    """What a swap replaced."""
+
+    source: str
+    dtype: str
+    kept: "LiveModel | None"  # still loaded
 
 
 class LiveModel:
@@ -49,6 +64,31 @@ class LiveModel:
         self.num_restarts = 0
         self.info: EngineInfo | None = None
         self.encoder: Encoder | None = None
+        self.dtype = "auto"  # as asked for
+        self.shadow: Shadow | None = None  # of a swap under way
+        self.previous: Previous | None = None
+        self._num_users = 0
+
+    @property
+    def num_users(self) -> int:
+        """Requests that this version is scoring."""
+        return self._num_users
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        self._num_users += 1
+        try:
+            yield
+        finally:
+            self._num_users -= 1
+
+    def take_over(self, old: "LiveModel") -> None:
+        """From here on this version's numbers go where the old one's went, and count towards the same limits."""
+        assert self.info is not None
+        self.metrics, old.metrics = old.metrics, self.metrics
+        self.admission, old.admission = old.admission, self.admission
+        self._describe(self.info)
+        self.metrics.up.set(self.state is ModelState.SERVING)
 
     async def start(self, executor: Executor, on_change: Callable[["LiveModel"], None]) -> None:
         """Raises LoadFailed, or Unavailable if the engine died while loading."""
@@ -99,7 +139,9 @@ class LiveModel:
 
         A score that is not finite does not say so: it may be these ids', and each item says it for itself.
         """
-        group = EncodedGroup(prompt=bytes(4 * 8), responses=(bytes(4 * 8),))
+        assert self.info is not None
+        looked_for = b"".join(i.to_bytes(4, "little") for i in self.info.pattern)
+        group = EncodedGroup(prompt=bytes(4 * 8), responses=(looked_for + bytes(4 * 8),))
         result = await self.engine.score(EngineRequest("warm-up", (group,)))
         failure = result.groups[0].items[0].failure
         if failure is not None and not failure.is_of_the_score:
@@ -107,7 +149,18 @@ class LiveModel:
 
     def _use(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
         self.info = info
-        self.encoder = Encoder(tokenizer, info.vocab_size, info.max_length, info.text_missing_reason, info.bos_token_id)
+        self.encoder = Encoder(
+            tokenizer,
+            info.vocab_size,
+            info.max_length,
+            info.text_missing_reason,
+            info.bos_token_id,
+            info.appended,
+            info.steps,
+        )
+        self._describe(info)
+
+    def _describe(self, info: EngineInfo) -> None:
         self.admission.max_length = info.max_length
         self.metrics.set_info(info.version, info.architecture, info.path, info.dtype)
 
@@ -157,6 +210,8 @@ class Registry:
         self._executor = executor
         self._on_change = on_change
         self._models: dict[str, LiveModel] = {}
+        self._ensembles: dict[str, Ensemble] = {}
+        self._swapping: set[str] = set()
         self._draining = False
 
     @property
@@ -165,11 +220,11 @@ class Registry:
 
     def get(self, name: str) -> LiveModel:
         """An empty name means the only model. Raises ModelNotFound."""
-        if not name and len(self._models) == 1:
+        if not name and len(self._models) == 1 and not self._ensembles:
             return next(iter(self._models.values()))
         if name in self._models:
             return self._models[name]
-        served = ", ".join(sorted(self._models)) or "none"
+        served = ", ".join(sorted([*self._models, *self._ensembles])) or "none"
         wanted = f"no model '{name}' here" if name else "name a model: there is not exactly one here"
         raise ModelNotFound(f"{wanted}; served are: {served}")
 
@@ -181,18 +236,86 @@ class Registry:
         model.check_serving()
         return model
 
+    @property
+    def ensembles(self) -> list[Ensemble]:
+        return list(self._ensembles.values())
+
+    def ensemble(self, name: str) -> Ensemble | None:
+        """An empty name means none: a server with an ensemble has several models."""
+        return self._ensembles.get(name)
+
+    def add_ensemble(self, name: str, members: Sequence[str], aggregate: Aggregate) -> None:
+        """Raises InvalidRequest or ModelExists. While a member is away the ensemble cannot score."""
+        if not is_model_name(name):
+            raise InvalidRequest("name", f"{name!r} must be letters, digits, '-', '_' and '.'")
+        if name in self._models or name in self._ensembles:
+            raise ModelExists(f"a model '{name}' is served already")
+        if len(set(members)) < 2:
+            raise InvalidRequest("members", "an ensemble has two members at least")
+        self._ensembles[name] = Ensemble(name, tuple(members), aggregate, ModelMetrics(self.metrics, name))
+
+    def metrics_of(self, name: str) -> ModelMetrics:
+        """Raises ModelNotFound."""
+        ensemble = self.ensemble(name)
+        return self.get(name).metrics if ensemble is None else ensemble.metrics
+
+    async def load_beside(self, old: LiveModel, source: str, dtype: str) -> LiveModel:
+        """A model for the name of `old`, warm, that nobody reaches yet. Raises LoadFailed, SwapRefused."""
+        if old.name in self._swapping:
+            raise SwapRefused(f"model '{old.name}' is being swapped already")
+        self._swapping.add(old.name)
+        engine = self._make_engine(old.name, source, dtype)
+        unseen = ModelMetrics(Metrics(CollectorRegistry()), old.name)
+        new = LiveModel(old.name, source, engine, unseen, self._limits)
+        new.dtype = dtype
+        try:
+            await new.start(self._executor, self._changed)
+        except BaseException as error:
+            await engine.stop()
+            if isinstance(error, RewardServeError) and not isinstance(error, LoadFailed):
+                raise LoadFailed(str(error)) from error
+            raise
+        finally:
+            self._swapping.discard(old.name)
+        return new
+
+    async def flip(self, old: LiveModel, new: LiveModel, grace_s: float, keep_previous: bool) -> None:
+        """Requests that come from here on go to `new`; `old` finishes what it has, and goes away or is kept.
+
+        Raises SwapRefused if `old` does not serve any more: it was unloaded or swapped meanwhile.
+        """
+        if self._models.get(old.name) is not old:
+            await new.engine.stop()
+            raise SwapRefused(f"model '{old.name}' was changed while its new version was loading; try again")
+        new.take_over(old)
+        self._models[old.name] = new
+        new.previous = Previous(old.source, old.dtype, old if keep_previous else None)
+        before, old.previous = old.previous, None
+        self._changed(new)
+        await _idle(old, grace_s)
+        if not keep_previous:
+            await old.engine.stop()
+        if before is not None and before.kept is not None and before.kept is not new:
+            await before.kept.engine.stop()
+
+    def _changed(self, model: LiveModel) -> None:
+        """Of a version that is not served, nobody needs to hear."""
+        if self._models.get(model.name) is model:
+            self._on_change(model)
+
     async def load(self, name: str, source: str, dtype: str = "auto") -> LiveModel:
         """Loads, checks and warms a model; it is served when this returns. Raises ModelExists or LoadFailed."""
         if not is_model_name(name):
             raise InvalidRequest("name", f"{name!r} must be letters, digits, '-', '_' and '.'")
-        if name in self._models:
+        if name in self._models or name in self._ensembles:
             raise ModelExists(f"a model '{name}' is served already; unload it first")
         engine = self._make_engine(name, source, dtype)
         model = LiveModel(name, source, engine, ModelMetrics(self.metrics, name), self._limits)
+        model.dtype = dtype
         self._models[name] = model
         self._on_change(model)
         try:
-            await model.start(self._executor, self._on_change)
+            await model.start(self._executor, self._changed)
             if self._models.get(name) is not model:
                 raise LoadFailed(f"model '{name}' was unloaded while it was loading")
         except BaseException as error:
@@ -217,6 +340,8 @@ class Registry:
         self._on_change(model)
         await _idle(model, grace_s)
         await model.engine.stop()
+        if model.previous is not None and model.previous.kept is not None:
+            await model.previous.kept.engine.stop()
         self._forget(model)
         self._on_change(model)
 
@@ -234,11 +359,12 @@ class Registry:
         await asyncio.gather(*(_idle(model, grace_s) for model in self.models))
 
     async def stop(self) -> None:
-        await asyncio.gather(*(model.engine.stop() for model in self.models))
+        kept = [model.previous.kept for model in self.models if model.previous is not None and model.previous.kept]
+        await asyncio.gather(*(model.engine.stop() for model in [*self.models, *kept]))
 
 
 async def _idle(model: LiveModel, grace_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace_s):
-            while model.admission.num_requests:
+            while model.num_users:
                 await asyncio.sleep(0.02)

@@ -1,12 +1,16 @@
 """The journey of one Score request."""
 
+import asyncio
 import itertools
 import time
 from concurrent.futures import Executor
+from dataclasses import replace
 
 from rewardserve.engine.base import EngineRequest, EngineResult
 from rewardserve.metrics import ModelMetrics
 from rewardserve.service.deadlines import Deadlines
+from rewardserve.service.ensemble import Ensemble, combine
+from rewardserve.service.finish import Finish, check_steps
 from rewardserve.service.registry import LiveModel, Registry
 from rewardserve.text.encoder import EncodedItem, EncodedRequest
 from rewardserve.types import GroupScore, ItemScore, ScoreRequest, ScoreResult, Timings
@@ -24,18 +28,41 @@ class ScoringService:
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Scores every response, or raises a RewardServeError; failures of single responses are among the items."""
+        ensemble = self._registry.ensemble(request.model)
+        if ensemble is not None:
+            return await self._score_together(ensemble, request)
         model = self._registry.serving(request.model)
-        with model.admission.admit(request), self._deadlines.until(request.deadline):
+        metrics = model.metrics
+        with model.admission.admit(request), model.used(), self._deadlines.until(request.deadline):
             result = await self._score(model, request)
-        observe(model.metrics, result)
+        observe(metrics, result)
+        if model.shadow is not None:
+            model.shadow.offer(request, result)
+        return result
+
+    async def score_with(self, model: LiveModel, request: ScoreRequest) -> ScoreResult:
+        """By a model that is not served yet: nothing is admitted, counted or reported."""
+        with model.used():
+            return await self._score(model, request)
+
+    async def _score_together(self, ensemble: Ensemble, request: ScoreRequest) -> ScoreResult:
+        parts = [asyncio.create_task(self.score(replace(request, model=name))) for name in ensemble.members]
+        try:
+            results = await asyncio.gather(*parts)
+        finally:  # what one member fails in, the others need not finish
+            for part in parts:
+                part.cancel()
+        result = combine(ensemble, request.request_id, results)
+        observe(ensemble.metrics, result)
         return result
 
     async def _score(self, model: LiveModel, request: ScoreRequest) -> ScoreResult:
         admitted = time.monotonic()
+        assert model.info is not None
+        info = model.info
+        check_steps(request, info)
         encoded = await model.encode(request, self._executor)
         tokenized = time.monotonic()
-        assert model.info is not None
-        version = model.info.version
         scored = await _run(model, request, encoded)
         timings = Timings(
             admission_s=admitted - request.received_at,
@@ -44,7 +71,8 @@ class ScoringService:
             compute_s=scored.compute_s,
             total_s=time.monotonic() - request.received_at,
         )
-        return _assemble(request, encoded, scored, model.name, version, timings)
+        finish = Finish(info, request.step_reduction)
+        return _assemble(request, encoded, scored, model.name, finish, timings)
 
 
 async def _run(model: LiveModel, request: ScoreRequest, encoded: EncodedRequest) -> EngineResult:
@@ -57,28 +85,25 @@ async def _run(model: LiveModel, request: ScoreRequest, encoded: EncodedRequest)
 
 
 def _assemble(
-    request: ScoreRequest, encoded: EncodedRequest, scored: EngineResult, model: str, version: str, timings: Timings
+    request: ScoreRequest, encoded: EncodedRequest, scored: EngineResult, model: str, finish: Finish, timings: Timings
 ) -> ScoreResult:
     groups = tuple(
-        GroupScore(group.id, tuple([_item(item, scored) for item in items]))
+        GroupScore(group.id, tuple([_item(item, scored, finish) for item in items]))
         for group, items in zip(request.groups, encoded.items, strict=True)
     )
-    return ScoreResult(request.request_id, model, version, groups, timings)
+    return ScoreResult(request.request_id, model, finish.info.version, groups, timings, finish.info.attributes)
 
 
-def _item(item: EncodedItem, scored: EngineResult) -> ItemScore:
+def _item(item: EncodedItem, scored: EngineResult, finish: Finish) -> ItemScore:
     if item.failure is not None:
         return ItemScore(None, item.failure, item.num_prompt_tokens, item.num_response_tokens, 0, item.truncated)
     group = scored.groups[item.group]
     result = group.items[item.index]
-    return ItemScore(
-        result.score,
-        result.failure,
-        item.num_prompt_tokens,
-        item.num_response_tokens,
-        group.num_cached_tokens,
-        item.truncated,
-    )
+    counts = (item.num_prompt_tokens, item.num_response_tokens, group.num_cached_tokens, item.truncated)
+    if result.score is None:
+        return ItemScore(None, result.failure, *counts)
+    raw, score = finish(result)
+    return ItemScore(score, None, *counts, raw, finish.kind, result.steps, result.attributes, result.std)
 
 
 def observe(metrics: ModelMetrics, result: ScoreResult) -> None:

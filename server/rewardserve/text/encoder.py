@@ -8,7 +8,8 @@ import numpy as np
 
 from rewardserve.errors import InvalidRequest
 from rewardserve.text.chat_template import TEMPLATE_ERRORS
-from rewardserve.text.placing import EncodedItem, EncodedRequest, Groups, Placer, too_long
+from rewardserve.text.placing import EMPTY, EncodedItem, EncodedRequest, Groups, Placer, too_long
+from rewardserve.text.steps import BY_END, check_ids, find_ends, steps_of, tagged, turns
 from rewardserve.text.tokenizer import Ids, Tokenizer, Whole
 from rewardserve.types import (
     Conversation,
@@ -20,6 +21,10 @@ from rewardserve.types import (
     Prompt,
     PromptGroup,
     ScoreRequest,
+    StepFormat,
+    StepIds,
+    Steps,
+    StepStyle,
     TokenIds,
 )
 
@@ -45,6 +50,9 @@ class _Job:
     group: PromptGroup
     field: str  # what the group is called in errors
     overflow: Overflow
+    steps: StepFormat | None  # how responses are cut into steps, if they are
+    separator: str  # of steps, in texts
+    cache_response: bool
     abandoned: threading.Event
 
 
@@ -58,9 +66,16 @@ class Encoder:
         max_length: int,
         no_tokenizer_reason: str = "",
         bos_token_id: int | None = None,
+        appended: int | None = None,
+        steps: StepFormat | None = None,
     ) -> None:
-        """`bos_token_id` is the model's; a tokenizer knows better."""
+        """`bos_token_id` is the model's; a tokenizer knows better. `appended`: the id that every sequence is to end in.
+
+        `steps` are how a process reward model is shown steps; other models are read at their ends, if asked for.
+        """
         self.tokenizer = tokenizer
+        self._appended = appended
+        self._steps = steps
         self._bos_token_id = bos_token_id if tokenizer is None else tokenizer.bos_token_id
         self._vocab_size = vocab_size
         self._max_length = max_length
@@ -72,10 +87,15 @@ class Encoder:
         Raises Abandoned soon after `abandoned` is set: at the next group, or the next batch of a group's texts.
         """
         groups, items = Groups(), []
+        steps = self._steps or (BY_END if request.by_step else None)
+        separator = request.step_separator or (steps or BY_END).separator
+        by_end = steps is not None and steps.style in (StepStyle.ENDS, StepStyle.APART)
+        plain = self._appended is None and not by_end and not request.cache_response
         for number, group in enumerate(request.groups):
             groups.new_request_group()
-            job = _Job(group, f"groups[{number}]", request.overflow, abandoned)
-            items.append(self._as_sent(group, groups) or self._encode_group(job, groups))
+            cached = request.cache_response
+            job = _Job(group, f"groups[{number}]", request.overflow, steps, separator, cached, abandoned)
+            items.append((plain and self._as_sent(group, groups)) or self._encode_group(job, groups))
         return EncodedRequest(groups.build(), tuple(items))
 
     def _as_sent(self, group: PromptGroup, groups: Groups) -> tuple[EncodedItem, ...]:
@@ -97,48 +117,123 @@ class Encoder:
 
     def _encode_group(self, job: _Job, groups: Groups) -> tuple[EncodedItem, ...]:
         _check_wanted(job.abandoned)
+        if job.steps is not None:
+            for i, response in enumerate(job.group.responses):
+                check_ids(response, f"{job.field}.responses[{i}]", job.steps)
         prompt, wholes = self._after_ids(job) if isinstance(job.group.prompt, TokenIds) else self._after_text(job)
-        placer = Placer(groups, prompt, job.overflow, self._max_length, self._bos_token_id)
+        placer = Placer(
+            groups,
+            prompt,
+            job.overflow,
+            self._max_length,
+            self._bos_token_id,
+            self._appended,
+            job.cache_response,
+        )
         return placer.place([wholes[i] for i in range(len(job.group.responses))])
 
     def _after_ids(self, job: _Job) -> tuple[Ids, _Wholes]:
         """Ids of the prompt, and what becomes of each response. Text after ids is verbatim."""
         assert isinstance(job.group.prompt, TokenIds)
         prompt = self._ids(job.group.prompt, f"{job.field}.prompt.token_ids")
-        wholes: _Wholes = {i: Whole(len(prompt), ids) for i, ids in self._responses_of_ids(job)}
-        texts = [(i, text) for i, text in enumerate(job.group.responses) if isinstance(text, str)]
+        wholes: _Wholes = dict(self._responses_of_ids(job, len(prompt)))
+        texts = [(i, r) for i, r in enumerate(job.group.responses) if isinstance(r, str | Steps)]
         if texts:
-            tokenizer = self._tokenizer_for(f"{job.field}.responses[{texts[0][0]}].text")
+            field = f"{job.field}.responses[{texts[0][0]}].text"
+            tokenizer = self._tokenizer_for(field)
+            if job.steps is not None and job.steps.style is not StepStyle.TAGGED:
+                raise InvalidRequest(field, "after token_ids the steps of a text are not known; send both as text")
+            shown = [(i, _shown(text, job)) for i, text in texts]
             wholes |= self._texts(
-                texts, len(prompt), job, lambda batch: [Whole(len(prompt), tail) for tail in tokenizer.encode(batch)]
+                shown,
+                len(prompt),
+                job,
+                lambda batch: [Whole(len(prompt), tail) for tail in tokenizer.encode([text for _, text in batch])],
             )
         return prompt, wholes
 
     def _after_text(self, job: _Job) -> tuple[Ids, _Wholes]:
         tokenizer = self._tokenizer_for(f"{job.field}.prompt")
+        if job.steps is not None and job.steps.style is StepStyle.APART:
+            return self._apart(job, tokenizer, job.steps)
         whole_text = self._whole_text(job)
         prompt = tokenizer.prompt(whole_text(None))
+        by_end = job.steps is not None and job.steps.style is StepStyle.ENDS
 
-        def encode(batch: list[str]) -> list[Whole]:
+        def encode(batch: list[tuple[int, str]]) -> list[Whole]:
             is_first = prompt.ids is None
-            wholes = tokenizer.encode_after(prompt, batch)
+            if by_end and batch:
+                wholes = [tokenizer.encode_steps(prompt, text, ends[i]) for i, text in batch]
+            else:
+                wholes = tokenizer.encode_after(prompt, [text for _, text in batch])
             if is_first:
                 self._check_range(prompt.ids, f"{job.field}.prompt")
             return wholes
 
-        texts = ((i, whole_text(text)) for i, text in enumerate(job.group.responses) if isinstance(text, str))
-        wholes = self._texts(texts, 0, job, encode)
+        responses = [(i, r) for i, r in enumerate(job.group.responses) if isinstance(r, str | Steps)]
+        ends: dict[int, tuple[int, ...]] = {}
+        wholes: _Wholes = {}
+        if by_end:
+            for i, response in responses:
+                found = self._ends(response, whole_text, len(prompt.text), job)
+                if isinstance(found, ItemFailure):
+                    wholes[i] = found
+                else:
+                    ends[i] = found
+        texts = ((i, whole_text(response)) for i, response in responses if i not in wholes)
+        wholes |= self._texts(texts, 0, job, encode)
         least = tokenizer.least_tokens(prompt.text)
-        for i, ids in self._responses_of_ids(job):
-            refusal = self._refusal(least + len(ids), len(prompt.text), job.overflow)
+        for i, after_nothing in self._responses_of_ids(job, 0):
+            refusal = self._refusal(least + len(after_nothing), len(prompt.text), job.overflow)
             if refusal is None and prompt.ids is None:
                 _check_wanted(job.abandoned)
                 encode([])
-            wholes[i] = refusal or Whole(len(prompt.ids), ids)
+            wholes[i] = refusal or _moved(after_nothing, len(prompt.ids))
         return _NO_IDS if prompt.ids is None else prompt.ids, wholes
 
+    def _ends(
+        self, response: str | Steps, whole_text: Callable[[str | Steps | None], str], num_prompt: int, job: _Job
+    ) -> tuple[int, ...] | ItemFailure:
+        """Where its steps end in the whole text, in characters."""
+        whole, steps = whole_text(response), steps_of(response, job.separator)
+        prompt_text = whole_text(None)
+        begin = next((n for n, (a, b) in enumerate(zip(prompt_text, whole, strict=False)) if a != b), num_prompt)
+        found = find_ends(whole, min(begin, num_prompt), steps)
+        if not steps:
+            return ItemFailure(ItemCode.INVALID_ARGUMENT, EMPTY)
+        if found is None:
+            return ItemFailure(ItemCode.INVALID_ARGUMENT, "the model's chat template changes a step; send token_ids")
+        return found
+
+    def _apart(self, job: _Job, tokenizer: Tokenizer, how: StepFormat) -> tuple[Ids, _Wholes]:
+        prompt = job.group.prompt
+        if isinstance(prompt, Conversation):
+            raise InvalidRequest(
+                f"{job.field}.prompt.conversation", "this model takes a bare question; send it as text"
+            )
+        assert not isinstance(prompt, TokenIds)
+        ids, _ = tokenizer.encode_apart(prompt.text, (), how.tag)
+        self._check_range(ids, f"{job.field}.prompt")
+        wholes: _Wholes = dict(self._responses_of_ids(job, len(ids)))
+        for i, response in enumerate(job.group.responses):
+            if isinstance(response, str | Steps):
+                _check_wanted(job.abandoned)
+                text = response if isinstance(response, str) else how.tag.join(response.texts)
+                if refusal := self._text_refusal(text, len(ids), Overflow.ERROR):
+                    wholes[i] = refusal
+                    continue
+                # As their authors do: an empty step between two separators is a step.
+                steps = response.texts if isinstance(response, Steps) else tuple(response.split(job.separator))
+                _, wholes[i] = tokenizer.encode_apart(prompt.text, steps if text else (), how.tag)
+                self._check_range(wholes[i].tail, f"{job.field}.responses[{i}].text", len(ids))
+        return ids, wholes
+
     def _texts(
-        self, texts: Iterable[tuple[int, str]], num_ids: int, job: _Job, encode: Callable[[list[str]], list[Whole]]
+        self,
+        texts: Iterable[tuple[int, str]],
+        num_ids: int,
+        job: _Job,
+        encode: Callable[[list[tuple[int, str]]], list[Whole]],
     ) -> _Wholes:
         """Those that may fit after `num_ids` ids go through `encode`, a batch at a time."""
         wholes: _Wholes = {}
@@ -146,16 +241,19 @@ class Encoder:
             _check_wanted(job.abandoned)
             wholes |= {i: refusal for i, text in batch if (refusal := self._text_refusal(text, num_ids, job.overflow))}
             fitting = [(i, text) for i, text in batch if i not in wholes]
-            encoded = encode([text for _, text in fitting]) if fitting else []
+            encoded = encode(fitting) if fitting else []
             for (i, _), whole in zip(fitting, encoded, strict=True):
                 self._check_range(whole.tail, f"{job.field}.responses[{i}].text", whole.border)
                 wholes[i] = whole
         return wholes
 
-    def _responses_of_ids(self, job: _Job) -> Iterator[tuple[int, Ids]]:
+    def _responses_of_ids(self, job: _Job, border: int) -> Iterator[tuple[int, Whole]]:
+        """Each after a prompt of `border` tokens."""
         for i, response in enumerate(job.group.responses):
-            if isinstance(response, TokenIds):
-                yield i, self._ids(response, f"{job.field}.responses[{i}].token_ids")
+            if isinstance(response, TokenIds | StepIds):
+                ids = self._ids(response, f"{job.field}.responses[{i}].token_ids")
+                ends = response.ends if isinstance(response, StepIds) and job.steps is not None else ()
+                yield i, Whole(border, ids, tuple(border + end - 1 for end in ends))
 
     def _text_refusal(self, text: str, num_ids: int, overflow: Overflow) -> ItemFailure | None:
         assert self.tokenizer is not None
@@ -173,7 +271,7 @@ class Encoder:
             message += f"; of its {num_characters} characters no more than {MAX_CUT_CHARACTERS} may be truncated"
         return ItemFailure(ItemCode.OUT_OF_RANGE, message)
 
-    def _whole_text(self, job: _Job) -> Callable[[str | None], str]:
+    def _whole_text(self, job: _Job) -> Callable[[str | Steps | None], str]:
         """What makes the prompt's text of None, and of a response the text of both."""
         assert self.tokenizer is not None
         prompt, field, tokenizer = job.group.prompt, job.field, self.tokenizer
@@ -182,12 +280,21 @@ class Encoder:
                 f"{field}.prompt.conversation", "this checkpoint has no chat template; send text or token_ids"
             )
         messages = _messages(prompt)
+        in_turns = job.steps is not None and job.steps.style is StepStyle.TURNS
+        if in_turns and (messages is None or tokenizer.template is None):
+            raise InvalidRequest(
+                f"{field}.prompt", "this model is shown steps as turns of a conversation; send text or token_ids"
+            )
         if tokenizer.template is None or messages is None:
-            return lambda response: prompt.text + (response or "")
+            return lambda response: prompt.text + ("" if response is None else _shown(response, job))
 
-        def render(response: str | None) -> str:
+        def render(response: str | Steps | None) -> str:
             try:
-                return tokenizer.render(messages, response)
+                if in_turns and response is not None:
+                    assert job.steps is not None
+                    spoken = turns(messages, steps_of(response, job.separator), job.steps.tag)
+                    return tokenizer.render(spoken[:-1], spoken[-1].content)
+                return tokenizer.render(messages, None if response is None else _shown(response, job))
             except TEMPLATE_ERRORS as error:
                 raise InvalidRequest(
                     f"{field}.prompt", f"the checkpoint's chat template refuses it: {error}"
@@ -200,7 +307,7 @@ class Encoder:
             raise InvalidRequest(field, f"this model scores token_ids only ({self._no_tokenizer_reason})")
         return self.tokenizer
 
-    def _ids(self, ids: TokenIds, field: str) -> Ids:
+    def _ids(self, ids: TokenIds | StepIds, field: str) -> Ids:
         if len(ids.data) % 4:
             raise InvalidRequest(field, f"{len(ids.data)} bytes are not a whole number of little-endian int32 ids")
         array = np.frombuffer(ids.data, "<i4")
@@ -215,6 +322,18 @@ class Encoder:
             raise InvalidRequest(
                 field, f"id {int(ids[wrong])} at position {position} is outside the vocabulary of {self._vocab_size}"
             )
+
+
+def _shown(response: str | Steps, job: _Job) -> str:
+    """The text that a response's turn holds."""
+    if job.steps is not None and job.steps.style is StepStyle.TAGGED:
+        return tagged(response, job.steps, job.separator)
+    return response if isinstance(response, str) else job.separator.join(response.texts)
+
+
+def _moved(whole: Whole, border: int) -> Whole:
+    """What stood after nothing, after a prompt of `border` tokens."""
+    return Whole(border, whole.tail, tuple(position + border for position in whole.steps))
 
 
 def _check_wanted(abandoned: threading.Event) -> None:

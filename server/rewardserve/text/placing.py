@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rewardserve.text.tokenizer import Ids, Whole
 from rewardserve.types import EncodedGroup, ItemCode, ItemFailure, Overflow
 
@@ -36,28 +38,34 @@ class Groups:
 
     def __init__(self) -> None:
         self._index: dict[bytes, int] = {}
-        self._groups: list[tuple[bytes, list[bytes]]] = []
+        self._groups: list[tuple[bytes, list[bytes], list[tuple[int, ...]]]] = []
 
     def new_request_group(self) -> None:
         self._index.clear()
 
-    def add(self, prompt: bytes, response: bytes, num_prompt: int, truncated: bool) -> EncodedItem:
+    def add(
+        self, prompt: bytes, response: bytes, num_prompt: int, truncated: bool, steps: tuple[int, ...] = ()
+    ) -> EncodedItem:
         group = self._index.setdefault(prompt, len(self._groups))
         if group == len(self._groups):
-            self._groups.append((prompt, []))
-        responses = self._groups[group][1]
+            self._groups.append((prompt, [], []))
+        _, responses, all_steps = self._groups[group]
         responses.append(response)
+        all_steps.append(steps)
         num_tokens = (len(prompt) + len(response)) // 4
         return EncodedItem(group, len(responses) - 1, num_prompt, num_tokens - num_prompt, truncated)
 
     def add_all(self, prompt: bytes, responses: list[bytes]) -> tuple[EncodedItem, ...]:
         """A whole group as it was sent."""
         group, num_prompt = len(self._groups), len(prompt) // 4
-        self._groups.append((prompt, responses))
+        self._groups.append((prompt, responses, []))
         return tuple([EncodedItem(group, i, num_prompt, len(r) // 4) for i, r in enumerate(responses)])
 
     def build(self) -> tuple[EncodedGroup, ...]:
-        return tuple(EncodedGroup(prompt, tuple(responses)) for prompt, responses in self._groups)
+        return tuple(
+            EncodedGroup(prompt, tuple(responses), tuple(steps) if any(steps) else ())
+            for prompt, responses, steps in self._groups
+        )
 
 
 class Placer:
@@ -65,7 +73,21 @@ class Placer:
     never where nothing is scored: a request may have one long prompt and thousands of responses.
     """
 
-    def __init__(self, groups: Groups, prompt: Ids, overflow: Overflow, max_length: int, bos: int | None) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        prompt: Ids,
+        overflow: Overflow,
+        max_length: int,
+        bos: int | None,
+        appended: int | None = None,
+        cache_response: bool = False,
+    ) -> None:
+        """`appended`: the id that every sequence is to end in. With `cache_response` all but a response's last token
+        counts to its prompt, which the engine keeps.
+        """
+        self._appended = appended
+        self._cache_response = cache_response
         self._groups = groups
         self._prompt = prompt
         self._overflow = overflow
@@ -83,10 +105,19 @@ class Placer:
             return EncodedItem(-1, -1, 0, 0, failure=whole)
         if not len(whole.tail):
             return _failed(ItemCode.INVALID_ARGUMENT, EMPTY, whole)
+        if self._appended is not None and whole.tail[-1] != self._appended:
+            whole = Whole(whole.border, np.append(whole.tail, np.int32(self._appended)), whole.steps)
         if len(whole) <= self._max_length:
             response = self._piece(0, shared, whole.border) + _bytes(whole.tail)
-            return self._groups.add(self._piece(0, 0, shared), response, whole.border, truncated=False)
+            return self._add(self._piece(0, 0, shared), response, whole.border, False, whole.steps)
         return self._truncate(whole)
+
+    def _add(
+        self, prompt: bytes, response: bytes, num_prompt: int, truncated: bool, steps: tuple[int, ...]
+    ) -> EncodedItem:
+        if self._cache_response:
+            prompt, response = prompt + response[:-4], response[-4:]
+        return self._groups.add(prompt, response, num_prompt, truncated, steps)
 
     def _truncate(self, whole: Whole) -> EncodedItem:
         """Each response by what itself needs: its score must not depend on its siblings."""
@@ -95,12 +126,18 @@ class Placer:
         if self._overflow is Overflow.TRUNCATE_PROMPT_LEFT:
             if border - kept >= excess:
                 prompt = self._piece(kept, kept + excess, border)
-                return self._groups.add(prompt, _bytes(whole.tail), border - excess, truncated=True)
+                steps = tuple(position - excess for position in whole.steps)
+                return self._add(prompt, _bytes(whole.tail), border - excess, True, steps)
             message += f", and the response alone is {len(whole.tail)}"
         if self._overflow is Overflow.TRUNCATE_RESPONSE_RIGHT:
             if border < self._max_length:
-                response = _bytes(whole.tail[: self._max_length - border])
-                return self._groups.add(self._piece(0, 0, border), response, border, truncated=True)
+                tail = whole.tail[: self._max_length - border]
+                if self._appended is not None:
+                    tail = np.append(tail[:-1], np.int32(self._appended))
+                steps = tuple(position for position in whole.steps if position < self._max_length)
+                if whole.steps and not steps:
+                    return _failed(ItemCode.OUT_OF_RANGE, message + ", and no step ends in what is left", whole)
+                return self._add(self._piece(0, 0, border), _bytes(tail), border, True, steps)
             message += f", and the prompt alone is {border}"
         return _failed(ItemCode.OUT_OF_RANGE, message, whole)
 

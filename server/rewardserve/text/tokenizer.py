@@ -55,6 +55,7 @@ class Whole:
 
     border: int
     tail: Ids
+    steps: tuple[int, ...] = ()  # positions of steps' last tokens, where they are not the model's to find
 
     def __len__(self) -> int:
         return self.border + len(self.tail)
@@ -110,6 +111,31 @@ class Tokenizer:
             part, known = self._single_bos(np.concatenate([prompt.stem[:known], part])), 0
         same = common_length(prompt.ids[known:], part)
         return Whole(known + same, part[same:].copy())  # a view would keep all of `part`
+
+    def encode_steps(self, prompt: PromptText, whole: str, ends: Sequence[int]) -> Whole:
+        """As `encode_after`, and which token holds the last character before each of `ends`."""
+        if prompt.ids is None:
+            self.encode_after(prompt, [])
+        assert prompt.ids is not None
+        encoding = self._tokenizer.encode(whole, add_special_tokens=False)
+        begins = np.array([begin for begin, _ in encoding.offsets])
+        ids = np.array(encoding.ids, dtype=np.int32)
+        single = self._single_bos(ids)
+        dropped = len(ids) - len(single)
+        steps = [int(np.flatnonzero(begins < end)[-1]) - dropped for end in ends]
+        border = common_length(prompt.ids, single)
+        return Whole(border, single[border:].copy(), tuple(steps))
+
+    def encode_apart(self, question: str, steps: Sequence[str], tag: str) -> tuple[Ids, Whole]:
+        """BOS, question and tag, and each step by itself, closed by the tag: the prompt's ids, prompt + response."""
+        tag_id = self._encode([tag])[0][-1:]
+        bos = [] if self.bos_token_id is None else [self.bos_token_id]
+        prompt, *parts = self._encode([question + tag, *steps])
+        prompt = self._single_bos(np.concatenate([np.array(bos, np.int32), prompt]))
+        closed = [np.concatenate([part, tag_id]) for part in parts]
+        tail = np.concatenate(closed) if closed else np.empty(0, np.int32)
+        ends = len(prompt) + np.cumsum([len(part) for part in closed], dtype=int) - 1
+        return prompt, Whole(len(prompt), tail, tuple(ends.tolist()))
 
     def render(self, messages: Sequence[Message], response: str | None = None) -> str:
         """What the response answers, or both. Raises one of TEMPLATE_ERRORS. There must be a template."""

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from google.rpc import status_pb2
 
 from rewardserve.errors import InvalidRequest
+from rewardserve.service.ensemble import Ensemble
 from rewardserve.service.rank import Comparison, Ranking
-from rewardserve.service.registry import LiveModel, ModelState
+from rewardserve.service.registry import LiveModel, ModelState, Registry
+from rewardserve.service.swap import CanaryPair, SwapPlan, SwapReport
 from rewardserve.types import (
     Conversation,
     ItemScore,
@@ -22,6 +24,9 @@ from rewardserve.types import (
     Response,
     ScoreRequest,
     ScoreResult,
+    StepIds,
+    StepReduction,
+    Steps,
     Timings,
     TokenIds,
 )
@@ -82,7 +87,22 @@ def _request(
         raise InvalidRequest("options.overflow", f"{options.overflow} is unknown; known are {known}") from None
     if abs(options.priority) > MAX_PRIORITY:
         raise InvalidRequest("options.priority", f"{options.priority} is not within -{MAX_PRIORITY}..{MAX_PRIORITY}")
+    if options.granularity not in (scoring_pb2.GRANULARITY_OUTCOME, scoring_pb2.GRANULARITY_STEP):
+        raise InvalidRequest(
+            "options.granularity", f"{options.granularity} is unknown; known are 0 (OUTCOME), 1 (STEP)"
+        )
+    try:
+        reduction = StepReduction(options.step_reduction)
+    except ValueError:
+        known = ", ".join(f"{o.value} ({o.name})" for o in StepReduction)
+        raise InvalidRequest(
+            "options.step_reduction", f"{options.step_reduction} is unknown; known are {known}"
+        ) from None
     return ScoreRequest(
+        by_step=options.granularity == scoring_pb2.GRANULARITY_STEP,
+        step_reduction=reduction,
+        step_separator=options.step_separator,
+        cache_response=options.cache_response,
         request_id=message.request_id,  # the door has given one to a request without
         model=message.model,
         groups=groups,
@@ -115,20 +135,29 @@ def _prompt(message: scoring_pb2.Prompt, field: str) -> Prompt:
 def _responses(messages: Sequence[scoring_pb2.Response], field: str) -> tuple[Response, ...]:
     return tuple(
         [
-            TokenIds(ids) if (ids := message.token_ids) else _response(message, f"{field}[{i}]")
+            TokenIds(ids)
+            if (ids := message.token_ids) and not message.step_ends
+            else _response(message, f"{field}[{i}]")
             for i, message in enumerate(messages)
         ]
     )
 
 
 def _response(message: scoring_pb2.Response, field: str) -> Response:
-    match message.WhichOneof("kind"):
+    kind = message.WhichOneof("kind")
+    if message.step_ends and kind != "token_ids":
+        raise InvalidRequest(f"{field}.step_ends", "counts token_ids; give the steps of a text as `steps`")
+    match kind:
+        case "token_ids" if message.step_ends:
+            return StepIds(message.token_ids, tuple(message.step_ends))
         case "token_ids":
             return TokenIds(message.token_ids)
         case "text":
             return message.text
+        case "steps":
+            return Steps(tuple(message.steps.texts))
         case _:
-            raise InvalidRequest(field, "is not set; give text or token_ids")
+            raise InvalidRequest(field, "is not set; give text, token_ids or steps")
 
 
 def score_response(result: ScoreResult) -> scoring_pb2.ScoreResponse:
@@ -169,16 +198,30 @@ def compare_response(comparison: Comparison) -> scoring_pb2.CompareResponse:
 def _fill_version(message: scoring_pb2.ModelVersion, result: ScoreResult) -> None:
     message.name = result.model
     message.version = result.version
+    message.attributes.extend(result.attributes)
+    for name, version in result.members:
+        message.members.add(name=name, version=version)
 
 
 def _fill_item(message: scoring_pb2.ItemScore, item: ItemScore) -> None:
-    message.kind = scoring_pb2.SCORE_KIND_RAW_LOGIT
+    message.kind = item.kind.value
     message.num_prompt_tokens = item.num_prompt_tokens
     message.num_response_tokens = item.num_response_tokens
     message.num_cached_tokens = item.num_cached_tokens
     message.truncated = item.truncated
     if item.score is not None:
         message.score = item.score
+        message.raw_score = item.score if item.raw is None else item.raw
+        if item.steps:
+            message.step_scores.extend(item.steps)
+        if item.attributes:
+            message.attributes.extend(item.attributes)
+        if item.std is not None:
+            message.std = item.std
+        if item.members is not None:
+            message.ensemble.mean, message.ensemble.min = item.members.mean, item.members.min
+            message.ensemble.scores.extend(item.members.scores)
+            message.ensemble.raw_scores.extend(item.members.raw_scores)
         message.status.SetInParent()
     else:
         assert item.failure is not None
@@ -209,9 +252,69 @@ def model(live: LiveModel) -> models_pb2.Model:
         message.num_parameters, message.max_length = info.num_parameters, info.max_length
         message.vocab_size, message.canary_error = info.vocab_size, info.canary_error
         message.prefix_cache_tokens = info.prefix_cache_tokens
+        message.attributes.extend(info.attributes)
+        message.scores_steps = info.steps is not None
     tokenizer = live.encoder.tokenizer if live.encoder is not None else None
     if tokenizer is not None:
         message.has_tokenizer = True
         message.has_chat_template = tokenizer.template is not None
         message.prompt_tokenized_once = tokenizer.cuts_are_exact
     return message
+
+
+def ensemble(served: Ensemble, registry: Registry) -> models_pb2.Model:
+    """It is in the state of its members that is furthest from serving."""
+    members = {model.name: model for model in registry.models if model.name in served.members}
+    missing = [name for name in served.members if name not in members]
+    away = [model for model in members.values() if model.state is not ModelState.SERVING]
+    message = models_pb2.Model(name=served.name, members=served.members, aggregate=str(served.aggregate))
+    if missing:
+        message.state, message.message = models_pb2.MODEL_STATE_FAILED, f"not served: {', '.join(missing)}"
+    elif away:
+        message.state, message.message = STATES[away[0].state], f"member '{away[0].name}': {away[0].message}"
+    else:
+        message.state = models_pb2.MODEL_STATE_SERVING
+    return message
+
+
+def swap_plan(message: models_pb2.SwapModelRequest) -> SwapPlan:
+    """Raises InvalidRequest, naming the field."""
+    canaries = tuple(
+        CanaryPair(
+            _prompt(pair.prompt, f"canaries[{i}].prompt"),
+            _response(pair.better, f"canaries[{i}].better"),
+            _response(pair.worse, f"canaries[{i}].worse"),
+        )
+        for i, pair in enumerate(message.canaries)
+    )
+    return SwapPlan(
+        name=message.name,
+        source=message.source,
+        dtype=checked_dtype(message.dtype),
+        canaries=canaries,
+        min_canary_accuracy=message.min_canary_accuracy if message.HasField("min_canary_accuracy") else 1.0,
+        shadow_share=message.shadow_share,
+        shadow_requests=message.shadow_requests or 100,
+        shadow_timeout_s=message.shadow_timeout_s or 60.0,
+        min_rank_correlation=message.min_rank_correlation if message.HasField("min_rank_correlation") else None,
+        keep_previous=message.keep_previous,
+    )
+
+
+def checked_dtype(dtype: str) -> str:
+    """Raises InvalidRequest."""
+    if dtype not in ("", "auto", "float32", "bfloat16", "float16"):
+        raise InvalidRequest("dtype", f"{dtype!r} is not one of auto, float32, bfloat16, float16")
+    return dtype or "auto"
+
+
+def swap_response(report: SwapReport, num_canaries: int) -> models_pb2.SwapModelResponse:
+    return models_pb2.SwapModelResponse(
+        model=model(report.model),
+        previous_version=report.previous_version,
+        num_canaries=num_canaries,
+        num_canaries_right=report.num_canaries_right,
+        num_shadow_requests=report.num_shadow_requests,
+        num_shadow_failures=report.num_shadow_failures,
+        rank_correlation=report.rank_correlation,
+    )

@@ -16,9 +16,11 @@ from google.protobuf.message import DecodeError, Message
 from grpc_status import rpc_status
 
 from rewardserve.errors import ControlDisabled, DeadlineExceeded, InternalError, InvalidRequest, RewardServeError
+from rewardserve.metrics import ModelMetrics
 from rewardserve.service.rank import compare, rank
-from rewardserve.service.registry import LiveModel, Registry
+from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
+from rewardserve.service.swap import rollback, swap
 from rewardserve.transport import convert
 from rewardserve.transport.status import status_of
 from rewardserve.v1 import models_pb2, scoring_pb2
@@ -83,6 +85,8 @@ class GrpcDoor:
             "Get": self._unary(self._get, models_pb2.GetModelRequest),
             "Load": self._unary(self._load, models_pb2.LoadModelRequest),
             "Unload": self._unary(self._unload, models_pb2.UnloadModelRequest),
+            "Swap": self._unary(self._swap, models_pb2.SwapModelRequest),
+            "Rollback": self._unary(self._rollback, models_pb2.RollbackModelRequest),
         }
         return [
             grpc.method_handlers_generic_handler(SCORING, scoring),
@@ -169,18 +173,22 @@ class GrpcDoor:
     async def _list(
         self, message: models_pb2.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> models_pb2.ListModelsResponse:
-        return models_pb2.ListModelsResponse(models=[convert.model(live) for live in self._registry.models])
+        models = [convert.model(live) for live in self._registry.models]
+        ensembles = [convert.ensemble(ensemble, self._registry) for ensemble in self._registry.ensembles]
+        return models_pb2.ListModelsResponse(models=[*models, *ensembles])
 
     async def _get(self, message: models_pb2.GetModelRequest, context: grpc.aio.ServicerContext) -> models_pb2.Model:
+        ensemble = self._registry.ensemble(message.name)
+        if ensemble is not None:
+            return convert.ensemble(ensemble, self._registry)
         return convert.model(self._registry.get(message.name))
 
     async def _load(self, message: models_pb2.LoadModelRequest, context: grpc.aio.ServicerContext) -> models_pb2.Model:
         self._check_control()
         if not message.source:
             raise InvalidRequest("source", "must name a local folder or a hub model")
-        if message.dtype not in ("", "auto", "float32", "bfloat16", "float16"):
-            raise InvalidRequest("dtype", f"{message.dtype!r} is not one of auto, float32, bfloat16, float16")
-        loading = asyncio.ensure_future(self._registry.load(message.name, message.source, message.dtype or "auto"))
+        dtype = convert.checked_dtype(message.dtype)
+        loading = asyncio.ensure_future(self._registry.load(message.name, message.source, dtype))
         return convert.model(await asyncio.shield(loading))  # a caller who leaves does not leave half a model behind
 
     async def _unload(
@@ -190,9 +198,24 @@ class GrpcDoor:
         await asyncio.shield(asyncio.ensure_future(self._registry.unload(message.name, self._options.unload_grace_s)))
         return models_pb2.UnloadModelResponse()
 
+    async def _swap(
+        self, message: models_pb2.SwapModelRequest, context: grpc.aio.ServicerContext
+    ) -> models_pb2.SwapModelResponse:
+        self._check_control()
+        plan = convert.swap_plan(message)
+        swapping = asyncio.ensure_future(swap(self._service, self._registry, plan, self._options.unload_grace_s))
+        return convert.swap_response(await asyncio.shield(swapping), len(plan.canaries))
+
+    async def _rollback(
+        self, message: models_pb2.RollbackModelRequest, context: grpc.aio.ServicerContext
+    ) -> models_pb2.Model:
+        self._check_control()
+        going_back = asyncio.ensure_future(rollback(self._registry, message.name, self._options.unload_grace_s))
+        return convert.model(await asyncio.shield(going_back))
+
     def _check_control(self) -> None:
         if not self._options.allow_model_control:
-            raise ControlDisabled("loading and unloading is off; start the server with --allow-model-control")
+            raise ControlDisabled("loading, unloading and swapping is off; start the server with --allow-model-control")
 
 
 class _Stream:
@@ -257,15 +280,15 @@ class _Counted:
         self._remaining_s = context.time_remaining()
         if not message.request_id:
             message.request_id = convert.new_request_id()
-        self._model = _model_of(registry, message)
+        self._name, self._metrics = _counted_as(registry, message)
 
     def __enter__(self) -> "_Counted":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         status = "OK" if error is None else self._status(error)
-        if self._model is not None:
-            self._model.metrics.count_request(status)
+        if self._metrics is not None:
+            self._metrics.count_request(status)
         else:  # no series for a name nobody serves: callers must not be able to make them up
             self._registry.metrics.count_request_of_no_model(status)
         if self._options.log_requests or status not in ("OK", "CANCELLED"):
@@ -286,7 +309,7 @@ class _Counted:
     def _fields(self, status: str, error: BaseException | None) -> dict[str, Any]:
         fields = {
             "request_id": self._message.request_id,
-            "model": self._message.model if self._model is None else self._model.name,
+            "model": self._name,
             "status": status,
             "seconds": round(time.monotonic() - self._started, 6),
         }
@@ -298,14 +321,18 @@ class _Counted:
         return fields
 
 
-def _model_of(registry: Registry, message: Any) -> LiveModel | None:
-    """None if nobody serves it, or nobody can say which it is."""
+def _counted_as(registry: Registry, message: Any) -> tuple[str, ModelMetrics | None]:
+    """Name and metrics of the model that is asked; no metrics if nobody serves it, or nobody can say which it is."""
     if isinstance(message, _Malformed):
-        return None
+        return message.model, None
+    ensemble = registry.ensemble(message.model)
+    if ensemble is not None:
+        return ensemble.name, ensemble.metrics
     try:
-        return registry.get(message.model)
+        model = registry.get(message.model)
     except RewardServeError:
-        return None
+        return message.model, None
+    return model.name, model.metrics
 
 
 def _foreseen(error: Exception) -> RewardServeError:

@@ -19,6 +19,9 @@ class Health:
         """The server serves when it has models and all of them serve."""
         known = model in registry.models
         await self._set(f"{SCORING}/{model.name}", known and model.state is ModelState.SERVING)
+        serving = {m.name for m in registry.models if m.state is ModelState.SERVING}
+        for ensemble in registry.ensembles:
+            await self._set(f"{SCORING}/{ensemble.name}", serving >= set(ensemble.members))
         await self.update_server(registry)
 
     async def update_server(self, registry: Registry) -> None:

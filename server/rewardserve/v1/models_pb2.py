@@ -22,33 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from rewardserve.v1 import scoring_pb2 as rewardserve_dot_v1_dot_scoring__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1brewardserve/v1/models.proto\x12\x0erewardserve.v1\"\xc3\x03\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.rewardserve.v1.ModelState\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0e\n\x06source\x18\x05 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12+\n\x04path\x18\x07 \x01(\x0e\x32\x1d.rewardserve.v1.ExecutionPath\x12\x13\n\x0bpath_reason\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x16\n\x0enum_parameters\x18\x0b \x01(\x03\x12\x12\n\nmax_length\x18\x0c \x01(\x05\x12\x12\n\nvocab_size\x18\r \x01(\x05\x12\x15\n\rhas_tokenizer\x18\x0e \x01(\x08\x12\x19\n\x11has_chat_template\x18\x0f \x01(\x08\x12\x1d\n\x15prompt_tokenized_once\x18\x10 \x01(\x08\x12\x14\n\x0c\x63\x61nary_error\x18\x11 \x01(\x01\x12\x14\n\x0cnum_restarts\x18\x12 \x01(\x05\x12\x1b\n\x13prefix_cache_tokens\x18\x13 \x01(\x03\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.rewardserve.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse*\xa9\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x17\n\x13MODEL_STATE_SERVING\x10\x02\x12\x1a\n\x16MODEL_STATE_RESTARTING\x10\x03\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05*~\n\rExecutionPath\x12\x1e\n\x1a\x45XECUTION_PATH_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45XECUTION_PATH_PACKED\x10\x01\x12\x19\n\x15\x45XECUTION_PATH_PADDED\x10\x02\x12\x17\n\x13\x45XECUTION_PATH_VLLM\x10\x03\x32\xaa\x02\n\x06Models\x12M\n\x04List\x12!.rewardserve.v1.ListModelsRequest\x1a\".rewardserve.v1.ListModelsResponse\x12=\n\x03Get\x12\x1f.rewardserve.v1.GetModelRequest\x1a\x15.rewardserve.v1.Model\x12?\n\x04Load\x12 .rewardserve.v1.LoadModelRequest\x1a\x15.rewardserve.v1.Model\x12Q\n\x06Unload\x12\".rewardserve.v1.UnloadModelRequest\x1a#.rewardserve.v1.UnloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1brewardserve/v1/models.proto\x12\x0erewardserve.v1\x1a\x1crewardserve/v1/scoring.proto\"\x91\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.rewardserve.v1.ModelState\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x0e\n\x06source\x18\x05 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x06 \x01(\t\x12+\n\x04path\x18\x07 \x01(\x0e\x32\x1d.rewardserve.v1.ExecutionPath\x12\x13\n\x0bpath_reason\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\n \x01(\t\x12\x16\n\x0enum_parameters\x18\x0b \x01(\x03\x12\x12\n\nmax_length\x18\x0c \x01(\x05\x12\x12\n\nvocab_size\x18\r \x01(\x05\x12\x15\n\rhas_tokenizer\x18\x0e \x01(\x08\x12\x19\n\x11has_chat_template\x18\x0f \x01(\x08\x12\x1d\n\x15prompt_tokenized_once\x18\x10 \x01(\x08\x12\x14\n\x0c\x63\x61nary_error\x18\x11 \x01(\x01\x12\x14\n\x0cnum_restarts\x18\x12 \x01(\x05\x12\x1b\n\x13prefix_cache_tokens\x18\x13 \x01(\x03\x12\x12\n\nattributes\x18\x14 \x03(\t\x12\x14\n\x0cscores_steps\x18\x15 \x01(\x08\x12\x0f\n\x07members\x18\x16 \x03(\t\x12\x11\n\taggregate\x18\x17 \x01(\t\"\x13\n\x11ListModelsRequest\";\n\x12ListModelsResponse\x12%\n\x06models\x18\x01 \x03(\x0b\x32\x15.rewardserve.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"?\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\"\"\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x15\n\x13UnloadModelResponse\"\x87\x01\n\nCanaryPair\x12&\n\x06prompt\x18\x01 \x01(\x0b\x32\x16.rewardserve.v1.Prompt\x12(\n\x06\x62\x65tter\x18\x02 \x01(\x0b\x32\x18.rewardserve.v1.Response\x12\'\n\x05worse\x18\x03 \x01(\x0b\x32\x18.rewardserve.v1.Response\"\xc3\x02\n\x10SwapModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12,\n\x08\x63\x61naries\x18\x04 \x03(\x0b\x32\x1a.rewardserve.v1.CanaryPair\x12 \n\x13min_canary_accuracy\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x14\n\x0cshadow_share\x18\x06 \x01(\x01\x12\x17\n\x0fshadow_requests\x18\x07 \x01(\x05\x12\x18\n\x10shadow_timeout_s\x18\x08 \x01(\x01\x12!\n\x14min_rank_correlation\x18\t \x01(\x01H\x01\x88\x01\x01\x12\x15\n\rkeep_previous\x18\n \x01(\x08\x42\x16\n\x14_min_canary_accuracyB\x17\n\x15_min_rank_correlation\"\xf3\x01\n\x11SwapModelResponse\x12$\n\x05model\x18\x01 \x01(\x0b\x32\x15.rewardserve.v1.Model\x12\x18\n\x10previous_version\x18\x02 \x01(\t\x12\x14\n\x0cnum_canaries\x18\x03 \x01(\x05\x12\x1a\n\x12num_canaries_right\x18\x04 \x01(\x05\x12\x1b\n\x13num_shadow_requests\x18\x05 \x01(\x05\x12\x1b\n\x13num_shadow_failures\x18\x06 \x01(\x05\x12\x1d\n\x10rank_correlation\x18\x07 \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_rank_correlation\"$\n\x14RollbackModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t*\xa9\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x17\n\x13MODEL_STATE_SERVING\x10\x02\x12\x1a\n\x16MODEL_STATE_RESTARTING\x10\x03\x12\x18\n\x14MODEL_STATE_DRAINING\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05*~\n\rExecutionPath\x12\x1e\n\x1a\x45XECUTION_PATH_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45XECUTION_PATH_PACKED\x10\x01\x12\x19\n\x15\x45XECUTION_PATH_PADDED\x10\x02\x12\x17\n\x13\x45XECUTION_PATH_VLLM\x10\x03\x32\xc0\x03\n\x06Models\x12M\n\x04List\x12!.rewardserve.v1.ListModelsRequest\x1a\".rewardserve.v1.ListModelsResponse\x12=\n\x03Get\x12\x1f.rewardserve.v1.GetModelRequest\x1a\x15.rewardserve.v1.Model\x12?\n\x04Load\x12 .rewardserve.v1.LoadModelRequest\x1a\x15.rewardserve.v1.Model\x12Q\n\x06Unload\x12\".rewardserve.v1.UnloadModelRequest\x1a#.rewardserve.v1.UnloadModelResponse\x12K\n\x04Swap\x12 .rewardserve.v1.SwapModelRequest\x1a!.rewardserve.v1.SwapModelResponse\x12G\n\x08Rollback\x12$.rewardserve.v1.RollbackModelRequest\x1a\x15.rewardserve.v1.Modelb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rewardserve.v1.models_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MODELSTATE']._serialized_start=741
-  _globals['_MODELSTATE']._serialized_end=910
-  _globals['_EXECUTIONPATH']._serialized_start=912
-  _globals['_EXECUTIONPATH']._serialized_end=1038
-  _globals['_MODEL']._serialized_start=48
-  _globals['_MODEL']._serialized_end=499
-  _globals['_LISTMODELSREQUEST']._serialized_start=501
-  _globals['_LISTMODELSREQUEST']._serialized_end=520
-  _globals['_LISTMODELSRESPONSE']._serialized_start=522
-  _globals['_LISTMODELSRESPONSE']._serialized_end=581
-  _globals['_GETMODELREQUEST']._serialized_start=583
-  _globals['_GETMODELREQUEST']._serialized_end=614
-  _globals['_LOADMODELREQUEST']._serialized_start=616
-  _globals['_LOADMODELREQUEST']._serialized_end=679
-  _globals['_UNLOADMODELREQUEST']._serialized_start=681
-  _globals['_UNLOADMODELREQUEST']._serialized_end=715
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=717
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=738
-  _globals['_MODELS']._serialized_start=1041
-  _globals['_MODELS']._serialized_end=1339
+  _globals['_MODELSTATE']._serialized_start=1597
+  _globals['_MODELSTATE']._serialized_end=1766
+  _globals['_EXECUTIONPATH']._serialized_start=1768
+  _globals['_EXECUTIONPATH']._serialized_end=1894
+  _globals['_MODEL']._serialized_start=78
+  _globals['_MODEL']._serialized_end=607
+  _globals['_LISTMODELSREQUEST']._serialized_start=609
+  _globals['_LISTMODELSREQUEST']._serialized_end=628
+  _globals['_LISTMODELSRESPONSE']._serialized_start=630
+  _globals['_LISTMODELSRESPONSE']._serialized_end=689
+  _globals['_GETMODELREQUEST']._serialized_start=691
+  _globals['_GETMODELREQUEST']._serialized_end=722
+  _globals['_LOADMODELREQUEST']._serialized_start=724
+  _globals['_LOADMODELREQUEST']._serialized_end=787
+  _globals['_UNLOADMODELREQUEST']._serialized_start=789
+  _globals['_UNLOADMODELREQUEST']._serialized_end=823
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=825
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=846
+  _globals['_CANARYPAIR']._serialized_start=849
+  _globals['_CANARYPAIR']._serialized_end=984
+  _globals['_SWAPMODELREQUEST']._serialized_start=987
+  _globals['_SWAPMODELREQUEST']._serialized_end=1310
+  _globals['_SWAPMODELRESPONSE']._serialized_start=1313
+  _globals['_SWAPMODELRESPONSE']._serialized_end=1556
+  _globals['_ROLLBACKMODELREQUEST']._serialized_start=1558
+  _globals['_ROLLBACKMODELREQUEST']._serialized_end=1594
+  _globals['_MODELS']._serialized_start=1897
+  _globals['_MODELS']._serialized_end=2345
 # @@protoc_insertion_point(module_scope)

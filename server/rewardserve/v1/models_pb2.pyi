@@ -1,3 +1,4 @@
+from rewardserve.v1 import scoring_pb2 as _scoring_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
@@ -34,7 +35,7 @@ EXECUTION_PATH_PADDED: ExecutionPath
 EXECUTION_PATH_VLLM: ExecutionPath
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "state", "message", "source", "architecture", "path", "path_reason", "dtype", "device", "num_parameters", "max_length", "vocab_size", "has_tokenizer", "has_chat_template", "prompt_tokenized_once", "canary_error", "num_restarts", "prefix_cache_tokens")
+    __slots__ = ("name", "version", "state", "message", "source", "architecture", "path", "path_reason", "dtype", "device", "num_parameters", "max_length", "vocab_size", "has_tokenizer", "has_chat_template", "prompt_tokenized_once", "canary_error", "num_restarts", "prefix_cache_tokens", "attributes", "scores_steps", "members", "aggregate")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -54,6 +55,10 @@ class Model(_message.Message):
     CANARY_ERROR_FIELD_NUMBER: _ClassVar[int]
     NUM_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    SCORES_STEPS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    AGGREGATE_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     state: ModelState
@@ -73,7 +78,11 @@ class Model(_message.Message):
     canary_error: float
     num_restarts: int
     prefix_cache_tokens: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., message: _Optional[str] = ..., source: _Optional[str] = ..., architecture: _Optional[str] = ..., path: _Optional[_Union[ExecutionPath, str]] = ..., path_reason: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., max_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., has_tokenizer: bool = ..., has_chat_template: bool = ..., prompt_tokenized_once: bool = ..., canary_error: _Optional[float] = ..., num_restarts: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ...) -> None: ...
+    attributes: _containers.RepeatedScalarFieldContainer[str]
+    scores_steps: bool
+    members: _containers.RepeatedScalarFieldContainer[str]
+    aggregate: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., message: _Optional[str] = ..., source: _Optional[str] = ..., architecture: _Optional[str] = ..., path: _Optional[_Union[ExecutionPath, str]] = ..., path_reason: _Optional[str] = ..., dtype: _Optional[str] = ..., device: _Optional[str] = ..., num_parameters: _Optional[int] = ..., max_length: _Optional[int] = ..., vocab_size: _Optional[int] = ..., has_tokenizer: bool = ..., has_chat_template: bool = ..., prompt_tokenized_once: bool = ..., canary_error: _Optional[float] = ..., num_restarts: _Optional[int] = ..., prefix_cache_tokens: _Optional[int] = ..., attributes: _Optional[_Iterable[str]] = ..., scores_steps: bool = ..., members: _Optional[_Iterable[str]] = ..., aggregate: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -110,3 +119,61 @@ class UnloadModelRequest(_message.Message):
 class UnloadModelResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class CanaryPair(_message.Message):
+    __slots__ = ("prompt", "better", "worse")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    BETTER_FIELD_NUMBER: _ClassVar[int]
+    WORSE_FIELD_NUMBER: _ClassVar[int]
+    prompt: _scoring_pb2.Prompt
+    better: _scoring_pb2.Response
+    worse: _scoring_pb2.Response
+    def __init__(self, prompt: _Optional[_Union[_scoring_pb2.Prompt, _Mapping]] = ..., better: _Optional[_Union[_scoring_pb2.Response, _Mapping]] = ..., worse: _Optional[_Union[_scoring_pb2.Response, _Mapping]] = ...) -> None: ...
+
+class SwapModelRequest(_message.Message):
+    __slots__ = ("name", "source", "dtype", "canaries", "min_canary_accuracy", "shadow_share", "shadow_requests", "shadow_timeout_s", "min_rank_correlation", "keep_previous")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SOURCE_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    CANARIES_FIELD_NUMBER: _ClassVar[int]
+    MIN_CANARY_ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_SHARE_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    SHADOW_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    MIN_RANK_CORRELATION_FIELD_NUMBER: _ClassVar[int]
+    KEEP_PREVIOUS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    source: str
+    dtype: str
+    canaries: _containers.RepeatedCompositeFieldContainer[CanaryPair]
+    min_canary_accuracy: float
+    shadow_share: float
+    shadow_requests: int
+    shadow_timeout_s: float
+    min_rank_correlation: float
+    keep_previous: bool
+    def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., dtype: _Optional[str] = ..., canaries: _Optional[_Iterable[_Union[CanaryPair, _Mapping]]] = ..., min_canary_accuracy: _Optional[float] = ..., shadow_share: _Optional[float] = ..., shadow_requests: _Optional[int] = ..., shadow_timeout_s: _Optional[float] = ..., min_rank_correlation: _Optional[float] = ..., keep_previous: bool = ...) -> None: ...
+
+class SwapModelResponse(_message.Message):
+    __slots__ = ("model", "previous_version", "num_canaries", "num_canaries_right", "num_shadow_requests", "num_shadow_failures", "rank_correlation")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PREVIOUS_VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_CANARIES_FIELD_NUMBER: _ClassVar[int]
+    NUM_CANARIES_RIGHT_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHADOW_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    NUM_SHADOW_FAILURES_FIELD_NUMBER: _ClassVar[int]
+    RANK_CORRELATION_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    previous_version: str
+    num_canaries: int
+    num_canaries_right: int
+    num_shadow_requests: int
+    num_shadow_failures: int
+    rank_correlation: float
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., previous_version: _Optional[str] = ..., num_canaries: _Optional[int] = ..., num_canaries_right: _Optional[int] = ..., num_shadow_requests: _Optional[int] = ..., num_shadow_failures: _Optional[int] = ..., rank_correlation: _Optional[float] = ...) -> None: ...
+
+class RollbackModelRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...

@@ -54,6 +54,16 @@ class ModelsStub(object):
                 request_serializer=rewardserve_dot_v1_dot_models__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=rewardserve_dot_v1_dot_models__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.Swap = channel.unary_unary(
+                '/rewardserve.v1.Models/Swap',
+                request_serializer=rewardserve_dot_v1_dot_models__pb2.SwapModelRequest.SerializeToString,
+                response_deserializer=rewardserve_dot_v1_dot_models__pb2.SwapModelResponse.FromString,
+                _registered_method=True)
+        self.Rollback = channel.unary_unary(
+                '/rewardserve.v1.Models/Rollback',
+                request_serializer=rewardserve_dot_v1_dot_models__pb2.RollbackModelRequest.SerializeToString,
+                response_deserializer=rewardserve_dot_v1_dot_models__pb2.Model.FromString,
+                _registered_method=True)
 
 
 class ModelsServicer(object):
@@ -86,6 +96,23 @@ class ModelsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Swap(self, request, context):
+        """Puts another version in the place of the one that serves: loads it beside, tries it on canary pairs and, if asked, on a
+        share of the live requests, and changes over in one step. Every request is scored by one version, and none fails.
+        FAILED_PRECONDITION if the new version does not pass; the old one then goes on serving. Replies when the old one has
+        finished what it had.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rollback(self, request, context):
+        """Goes back to the version before the last Swap.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -108,6 +135,16 @@ def add_ModelsServicer_to_server(servicer, server):
                     servicer.Unload,
                     request_deserializer=rewardserve_dot_v1_dot_models__pb2.UnloadModelRequest.FromString,
                     response_serializer=rewardserve_dot_v1_dot_models__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'Swap': grpc.unary_unary_rpc_method_handler(
+                    servicer.Swap,
+                    request_deserializer=rewardserve_dot_v1_dot_models__pb2.SwapModelRequest.FromString,
+                    response_serializer=rewardserve_dot_v1_dot_models__pb2.SwapModelResponse.SerializeToString,
+            ),
+            'Rollback': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rollback,
+                    request_deserializer=rewardserve_dot_v1_dot_models__pb2.RollbackModelRequest.FromString,
+                    response_serializer=rewardserve_dot_v1_dot_models__pb2.Model.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -218,6 +255,60 @@ class Models(object):
             '/rewardserve.v1.Models/Unload',
             rewardserve_dot_v1_dot_models__pb2.UnloadModelRequest.SerializeToString,
             rewardserve_dot_v1_dot_models__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Swap(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rewardserve.v1.Models/Swap',
+            rewardserve_dot_v1_dot_models__pb2.SwapModelRequest.SerializeToString,
+            rewardserve_dot_v1_dot_models__pb2.SwapModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rollback(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rewardserve.v1.Models/Rollback',
+            rewardserve_dot_v1_dot_models__pb2.RollbackModelRequest.SerializeToString,
+            rewardserve_dot_v1_dot_models__pb2.Model.FromString,
             options,
             channel_credentials,
             insecure,

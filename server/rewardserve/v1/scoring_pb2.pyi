@@ -14,15 +14,37 @@ class Overflow(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OVERFLOW_TRUNCATE_PROMPT_LEFT: _ClassVar[Overflow]
     OVERFLOW_TRUNCATE_RESPONSE_RIGHT: _ClassVar[Overflow]
 
+class Granularity(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    GRANULARITY_OUTCOME: _ClassVar[Granularity]
+    GRANULARITY_STEP: _ClassVar[Granularity]
+
+class StepReduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STEP_REDUCTION_MIN: _ClassVar[StepReduction]
+    STEP_REDUCTION_MEAN: _ClassVar[StepReduction]
+    STEP_REDUCTION_PRODUCT: _ClassVar[StepReduction]
+    STEP_REDUCTION_LAST: _ClassVar[StepReduction]
+
 class ScoreKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     SCORE_KIND_UNSPECIFIED: _ClassVar[ScoreKind]
     SCORE_KIND_RAW_LOGIT: _ClassVar[ScoreKind]
+    SCORE_KIND_PROBABILITY: _ClassVar[ScoreKind]
+    SCORE_KIND_NORMALIZED: _ClassVar[ScoreKind]
 OVERFLOW_ERROR: Overflow
 OVERFLOW_TRUNCATE_PROMPT_LEFT: Overflow
 OVERFLOW_TRUNCATE_RESPONSE_RIGHT: Overflow
+GRANULARITY_OUTCOME: Granularity
+GRANULARITY_STEP: Granularity
+STEP_REDUCTION_MIN: StepReduction
+STEP_REDUCTION_MEAN: StepReduction
+STEP_REDUCTION_PRODUCT: StepReduction
+STEP_REDUCTION_LAST: StepReduction
 SCORE_KIND_UNSPECIFIED: ScoreKind
 SCORE_KIND_RAW_LOGIT: ScoreKind
+SCORE_KIND_PROBABILITY: ScoreKind
+SCORE_KIND_NORMALIZED: ScoreKind
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")
@@ -50,13 +72,23 @@ class Prompt(_message.Message):
     rendered: str
     def __init__(self, text: _Optional[str] = ..., conversation: _Optional[_Union[Conversation, _Mapping]] = ..., token_ids: _Optional[bytes] = ..., rendered: _Optional[str] = ...) -> None: ...
 
+class Steps(_message.Message):
+    __slots__ = ("texts",)
+    TEXTS_FIELD_NUMBER: _ClassVar[int]
+    texts: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, texts: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Response(_message.Message):
-    __slots__ = ("text", "token_ids")
+    __slots__ = ("text", "token_ids", "steps", "step_ends")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_ENDS_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: bytes
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[bytes] = ...) -> None: ...
+    steps: Steps
+    step_ends: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., steps: _Optional[_Union[Steps, _Mapping]] = ..., step_ends: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Group(_message.Message):
     __slots__ = ("id", "prompt", "responses")
@@ -69,12 +101,20 @@ class Group(_message.Message):
     def __init__(self, id: _Optional[str] = ..., prompt: _Optional[_Union[Prompt, _Mapping]] = ..., responses: _Optional[_Iterable[_Union[Response, _Mapping]]] = ...) -> None: ...
 
 class ScoreOptions(_message.Message):
-    __slots__ = ("overflow", "priority")
+    __slots__ = ("overflow", "priority", "granularity", "step_reduction", "step_separator", "cache_response")
     OVERFLOW_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
+    GRANULARITY_FIELD_NUMBER: _ClassVar[int]
+    STEP_REDUCTION_FIELD_NUMBER: _ClassVar[int]
+    STEP_SEPARATOR_FIELD_NUMBER: _ClassVar[int]
+    CACHE_RESPONSE_FIELD_NUMBER: _ClassVar[int]
     overflow: Overflow
     priority: int
-    def __init__(self, overflow: _Optional[_Union[Overflow, str]] = ..., priority: _Optional[int] = ...) -> None: ...
+    granularity: Granularity
+    step_reduction: StepReduction
+    step_separator: str
+    cache_response: bool
+    def __init__(self, overflow: _Optional[_Union[Overflow, str]] = ..., priority: _Optional[int] = ..., granularity: _Optional[_Union[Granularity, str]] = ..., step_reduction: _Optional[_Union[StepReduction, str]] = ..., step_separator: _Optional[str] = ..., cache_response: bool = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("request_id", "model", "groups", "options")
@@ -89,7 +129,7 @@ class ScoreRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ...) -> None: ...
 
 class ItemScore(_message.Message):
-    __slots__ = ("status", "score", "kind", "num_prompt_tokens", "num_response_tokens", "num_cached_tokens", "truncated")
+    __slots__ = ("status", "score", "kind", "num_prompt_tokens", "num_response_tokens", "num_cached_tokens", "truncated", "raw_score", "step_scores", "attributes", "std", "ensemble")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +137,11 @@ class ItemScore(_message.Message):
     NUM_RESPONSE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATED_FIELD_NUMBER: _ClassVar[int]
+    RAW_SCORE_FIELD_NUMBER: _ClassVar[int]
+    STEP_SCORES_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    STD_FIELD_NUMBER: _ClassVar[int]
+    ENSEMBLE_FIELD_NUMBER: _ClassVar[int]
     status: _status_pb2.Status
     score: float
     kind: ScoreKind
@@ -104,7 +149,24 @@ class ItemScore(_message.Message):
     num_response_tokens: int
     num_cached_tokens: int
     truncated: bool
-    def __init__(self, status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., score: _Optional[float] = ..., kind: _Optional[_Union[ScoreKind, str]] = ..., num_prompt_tokens: _Optional[int] = ..., num_response_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., truncated: bool = ...) -> None: ...
+    raw_score: float
+    step_scores: _containers.RepeatedScalarFieldContainer[float]
+    attributes: _containers.RepeatedScalarFieldContainer[float]
+    std: float
+    ensemble: EnsembleScore
+    def __init__(self, status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., score: _Optional[float] = ..., kind: _Optional[_Union[ScoreKind, str]] = ..., num_prompt_tokens: _Optional[int] = ..., num_response_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., truncated: bool = ..., raw_score: _Optional[float] = ..., step_scores: _Optional[_Iterable[float]] = ..., attributes: _Optional[_Iterable[float]] = ..., std: _Optional[float] = ..., ensemble: _Optional[_Union[EnsembleScore, _Mapping]] = ...) -> None: ...
+
+class EnsembleScore(_message.Message):
+    __slots__ = ("mean", "min", "scores", "raw_scores")
+    MEAN_FIELD_NUMBER: _ClassVar[int]
+    MIN_FIELD_NUMBER: _ClassVar[int]
+    SCORES_FIELD_NUMBER: _ClassVar[int]
+    RAW_SCORES_FIELD_NUMBER: _ClassVar[int]
+    mean: float
+    min: float
+    scores: _containers.RepeatedScalarFieldContainer[float]
+    raw_scores: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, mean: _Optional[float] = ..., min: _Optional[float] = ..., scores: _Optional[_Iterable[float]] = ..., raw_scores: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class GroupScore(_message.Message):
     __slots__ = ("id", "items")
@@ -129,12 +191,16 @@ class StageTimings(_message.Message):
     def __init__(self, admission_s: _Optional[float] = ..., tokenization_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ..., total_s: _Optional[float] = ...) -> None: ...
 
 class ModelVersion(_message.Message):
-    __slots__ = ("name", "version")
+    __slots__ = ("name", "version", "attributes", "members")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ...) -> None: ...
+    attributes: _containers.RepeatedScalarFieldContainer[str]
+    members: _containers.RepeatedCompositeFieldContainer[ModelVersion]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., attributes: _Optional[_Iterable[str]] = ..., members: _Optional[_Iterable[_Union[ModelVersion, _Mapping]]] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
     __slots__ = ("request_id", "model", "groups", "timings", "error")

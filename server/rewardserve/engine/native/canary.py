@@ -45,12 +45,12 @@ class Canary:
             segments.append(Segment(len(ids), len(response), len(prompt), blocks, store=False))
             ids += response
             positions += range(len(prompt), len(prompt) + len(response))
-        pooled = tuple(i for i, segment in enumerate(segments) if not segment.store)
-        rows = [segments[i].row + segments[i].num_rows - 1 for i in pooled]
+        reads = tuple(segment for segment in segments if not segment.store)
+        rows = [read.row + read.num_rows - 1 for read in reads]
         ids_, positions_, rows_ = (
             torch.tensor(values, dtype=torch.int32, device=device) for values in (ids, positions, rows)
         )
-        return Pack(ids_, positions_, tuple(segments), pooled, rows_)
+        return Pack(ids_, positions_, tuple(segments), reads, rows_)
 
 
 def _padded_reference(model: RewardModel, rows: Sequence[list[int]]) -> torch.Tensor:
@@ -59,7 +59,7 @@ def _padded_reference(model: RewardModel, rows: Sequence[list[int]]) -> torch.Te
     implementation = module.config._attn_implementation
     module.set_attn_implementation("eager")
     with torch.inference_mode():
-        hidden = model.backbone.run_padded([torch.tensor(row) for row in rows])
+        hidden = model.backbone.run_padded([torch.tensor(row) for row in rows], [[len(row) - 1] for row in rows])
     module.set_attn_implementation(implementation)
     return hidden
 

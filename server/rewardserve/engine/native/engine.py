@@ -24,6 +24,7 @@ from rewardserve.engine.native.scheduler import Outcome, Scheduler
 from rewardserve.engine.native.sequence import BatchPlan
 from rewardserve.errors import DeadlineExceeded, Unavailable
 from rewardserve.models.backbone import NotPackable
+from rewardserve.models.reads import Reader
 from rewardserve.types import ItemCode, ItemFailure
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,9 @@ class EngineLoop:
     def _new_scheduler(self) -> Scheduler:
         runner = self._runner
         cache = PrefixCache(BlockPool(runner.num_blocks), runner.num_host_slots) if runner.num_blocks else None
-        return Scheduler(cache, self._loaded.max_batch_tokens, self._max_batch_sequences)
+        return Scheduler(
+            cache, self._loaded.max_batch_tokens, self._max_batch_sequences, reader=Reader(self._loaded.reads)
+        )
 
     def _guard(self, body: Callable[[], None]) -> Callable[[], None]:
         """No thread ends unnoticed: the callers it leaves behind would wait forever."""
@@ -215,7 +218,7 @@ class EngineLoop:
     def _finish(self, under_way: _UnderWay) -> None:
         """Reads the scores, which may wait for them."""
         try:
-            scores = under_way.launched.scores()
+            features = under_way.launched.features()
         except Exception as error:
             self._handle(under_way.plan, under_way.epoch, error)
             return
@@ -223,7 +226,7 @@ class EngineLoop:
         compute_s = now - max(under_way.started, self._finished_at)
         self._finished_at = now
         if under_way.epoch == self._epoch:
-            self._complete(under_way.plan, scores, compute_s)
+            self._complete(under_way.plan, features, compute_s)
 
     def _handle(self, plan: BatchPlan, epoch: int, error: Exception) -> None:
         if epoch != self._epoch:
@@ -233,9 +236,9 @@ class EngineLoop:
         else:
             self._recover(plan, error)
 
-    def _complete(self, plan: BatchPlan, scores: list[float], compute_s: float) -> None:
+    def _complete(self, plan: BatchPlan, features: list[list[float]], compute_s: float) -> None:
         with self._lock:
-            self._scheduler.complete(plan, scores)
+            self._scheduler.complete(plan, features)
             self._measure_depth()
             report = BatchReport(
                 num_tokens=plan.num_tokens,

@@ -11,6 +11,7 @@ from dataclasses import astuple
 
 import torch
 from rewardserve_kernels.kv_cache.paged import StoreIndex
+from rewardserve_kernels.ragged import Segment
 
 from rewardserve.models.backbone import Pack
 from rewardserve.models.kv_pool import KVPool
@@ -19,7 +20,7 @@ from rewardserve.models.reward_model import RewardModel
 log = logging.getLogger(__name__)
 
 BUCKETS = (256, 512, 1024, 2048)  # rows
-MAX_POOLED = 128
+MAX_READS = 128
 MAX_SEGMENTS = 256
 MAX_TABLE = 16_384  # blocks, of all block tables of a pack together: two million tokens of prompts
 WARM_UPS = 3  # forwards before a capture, as torch asks for: what is set up once must not be captured
@@ -37,10 +38,10 @@ class StaticStep:
         self._rows_per_tile: dict[tuple[int, bool], int] = {}
         plans: dict[tuple[int, bool], triton.FixedPlan] = {}
         for key, shape in model.backbone.attention_shapes.items():
-            window, pooled_only = key
+            window, reads_only = key
             rows = triton.rows_per_tile_of(*astuple(shape), device)
-            num_queries = MAX_POOLED if pooled_only else num_rows
-            max_tiles = MAX_POOLED if pooled_only else num_rows // rows + MAX_SEGMENTS
+            num_queries = MAX_READS if reads_only else num_rows
+            max_tiles = MAX_READS if reads_only else num_rows // rows + MAX_SEGMENTS
             plans[key] = triton.FixedPlan(num_queries, max_tiles, MAX_TABLE, device, window)
             self._rows_per_tile[key] = rows
 
@@ -48,8 +49,8 @@ class StaticStep:
             return torch.zeros(count, dtype=torch.int32, device=device)
 
         stored = StoreIndex(zeros(num_rows), zeros(num_rows) + spare_block, zeros(num_rows))
-        pooled = tuple(range(MAX_POOLED))
-        self._pack = Pack(zeros(num_rows), zeros(num_rows), (), pooled, zeros(MAX_POOLED), stored, dict(plans))
+        reads = (Segment(0, 1, 0, (), store=False),) * MAX_READS  # as many; where they are the plans say
+        self._pack = Pack(zeros(num_rows), zeros(num_rows), (), reads, zeros(MAX_READS), stored, dict(plans))
 
     @property
     def num_rows(self) -> int:
@@ -58,19 +59,19 @@ class StaticStep:
     def fill(self, pack: Pack) -> bool:
         """Takes over the inputs of `pack`, on the current stream; False if there is no room for them."""
         assert pack.stored is not None and self._pack.stored is not None
-        if len(pack.input_ids) > self.num_rows or not 0 < len(pack.pooled) <= MAX_POOLED:
+        if len(pack.input_ids) > self.num_rows or not 0 < len(pack.reads) <= MAX_READS:
             return False
         backbone = self._model.backbone
         try:
             for key, fixed in self._pack.plans.items():
-                plan = pack.plans.get(key) or backbone.plan_attention(pack.segments, pack.pooled, key)
+                plan = pack.plans.get(key) or backbone.plan_attention(pack.segments, pack.reads, key)
                 fixed.fill(plan, self._rows_per_tile[key])
         except ValueError:  # more tiles or blocks than there is room for
             return False
         for ours, theirs in (
             (self._pack.input_ids, pack.input_ids),
             (self._pack.position_ids, pack.position_ids),
-            (self._pack.pooled_rows, pack.pooled_rows),
+            (self._pack.read_rows, pack.read_rows),
             (self._pack.stored.rows, pack.stored.rows),
             (self._pack.stored.slots, pack.stored.slots),
         ):
@@ -80,25 +81,25 @@ class StaticStep:
         return True
 
     def compute(self) -> torch.Tensor:
-        """Scores [MAX_POOLED], of which as many count as were filled in."""
-        return self._model.score_packed(self._pack, self._pool)
+        """Features [MAX_READS, features], of which as many rows count as were filled in."""
+        return self._model.features_packed(self._pack, self._pool)
 
 
 class Graphs:
     """A captured step for every bucket."""
 
     def __init__(self, captured: list[tuple[StaticStep, torch.cuda.CUDAGraph, torch.Tensor]]) -> None:
-        """Smallest first; the tensors are where the graphs leave their scores."""
+        """Smallest first; the tensors are where the graphs leave their features."""
         self._captured = captured
 
     def launch(self, pack: Pack) -> torch.Tensor | None:
-        """Scores [len(pack.pooled)], valid until the next launch on this stream; None if no graph holds the pack."""
-        for step, graph, scores in self._captured:
+        """Features [len(pack.reads), features], valid until the next launch; None if no graph holds the pack."""
+        for step, graph, features in self._captured:
             if len(pack.input_ids) <= step.num_rows:
                 if not step.fill(pack):
                     return None
                 graph.replay()
-                return scores[: len(pack.pooled)]
+                return features[: len(pack.reads)]
         return None
 
 
@@ -117,8 +118,8 @@ def capture(model: RewardModel, pool: KVPool, spare_block: int) -> Graphs | None
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
-                scores = step.compute()
-            captured.append((step, graph, scores))
+                features = step.compute()
+            captured.append((step, graph, features))
     except Exception as error:
         log.warning(
             "small forwards are not captured as CUDA graphs: %s", f"{type(error).__name__}: {error}".splitlines()[0]

@@ -19,6 +19,7 @@ from rewardserve.errors import LoadFailed
 from rewardserve.models import loader
 from rewardserve.models.backbone import NotPackable, check_packable
 from rewardserve.models.kv_pool import HostBlocks, KVPool
+from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text
@@ -45,6 +46,7 @@ class Loaded:
     info: EngineInfo
     max_batch_tokens: int
     model: RewardModel
+    reads: ReadPlan
 
     def fall_back(self, reason: str) -> "Loaded":
         """The same model on the padded path."""
@@ -58,6 +60,7 @@ class Loaded:
 def load_runner(options: NativeOptions) -> Loaded:
     """Loads, checks and sizes everything. Raises LoadFailed with what to do about it."""
     spec = read_spec(options.source)
+    recipe = spec.recipe
     device = loader.choose_device(options.device)
     if options.quantize and options.dtype not in ("auto", "bfloat16"):
         raise LoadFailed(f"quantize = {options.quantize} runs in bfloat16, not {options.dtype}; leave one of them out")
@@ -71,7 +74,7 @@ def load_runner(options: NativeOptions) -> Loaded:
     model = loader.load(spec, dtype, device)
     max_batch_tokens = options.max_batch_tokens or (2048 if device.type == "cpu" else 8192)
     max_length = min(options.max_length or spec.max_length, spec.max_length)
-    text, text_missing_reason = export_text(spec.folder)
+    text, text_missing_reason = export_text(spec.checkpoint.text_folder)
     padded = Loaded(
         PaddedRunner(model, max_batch_tokens),
         EngineInfo(
@@ -87,11 +90,20 @@ def load_runner(options: NativeOptions) -> Loaded:
             canary_error=0.0,
             prefix_cache_tokens=0,
             bos_token_id=first_id(getattr(spec.config.get_text_config(), "bos_token_id", None)),
+            attributes=recipe.attributes,
+            is_probability=recipe.is_probability,
+            shift=0.0 if recipe.normalizer is None else recipe.normalizer.shift,
+            scale=1.0 if recipe.normalizer is None else recipe.normalizer.scale,
+            reads_single_states=recipe.reads.at is ReadAt.LAST,
+            pattern=() if recipe.reads.pattern is None else recipe.reads.pattern.ids,
+            appended=recipe.appended,
+            steps=recipe.steps,
             text=text,
             text_missing_reason=text_missing_reason,
         ),
         max_batch_tokens,
         model,
+        recipe.reads,
     )
     if options.path == "padded":
         return padded
@@ -123,8 +135,11 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
     num_blocks = _num_blocks(options, device, small_pool.bytes_per_block)
     pool = KVPool(num_blocks + (device.type != "cpu"))  # one to spare, for what a graph stores and nobody wants
     pool.allocate_like(small_pool)
+    if padded.model.takes_mean:
+        pool.keep_sums(padded.model.backbone.config.hidden_size, device)
     graphs = None
-    if device.type == "cuda" and options.cuda_graphs and padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS:
+    small = padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS and not padded.model.takes_mean
+    if device.type == "cuda" and options.cuda_graphs and small:
         graphs = capture(padded.model, pool, spare_block=num_blocks)
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:
@@ -144,7 +159,7 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
 def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance: float) -> None:
     """Prepares the backbone with its last layer pruned or, where that fails its canary, whole. Raises NotPackable."""
     reason = ""
-    for prune in (True, False):
+    for prune in (False,) if model.takes_mean else (True, False):
         model.backbone.prepare_packed(prune, max_length)
         try:
             _, error = canary.run(model)

@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 from rewardserve.engine.native.block_pool import BlockPool
-from rewardserve.engine.native.sequence import Move
+from rewardserve.engine.native.sequence import Kept, Move
 
 Key = bytes
+_NOTHING: Kept = {}
 BLOCK_BYTES = 4 * BLOCK_TOKENS
 
 
@@ -40,6 +41,7 @@ class HostTier:
         self.num_slots = num_slots
         self._slots: OrderedDict[Key, int] = OrderedDict()
         self._free = list(range(num_slots - 1, -1, -1))
+        self.evicted: list[Key] = []  # since their owner looked last
 
     def __contains__(self, key: Key) -> bool:
         return key in self._slots
@@ -55,7 +57,9 @@ class HostTier:
         if self.find(key) is not None or not self.num_slots:
             return None
         if not self._free:
-            self._free.append(self._slots.popitem(last=False)[1])
+            evicted, slot = self._slots.popitem(last=False)
+            self._free.append(slot)
+            self.evicted.append(evicted)
         self._slots[key] = self._free.pop()
         return self._slots[key]
 
@@ -82,6 +86,7 @@ class PrefixCache:
         self._moves: list[Move] = []  # decided, and not yet part of a plan
         self._blocks: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
+        self._kept: dict[Key, Kept] = {}  # features of positions in the block, where a head reads there
         self._unheld: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
@@ -89,11 +94,18 @@ class PrefixCache:
         """Blocks that `allocate` can give."""
         return self.pool.num_free + len(self._unheld)
 
-    def acquire(self, key: Key) -> int | None:
+    def kept(self, key: Key) -> Kept:
+        """Features that are known, or will be when the forwards scheduled so far are done, of positions in a block."""
+        return self._kept.get(key, _NOTHING)
+
+    def acquire(self, key: Key, reads: Iterable[int] = ()) -> int | None:
         """The block published under `key`, held once more until `release`; None if there is none.
 
-        One in host memory is brought back into a block that must be to be had, as for `allocate`.
+        One that does not keep the features of all `reads` is none. One in host memory is brought back into a block that
+        must be to be had, as for `allocate`.
         """
+        if reads and not self.kept(key).keys() >= set(reads):
+            return None
         block = self._blocks.get(key)
         if block is None:
             return self._bring_back(key) if key in self._host else None
@@ -110,7 +122,7 @@ class PrefixCache:
             self.pool.free(block)
             return None
         self._moves.append(Move(key, block, slot, out=False))
-        self.publish(key, block)
+        self.publish(key, block, self.kept(key))
         return block
 
     def take_moves(self) -> tuple[Move, ...]:
@@ -129,16 +141,28 @@ class PrefixCache:
         if slot is not None:
             self._moves.append(Move(self._keys[block], block, slot, out=True))
         self._forget(block)
+        while self._host.evicted:
+            key = self._host.evicted.pop()
+            if key not in self._blocks:
+                self._kept.pop(key, None)
         self.pool.free(block)
         return self.pool.take()
 
-    def publish(self, key: Key, block: int) -> bool:
-        """Lets others find `block`, which the caller holds. False if another block already has this key."""
+    def publish(self, key: Key, block: int, kept: Kept | None = None) -> bool:
+        """Lets others find `block`, which the caller holds, and what is `kept` of it.
+
+        False if another block already has this key; it gives way to one of which more is kept.
+        """
         assert self.pool.references(block) > 0
+        kept = kept or {}
         if key in self._blocks:
-            return False
+            if self.kept(key).keys() >= kept.keys():
+                return False
+            self.retract(self._blocks[key])
         self._blocks[key] = block
         self._keys[block] = key
+        if kept:
+            self._kept[key] = kept
         return True
 
     def retract(self, block: int) -> None:
@@ -152,6 +176,8 @@ class PrefixCache:
         for move in (*moves, *self.take_moves()):
             if move.out:
                 self._host.forget(move)
+                if move.key not in self._blocks:
+                    self._kept.pop(move.key, None)
             elif self._blocks.get(move.key) == move.block:
                 self.retract(move.block)
 
@@ -170,12 +196,14 @@ class PrefixCache:
         self._host.clear()
         for block in list(self._keys):
             self.retract(block)
+        self._kept.clear()
 
     def check(self) -> None:
         """Asserts the index and the pool agree."""
         self._host.check()
         self.pool.check(self._unheld)
         assert len(self._blocks) == len(self._keys)
+        assert all(key in self._blocks or key in self._host for key in self._kept), "features without a block"
         assert all(self._blocks[key] == block for block, key in self._keys.items())
         assert all(block in self._keys for block in self._unheld), "an unpublished block is kept without a holder"
 
@@ -183,3 +211,5 @@ class PrefixCache:
         key = self._keys.pop(block, None)
         if key is not None:
             del self._blocks[key]
+            if key not in self._host or None in self.kept(key).values():
+                self._kept.pop(key, None)

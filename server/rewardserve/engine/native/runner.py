@@ -18,10 +18,10 @@ class Launched(Protocol):
     """A forward that was handed to the device."""
 
     def ready(self) -> bool:
-        """Whether `scores` would not wait."""
+        """Whether `features` would not wait."""
 
-    def scores(self) -> list[float]:
-        """Of the plan's scored chunks, in order. Raises what the forward ended in, where that shows only now."""
+    def features(self) -> list[list[float]]:
+        """Of all reads of the plan's chunks, in order. Raises what the forward ended in, where that shows only now."""
 
 
 class Runner(Protocol):
@@ -39,37 +39,43 @@ class Runner(Protocol):
 class Done:
     """A forward that was computed as it was launched, as on a CPU."""
 
-    def __init__(self, scores: list[float]) -> None:
-        self._scores = scores
+    def __init__(self, features: list[list[float]]) -> None:
+        self._features = features
 
     def ready(self) -> bool:
         return True
 
-    def scores(self) -> list[float]:
-        return self._scores
+    def features(self) -> list[list[float]]:
+        return self._features
 
 
 class _OnGpu:
-    """Its scores are on their way to the host; nobody waits for them but who asks."""
+    """Its features are on their way to the host; nobody waits for them but who asks."""
 
-    def __init__(self, scores: torch.Tensor) -> None:
-        self._scores = torch.empty(scores.shape, dtype=scores.dtype, pin_memory=True)
-        self._scores.copy_(scores, non_blocking=True)
+    def __init__(self, features: torch.Tensor) -> None:
+        self._features = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+        self._features.copy_(features, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
 
     def ready(self) -> bool:
         return self._copied.query()
 
-    def scores(self) -> list[float]:
+    def features(self) -> list[list[float]]:
         self._copied.synchronize()
-        return self._scores.tolist()
+        return self._features.tolist()
 
 
 @dataclass(frozen=True, slots=True)
 class _Step:
     pack: Pack
     moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    rows: list[torch.Tensor]  # int64 ids of whole sequences
+    reads: list[tuple[int, ...]]  # of each
 
 
 class PackedRunner:
@@ -91,17 +97,18 @@ class PackedRunner:
 
     def prepare(self, plan: BatchPlan) -> "_Step":
         backbone = self._model.backbone
-        return _Step(build_pack(plan, backbone, for_gpu=backbone.device.type != "cpu"), plan.moves)
+        pack = build_pack(plan, backbone, backbone.device.type != "cpu", self._model.takes_mean)
+        return _Step(pack, plan.moves)
 
     def launch(self, prepared: object) -> Launched:
         assert isinstance(prepared, _Step)
         for move in prepared.moves:
             assert self._host is not None
             (self._host.copy_out if move.out else self._host.copy_back)(move.block, move.slot)
-        scores = self._graphs.launch(prepared.pack) if self._graphs is not None else None
-        if scores is None:
-            scores = self._model.score_packed(prepared.pack, self._pool)
-        return _OnGpu(scores) if scores.is_cuda else Done(scores.tolist())
+        features = self._graphs.launch(prepared.pack) if self._graphs is not None else None
+        if features is None:
+            features = self._model.features_packed(prepared.pack, self._pool)
+        return _OnGpu(features) if features.is_cuda else Done(features.tolist())
 
     @property
     def workspace(self) -> Workspace:
@@ -119,21 +126,22 @@ class PaddedRunner:
         self._max_batch_tokens = max_batch_tokens
         self._rope_switch = rope_switch(model.backbone.config)
 
-    def prepare(self, plan: BatchPlan) -> list[torch.Tensor]:
-        return build_rows(plan)
+    def prepare(self, plan: BatchPlan) -> "_Rows":
+        return _Rows(build_rows(plan), [chunk.reads for chunk in plan.chunks])
 
     def launch(self, prepared: object) -> Launched:
-        assert isinstance(prepared, list)
-        scores = [0.0] * len(prepared)
-        order = sorted(range(len(prepared)), key=lambda i: -len(prepared[i]))
+        assert isinstance(prepared, _Rows)
+        rows, reads = prepared.rows, prepared.reads
+        features: list[list[list[float]]] = [[]] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         while order:
-            count = self._fitting([len(prepared[i]) for i in order])
+            count = self._fitting([len(rows[i]) for i in order])
             batch, order = order[:count], order[count:]
-            for index, score in zip(
-                batch, self._model.score_padded([prepared[i] for i in batch]).tolist(), strict=True
-            ):
-                scores[index] = score
-        return Done(scores)
+            computed = self._model.features_padded([rows[i] for i in batch], [reads[i] for i in batch]).tolist()
+            for index in batch:
+                num_reads = len(reads[index])
+                features[index], computed = computed[:num_reads], computed[num_reads:]
+        return Done([read for row in features for read in row])
 
     def _fitting(self, lengths: list[int]) -> int:
         """How many of `lengths`, longest first, make one padded batch: at least one."""

@@ -11,6 +11,7 @@ import heapq
 import math
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
 from rewardserve_kernels.ragged import BLOCK_TOKENS, ceil_block, floor_block
@@ -19,7 +20,8 @@ from rewardserve.engine.base import EngineGroup, EngineItem, EngineRequest, Engi
 from rewardserve.engine.native.fair_queue import FairQueue
 from rewardserve.engine.native.prefix_cache import PrefixCache, block_keys
 from rewardserve.engine.native.sequence import BatchPlan, Chunk, Group, Sequence, Status
-from rewardserve.types import ItemCode, ItemFailure
+from rewardserve.models.reads import Features, Reader, ReadPlan
+from rewardserve.types import EncodedGroup, ItemCode, ItemFailure
 
 
 @dataclass(slots=True, eq=False)
@@ -65,8 +67,11 @@ class Scheduler:
         max_batch_tokens: int,
         max_batch_sequences: int,
         clock: Callable[[], float] = time.monotonic,
+        reader: Reader | None = None,
     ) -> None:
+        """`reader` knows where the model is read; by default at each response's last token."""
         self._cache = cache
+        self._reader = reader or Reader(ReadPlan())
         self._max_tokens = max_batch_tokens
         self._max_chunks = max_batch_sequences
         self._token_limit = max_batch_tokens  # lower after a forward that failed
@@ -85,16 +90,23 @@ class Scheduler:
     def add(self, request: EngineRequest) -> None:
         """Queues a request. Its id must not be in flight already."""
         assert request.request_id not in self._jobs
-        groups = [
-            Group.from_encoded(request.request_id, encoded, list(block_keys(encoded.prompt)) if self._cache else [])
-            for encoded in request.groups
-        ]
+        groups = [self._group(request, encoded) for encoded in request.groups]
         job = _Job(request, groups, self._clock(), num_unfinished=len(groups))
         self._jobs[request.request_id] = job
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
         for group in groups:
-            self._enqueue(group)
+            if group.finished:  # none of its responses has anything to read
+                self._finish_if_done(group)
+            else:
+                self._enqueue(group)
+
+    def _group(self, request: EngineRequest, encoded: EncodedGroup) -> Group:
+        keys = list(block_keys(encoded.prompt)) if self._cache else []
+        group = Group.from_encoded(request.request_id, encoded, keys, self._reader)
+        if self._cache is not None:
+            group.find_kept(self._reader)
+        return group
 
     def cancel(self, request_id: str) -> None:
         """Drops what has not begun; unknown ids (already finished) are none of our business."""
@@ -177,7 +189,7 @@ class Scheduler:
                 "pool too small for a group"
             )
             return False
-        group.started, group.num_reserved = True, need
+        group.started, group.num_reserved, group.kept = True, need, {}
         self._reserved += need
         self._started[id(group)] = group
         return True
@@ -200,7 +212,7 @@ class Scheduler:
             length = len(tokens) // 4
             if filling.full or (length > filling.tokens_left and filling.chunks):
                 return False
-            filling.add(Chunk(group, sequence, tokens, 0, length, (), store=False, scored=True))
+            filling.add(Chunk(group, sequence, tokens, 0, length, (), store=False, scored=True, reads=sequence.reads))
             sequence.status = Status.RUNNING
         return True
 
@@ -209,10 +221,12 @@ class Scheduler:
         while group.num_computed < length:
             start = group.num_computed
             if start % BLOCK_TOKENS == 0:
-                block = cache.acquire(group.keys[start // BLOCK_TOKENS])
+                key, end = group.keys[start // BLOCK_TOKENS], min(length, start + BLOCK_TOKENS)
+                block = cache.acquire(key, group.reads_between(start, end))
                 if block is not None:
                     self._give(group, group.blocks, block)
-                    group.num_computed = min(length, start + BLOCK_TOKENS)
+                    group.kept[start // BLOCK_TOKENS] = cache.kept(key)
+                    group.num_computed = end
                     group.num_cached += group.num_computed - start
                     filling.num_cached_tokens += group.num_computed - start
                     continue
@@ -220,13 +234,25 @@ class Scheduler:
                 return
             stop = _chunk_stop(start, length, filling.tokens_left)
             self._extend(group, group.blocks, math.ceil(stop / BLOCK_TOKENS), cache)
-            tokens = group.prompt[4 * start : 4 * stop]
-            filling.add(Chunk(group, None, tokens, start, stop, tuple(group.blocks), store=True, scored=False))
+            tokens, reads = group.prompt[4 * start : 4 * stop], self._prompt_reads(group, start, stop, cache)
+            for position in reads:
+                group.kept.setdefault(position // BLOCK_TOKENS, {})[position] = None
+            filling.add(Chunk(group, None, tokens, start, stop, tuple(group.blocks), True, scored=False, reads=reads))
             group.num_computed = stop
             whole = len(group.blocks) if stop == length else stop // BLOCK_TOKENS
             for index in range(start // BLOCK_TOKENS, whole):
-                if cache.publish(group.keys[index], group.blocks[index]):
+                if cache.publish(group.keys[index], group.blocks[index], group.kept.get(index)):
                     filling.published.append(group.blocks[index])
+
+    def _prompt_reads(self, group: Group, start: int, stop: int, cache: PrefixCache) -> tuple[int, ...]:
+        """Those of the group, and those that others wanted of the same blocks: so that what is kept only grows."""
+        reads = group.reads_between(start, stop)
+        if not reads:
+            return ()
+        wanted = set(reads)
+        for index in range(start // BLOCK_TOKENS, math.ceil(stop / BLOCK_TOKENS)):
+            wanted.update(position for position in cache.kept(group.keys[index]) if start <= position < stop)
+        return tuple(sorted(wanted))
 
     def _serve_response(self, group: Group, sequence: Sequence, cache: PrefixCache, filling: _Filling) -> bool:
         """True if the response's last token is planned."""
@@ -234,8 +260,9 @@ class Scheduler:
         if sequence.num_computed is None and sequence.num_tokens <= self._token_limit:
             if sequence.num_tokens > filling.tokens_left:
                 return False
-            chunk = Chunk(group, sequence, sequence.tokens, start, stop, tuple(group.blocks), store=False, scored=True)
-            filling.add(chunk)
+            reads = tuple(position for position in sequence.reads if position >= start)
+            blocks = tuple(group.blocks)
+            filling.add(Chunk(group, sequence, sequence.tokens, start, stop, blocks, False, scored=True, reads=reads))
             sequence.status = Status.RUNNING
             return True
         return self._serve_long_response(group, sequence, cache, filling, stop)
@@ -254,7 +281,9 @@ class Scheduler:
                 return False  # a sibling's blocks come free when this forward is planned
         tokens = (group.prompt + sequence.tokens)[4 * start : 4 * stop]
         blocks = (*shared, *sequence.own_blocks)
-        filling.add(Chunk(group, sequence, tokens, start, stop, blocks, store=not last, scored=last))
+        begin = max(start, group.prompt_length)
+        reads = tuple(position for position in sequence.reads if begin <= position < stop)
+        filling.add(Chunk(group, sequence, tokens, start, stop, blocks, store=not last, scored=last, reads=reads))
         sequence.num_computed = stop
         if last:
             sequence.status = Status.RUNNING
@@ -305,22 +334,40 @@ class Scheduler:
             if job is not None and job.started_at is None:
                 job.started_at = now
 
-    def complete(self, plan: BatchPlan, scores: list[float]) -> None:
-        """The oldest forward under way is done; `scores` in the order of its scored chunks."""
+    def complete(self, plan: BatchPlan, features: Sequence_[Features]) -> None:
+        """The oldest forward under way is done; `features` of all its chunks' reads, in their order."""
         assert self._outstanding and self._outstanding[0] is plan, "forwards complete in the order they were scheduled"
         self._outstanding.pop(0)
         self._token_limit = min(self._max_tokens, 2 * self._token_limit)
         self._chunk_limit = min(self._max_chunks, 2 * self._chunk_limit)
+        assert len(features) == plan.num_reads
+        computed = iter(features)
+        for chunk in plan.chunks:
+            for position in chunk.reads:
+                kept = chunk.group.kept[position // BLOCK_TOKENS] if chunk.sequence is None else chunk.sequence.features
+                kept[position] = next(computed)
         scored = [chunk for chunk in plan.chunks if chunk.scored]
-        for chunk, score in zip(scored, scores, strict=True):
+        for chunk in scored:
             assert chunk.sequence is not None
-            chunk.sequence.status = Status.FINISHED
-            if math.isfinite(score):
-                chunk.sequence.score = score
-            else:
-                chunk.sequence.failure = ItemFailure(ItemCode.INTERNAL, f"the model's score is {score}, not a number")
+            self._fold(chunk.group, chunk.sequence)
         for group in {id(chunk.group): chunk.group for chunk in scored}.values():
             self._finish_if_done(group)
+
+    def _fold(self, group: Group, sequence: Sequence) -> None:
+        """All of a sequence is computed."""
+        sequence.status = Status.FINISHED
+        if group.dropped:
+            return
+        features = group.features_of(sequence) if self._cache else list(sequence.features.values())
+        reading = self._reader.fold(features, sequence.named)
+        if all(map(math.isfinite, (reading.score, *reading.attributes, *reading.steps))):
+            sequence.reading = reading
+        else:
+            message = f"the model's score is {reading.score}, not a number"
+            if math.isfinite(reading.score):
+                message = "an attribute of the model is not a number"
+            sequence.failure = ItemFailure(ItemCode.INTERNAL, message)
+        sequence.features = {}
 
     def rollback(self) -> None:
         """The oldest forward under way failed: it and all scheduled after it have never been."""
@@ -382,7 +429,7 @@ class Scheduler:
     def _result(self, job: _Job) -> EngineResult:
         started = job.received_at if job.started_at is None else job.started_at
         groups = tuple(
-            EngineGroup(tuple(EngineItem(s.score, s.failure) for s in group.sequences), group.num_cached)
+            EngineGroup(tuple(_item(sequence) for sequence in group.sequences), group.num_cached)
             for group in job.groups
         )
         return EngineResult(groups, queue_s=started - job.received_at, compute_s=self._clock() - started)
@@ -435,6 +482,13 @@ class Scheduler:
             assert self._cache.pool.references(block) == holds.get(block, 0), f"block {block} is held by nobody known"
         assert self._reserved == sum(group.num_reserved for group in self._started.values())
         assert self._cache.num_available >= self._reserved >= 0, "more is reserved than there is"
+
+
+def _item(sequence: Sequence) -> EngineItem:
+    reading = sequence.reading
+    if reading is None:
+        return EngineItem(None, sequence.failure)
+    return EngineItem(reading.score, None, reading.attributes, reading.steps, reading.std)
 
 
 def _blocks_needed(group: Group) -> int:

@@ -1,11 +1,15 @@
 """What the scheduler moves: a group under way, its sequences, and the plan of one forward. Loads no torch."""
 
 import enum
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 
+from rewardserve.models.reads import Features, NothingToRead, Reader, Reading
 from rewardserve.types import EncodedGroup, ItemFailure
+
+Kept = dict[int, Features | None]  # by absolute position; None until the forward that computes it is done
 
 
 class Status(enum.Enum):
@@ -25,7 +29,10 @@ class Sequence:
     # the prompt's last whole block, so that its blocks are full from the first slot on.
     own_blocks: list[int] = field(default_factory=list)
     num_computed: int | None = None  # absolute position reached; None until the first chunk is scheduled
-    score: float | None = None
+    reads: tuple[int, ...] = ()  # absolute positions whose features make the score
+    named: bool = False  # by the request, not by the model
+    features: dict[int, Features] = field(default_factory=dict)  # of positions in the response
+    reading: Reading | None = None
     failure: ItemFailure | None = None
 
     @property
@@ -41,6 +48,8 @@ class Group:
     prompt: bytes
     sequences: list[Sequence]
     keys: list[bytes]  # of the prompt's blocks
+    reads: list[int] = field(default_factory=list)  # positions in the prompt whose features are kept, ascending
+    kept: dict[int, Kept] = field(default_factory=dict)  # those features, by block
     blocks: list[int] = field(default_factory=list)  # held; the first `num_computed` prompt tokens lie in them
     num_computed: int = 0
     num_cached: int = 0
@@ -49,9 +58,42 @@ class Group:
     dropped: bool = False  # its request expired or was cancelled; forwards under way may still hold its chunks
 
     @classmethod
-    def from_encoded(cls, request_id: str, encoded: EncodedGroup, keys: list[bytes]) -> "Group":
+    def from_encoded(cls, request_id: str, encoded: EncodedGroup, keys: list[bytes], reader: Reader) -> "Group":
         sequences = [Sequence(index, tokens) for index, tokens in enumerate(encoded.responses)]
+        for sequence, named in zip(sequences, encoded.steps or [()] * len(sequences), strict=True):
+            try:
+                sequence.reads = reader.positions(encoded.prompt, sequence.tokens, named)
+            except NothingToRead as error:
+                sequence.status, sequence.failure = Status.FINISHED, error.failure
+            sequence.named = bool(named)
         return cls(request_id, encoded.prompt, sequences, keys)
+
+    def find_kept(self, reader: Reader) -> None:
+        """What of the prompt is read: what its blocks keep anyway, and what the sequences name."""
+        length, found = self.prompt_length, set()
+        if not reader.is_plain:
+            found.update(reader.kept_in_prompt(self.prompt, BLOCK_TOKENS))
+        for sequence in self.sequences:
+            if sequence.reads and sequence.reads[0] < length:
+                found.update(position for position in sequence.reads if position < length)
+        self.reads = sorted(found)
+
+    def reads_between(self, start: int, stop: int) -> tuple[int, ...]:
+        """Those of the prompt in [start, stop)."""
+        if not self.reads:
+            return ()
+        return tuple(self.reads[bisect_left(self.reads, start) : bisect_left(self.reads, stop)])
+
+    def features_of(self, sequence: Sequence) -> list[Features]:
+        """In the order of its reads, once all are there."""
+        length = self.prompt_length
+        found = []
+        for position in sequence.reads:
+            kept = self.kept[position // BLOCK_TOKENS] if position < length else sequence.features
+            features = kept[position]
+            assert features is not None, "a forward before this one has computed it"
+            found.append(features)
+        return found
 
     @property
     def prompt_length(self) -> int:
@@ -92,6 +134,7 @@ class Chunk:
     blocks: tuple[int, ...]  # what lies before `start`; with `store` reaches to `stop`
     store: bool
     scored: bool  # the last position is the sequence's last
+    reads: tuple[int, ...]  # positions of these whose features are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +163,10 @@ class BatchPlan:
     @property
     def num_prompt_tokens(self) -> int:
         return sum(chunk.stop - chunk.start for chunk in self.chunks if chunk.sequence is None)
+
+    @property
+    def num_reads(self) -> int:
+        return sum(len(chunk.reads) for chunk in self.chunks)
 
     @property
     def num_scored(self) -> int:

@@ -228,7 +228,7 @@ def _compare_speed(subject: Subject, what: str, switch: Callable[[bool], None]) 
         for on in (True, False):
             switch(on)
             started = _clock()
-            subject.model.score_packed(pack, pool)
+            subject.model.states_packed(pack, pool)
             elapsed = _clock() - started
             if number:  # the first one warms up
                 seconds[on].append(elapsed)
@@ -247,4 +247,4 @@ def _probe(subject: Subject) -> Pack:
     positions = np.tile(np.arange(length, dtype=np.int32), count)
     segments = tuple(Segment(i * length, length, 0, (), store=False) for i in range(count))
     last = torch.arange(1, count + 1, dtype=torch.int32) * length - 1
-    return Pack(torch.from_numpy(ids), torch.from_numpy(positions), segments, tuple(range(count)), last)
+    return Pack(torch.from_numpy(ids), torch.from_numpy(positions), segments, segments, last)

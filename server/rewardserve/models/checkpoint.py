@@ -1,0 +1,240 @@
+"""A checkpoint's files: its config, which weights there are, and single tensors of them."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+from rewardserve.errors import LoadFailed
+from rewardserve.models import adapter
+
+STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+VALUE_HEADS = (
+    "value_head.safetensors",
+    "value_head.bin",
+)  # of TRL and LLaMA-Factory, beside a language model
+PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.jinja", "*.model", "*.txt", "*.toml"]
+
+
+def resolve_folder(source: str) -> Path:
+    """The local folder of `source`, a path or a hub name (downloaded, or found in the local hub cache)."""
+    if Path(source).is_dir():
+        return Path(source)
+    if source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise LoadFailed(f"{source}: no such folder, and not a hub name of the form 'organisation/model'")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=PATTERNS))
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise LoadFailed(f"{source}: not a local folder, and the hub could not provide it: {reason}") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    source: str  # as it was asked for: a path or a hub name
+    folder: Path
+    raw_config: dict[str, Any]  # config.json as it stands
+    config: PreTrainedConfig  # of the backbone
+    where: dict[str, Path]  # file of each weight
+    adapted: dict[str, torch.Tensor] = field(default_factory=dict)  # what an adapter changes or adds
+    base: Path | None = None  # folder of the model that an adapter adapts
+
+    @property
+    def text_folder(self) -> Path:
+        """Where its tokenizer is: an adapter's folder may have none."""
+        has_tokenizer = any(self.folder.glob("tokenizer*"))
+        return self.folder if has_tokenizer or self.base is None else self.base
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        return (self.folder,) if self.base is None else (self.base, self.folder)
+
+    @property
+    def architecture(self) -> str:
+        return (self.raw_config.get("architectures") or [type(self.config).__name__])[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get_text_config().hidden_size
+
+    @property
+    def weight_files(self) -> tuple[Path, ...]:
+        return tuple(sorted(set(self.where.values())))
+
+    def has(self, key: str) -> bool:
+        return key in self.where
+
+    def tensor(self, key: str) -> torch.Tensor:
+        if key in self.adapted:
+            return self.adapted[key]
+        file = self.where[key]
+        if file.suffix != ".safetensors":
+            return self._pickled[file][key]
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        if key in self.adapted:
+            return tuple(self.adapted[key].shape)
+        file = self.where[key]
+        if file.suffix != ".safetensors":
+            return tuple(self._pickled[file][key].shape)
+        with safe_open(file, framework="pt") as tensors:
+            return tuple(tensors.get_slice(key).get_shape())
+
+    def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """Those below `prefix`, without it."""
+        return {key.removeprefix(prefix): self.tensor(key) for key in self.where if key.startswith(prefix)}
+
+    def stored_dtype(self, besides: frozenset[str]) -> torch.dtype:
+        """The precision of the backbone's first weight matrix; a head is often kept in another one."""
+        key = next((k for k in sorted(self.where) if k.endswith("weight") and k not in besides), None)
+        if key is None:
+            return torch.float32
+        file = self.where[key]
+        if file.suffix != ".safetensors":
+            return self._pickled[file][key].dtype
+        with safe_open(file, framework="pt") as tensors:
+            return STORED_DTYPES.get(tensors.get_slice(key).get_dtype(), torch.float32)
+
+    def token_id(self, content: str, otherwise: int) -> int:
+        """The id of a token of its own, by the tokenizer's files; `otherwise` where they do not say."""
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            try:
+                saved = json.loads((self.text_folder / name).read_text())
+            except (OSError, ValueError):
+                continue
+            added = saved.get("added_tokens") or []
+            added += [{"id": int(i), **t} for i, t in (saved.get("added_tokens_decoder") or {}).items()]
+            for token in added:
+                if token.get("content") == content:
+                    return int(token["id"])
+            vocab = (saved.get("model") or {}).get("vocab")
+            if isinstance(vocab, dict) and content in vocab:
+                return int(vocab[content])
+        return otherwise
+
+    @cached_property
+    def _pickled(self) -> dict[Path, dict[str, torch.Tensor]]:
+        """Contents of torch's own files, mapped into memory. Only tensors are unpickled, never code."""
+        return {file: _unpickle(file) for file in self.weight_files if file.suffix != ".safetensors"}
+
+
+def open_checkpoint(source: str, foreign_configs: dict[str, str]) -> Checkpoint:
+    """`foreign_configs`: model types that transformers does not know -> the one that they are but for names.
+
+    Raises LoadFailed, saying what is missing.
+    """
+    folder = resolve_folder(source)
+    if (folder / adapter.CONFIG).is_file():
+        return _adapted(source, folder, foreign_configs)
+    raw = _raw_config(folder)
+    config = _config(folder, raw, foreign_configs)
+    where: dict[str, Path] = {}
+    for file in _weight_files(folder):
+        where |= dict.fromkeys(_keys(file), file)
+    return Checkpoint(source, folder, raw, config, where)
+
+
+def _adapted(source: str, folder: Path, foreign_configs: dict[str, str]) -> Checkpoint:
+    config = adapter.read_adapter_config(folder)
+    base = open_checkpoint(adapter.base_of(folder, config), foreign_configs)
+    file = adapter.weights_of(folder)
+    own = Checkpoint(source, folder, {}, base.config, dict.fromkeys(_keys(file), file))
+    weights = {key: own.tensor(key) for key in own.where}
+    changed = adapter.merged(folder, config, weights, base.where.keys(), base.tensor)
+    return Checkpoint(
+        source,
+        folder,
+        base.raw_config,
+        base.config,
+        base.where | dict.fromkeys(changed, file),
+        base.adapted | changed,
+        base.folder,
+    )
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise LoadFailed(f"{folder}: no config.json; point at the folder that holds a checkpoint's files")
+    try:
+        raw = json.loads(path.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise LoadFailed(f"{path}: {first_line(error)}") from error
+    return raw
+
+
+def _config(folder: Path, raw: dict[str, Any], foreign: dict[str, str]) -> PreTrainedConfig:
+    try:
+        if raw.get("model_type") in foreign:
+            kept = {key: value for key, value in raw.items() if key not in ("model_type", "auto_map")}
+            config = AutoConfig.for_model(foreign[raw["model_type"]], **kept)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # said, or transformers asks
+    except Exception as error:  # a config can be wrong in as many ways as it has keys
+        raise LoadFailed(f"{folder}/config.json: {first_line(error)}") from error
+    if config.is_encoder_decoder:
+        raise LoadFailed(f"{folder}: an encoder-decoder model; only decoders and encoders with a head can be served")
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Safetensors if there are any, else torch's own; and a value head that lies beside them."""
+    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
+    single = next((name for name in SINGLE_FILES if (folder / name).is_file()), SINGLE_FILES[0])
+    names = _read_index(index) if index is not None else [single]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        others = ", ".join(sorted(p.name for p in folder.iterdir())[:20])
+        raise LoadFailed(
+            f"{folder}: {', '.join(missing)} not there (safetensors are needed; the folder holds: {others})"
+        )
+    names += [name for name in VALUE_HEADS if (folder / name).is_file()][:1]
+    return [folder / name for name in names]
+
+
+def _read_index(index: Path) -> list[str]:
+    try:
+        names = json.loads(index.read_text())["weight_map"].values()
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("weight_map names no files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadFailed(f"{index}: not an index of weights ({first_line(error)})") from error
+    return sorted(set(names))
+
+
+def _keys(file: Path) -> list[str]:
+    if file.suffix != ".safetensors":
+        return list(_unpickle(file))
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return list(tensors.keys())
+    except Exception as error:  # safetensors raises its own SafetensorError, an Exception
+        raise LoadFailed(f"{file}: not a readable safetensors file ({error}); is the download complete?") from error
+
+
+def _unpickle(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return {key: value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
+    except Exception as error:  # of pickle, zipfile and torch
+        raise LoadFailed(f"{file}: not a readable file of weights ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """An error of a library in one line; its kind says more than its text sometimes."""
+    text = re.sub(r"\s*\n.*", "", str(error).strip(), flags=re.S)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,192 @@
+"""rewardserve.toml beside a checkpoint's config.json: says how a model is scored that no family recognizes.
+
+[head]
+kind = "linear"         # or "mlp" (numbered layers), "lm_rows" (logits of ids), "lm_odds" (ids[0] against ids[1])
+weights = "my_head"     # what the head's keys begin with: my_head.weight, or my_head.0.weight, ...
+outputs = 1             # more: `attributes` names them and `weights_of` mixes them, or `probability_of` is read
+activation = "none"     # or "sigmoid"
+ids = [648, 387]
+
+[read]
+at = "last"             # or "first", "mean", "every" (occurrence of `pattern`)
+pattern = [12902]
+offset = 0
+append = 128003
+
+[steps]
+style = "tagged"        # or "ends", "apart", "turns"
+separator = "\\n\\n"
+tag = "<extra_0>"
+joint = ""
+
+[score]
+attributes = ["helpful", "safe"]
+weights_of = [0.7, 0.3]   # of the attributes, in the score
+probability_of = 1        # or: the score is this output's probability
+shift = 0.0               # final score = (raw - shift) / scale
+scale = 1.0
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import nn
+
+from rewardserve.errors import LoadFailed
+from rewardserve.models import heads
+from rewardserve.models.checkpoint import Checkpoint
+from rewardserve.models.families import (
+    Normalizer,
+    Recipe,
+    keys_below,
+    layers_below,
+    lm_rows,
+    odds_head,
+    scalar_head,
+)
+from rewardserve.models.heads import Head, LinearHead, ModuleHead
+from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
+from rewardserve.types import StepFormat, StepStyle
+
+NAME = "rewardserve.toml"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Head(_Section):
+    kind: Literal["linear", "mlp", "lm_rows", "lm_odds"]
+    weights: str = ""
+    outputs: int = Field(default=1, ge=1)
+    activation: Literal["none", "sigmoid"] = "none"
+    ids: tuple[int, ...] = ()
+
+
+class _Read(_Section):
+    at: Literal["last", "first", "mean", "every"] = "last"
+    pattern: tuple[int, ...] = ()
+    offset: int = Field(default=0, ge=0)
+    append: int | None = Field(default=None, ge=0)
+
+
+class _Steps(_Section):
+    style: Literal["ends", "apart", "tagged", "turns"]
+    separator: str = "\n\n"
+    tag: str = ""
+    joint: str = ""
+
+
+class _Score(_Section):
+    attributes: tuple[str, ...] = ()
+    weights_of: tuple[float, ...] = ()
+    probability_of: int | None = Field(default=None, ge=0)
+    shift: float = 0.0
+    scale: float = Field(default=1.0, gt=0)
+
+
+class _SpecFile(_Section):
+    head: _Head
+    read: _Read = _Read()
+    steps: _Steps | None = None
+    score: _Score = _Score()
+
+
+def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
+    """Raises LoadFailed naming the key that is wrong."""
+    path = checkpoint.folder / NAME
+    told = _read(path)
+
+    def refuse(key: str, reason: str) -> LoadFailed:
+        return LoadFailed(f"{path}: {key} {reason}")
+
+    head, num_outputs = _head(checkpoint, told, refuse)
+    if told.read.at == "every" and not told.read.pattern:
+        raise refuse("read.pattern", "is missing; it is what every occurrence is of")
+    return Recipe(
+        family=f"by {NAME}",
+        head=_scored(head, num_outputs, told, refuse),
+        head_keys=keys_below(checkpoint, told.head.weights or "lm_head", "lm_head"),
+        reads=ReadPlan(
+            ReadAt(told.read.at),
+            Pattern(told.read.pattern, told.read.offset) if told.read.at == "every" else None,
+            what="pattern of rewardserve.toml",
+        ),
+        appended=told.read.append,
+        attributes=told.score.attributes,
+        is_probability=told.head.kind == "lm_odds"
+        or told.head.activation == "sigmoid"
+        or told.score.probability_of is not None,
+        normalizer=Normalizer(told.score.shift, told.score.scale)
+        if (told.score.shift, told.score.scale) != (0, 1)
+        else None,
+        steps=None
+        if told.steps is None
+        else StepFormat(StepStyle(told.steps.style), told.steps.separator, told.steps.tag, told.steps.joint),
+    )
+
+
+def _read(path: Path) -> _SpecFile:
+    try:
+        return _SpecFile.model_validate(tomllib.loads(path.read_text()))
+    except tomllib.TOMLDecodeError as error:
+        raise LoadFailed(f"{path}: {error}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise LoadFailed(f"{path}: {where}: {first['msg']}; docs/models.md has every key") from error
+
+
+def _head(checkpoint: Checkpoint, told: _SpecFile, refuse) -> tuple[Head | nn.Module, int]:
+    kind, ids = told.head.kind, told.head.ids
+    if kind == "lm_odds":
+        if len(ids) != 2:
+            raise refuse("head.ids", "must be two: the token that is good, and the one that is not")
+        return odds_head(checkpoint, *ids), 1
+    if kind == "lm_rows":
+        if not ids:
+            raise refuse("head.ids", "is missing: ids of the tokens whose logits are read")
+        return heads.linear(lm_rows(checkpoint, ids)), len(ids)
+    prefix, outputs = told.head.weights, told.head.outputs
+    if not prefix or not any(checkpoint.has(f"{prefix}{end}") for end in (".weight", ".0.weight")):
+        keys = ", ".join(sorted(key for key in checkpoint.where if "layers." not in key)[:12])
+        raise refuse("head.weights", f"'{prefix}' is not what a head's keys begin with; there are {keys}")
+    scalar_head(checkpoint, prefix, outputs)  # for its errors
+    if kind == "mlp":
+        return layers_below(checkpoint, prefix), outputs
+    bias = checkpoint.tensor(f"{prefix}.bias") if checkpoint.has(f"{prefix}.bias") else None
+    return heads.linear(checkpoint.tensor(f"{prefix}.weight"), bias), outputs
+
+
+class _Weighted(nn.Module):
+    """Outputs [rows, n] -> their weighted sum, and themselves [rows, 1 + n]."""
+
+    def __init__(self, weights: tuple[float, ...]) -> None:
+        super().__init__()
+        self._weights = nn.Parameter(torch.tensor(weights))
+
+    def forward(self, outputs: torch.Tensor) -> torch.Tensor:
+        return torch.cat([(outputs * self._weights).sum(-1, keepdim=True), outputs], -1)
+
+
+def _scored(head: Head | nn.Module, num_outputs: int, told: _SpecFile, refuse) -> Head:
+    score = told.score
+    if not isinstance(head, nn.Module):
+        return head
+    layers = [head, nn.Sigmoid()] if told.head.activation == "sigmoid" else [head]
+    if score.probability_of is not None:
+        if score.probability_of >= num_outputs:
+            raise refuse("score.probability_of", f"is {score.probability_of}, and there are {num_outputs} outputs")
+        return ModuleHead(nn.Sequential(*layers, heads.OddsOf(score.probability_of)), 1)
+    if num_outputs > 1:
+        if len(score.weights_of) != num_outputs or len(score.attributes) != num_outputs:
+            raise refuse(
+                "score.weights_of and score.attributes", f"must have a value for each of the {num_outputs} outputs"
+            )
+        return ModuleHead(nn.Sequential(*layers, _Weighted(score.weights_of)), 1 + num_outputs)
+    if len(layers) == 1 and isinstance(head, nn.Linear):
+        return LinearHead(head.weight.data, None if head.bias is None else head.bias.data)
+    return ModuleHead(nn.Sequential(*layers), 1)

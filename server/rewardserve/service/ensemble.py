@@ -1,0 +1,62 @@
+"""Several models' scores as one: each member scores by itself, with its own tokenizer, version and calibration."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rewardserve.metrics import ModelMetrics
+from rewardserve.postprocess.members import fold_members
+from rewardserve.types import Aggregate, EnsembleScore, GroupScore, ItemFailure, ItemScore, ScoreResult, Timings
+
+
+@dataclass(frozen=True, slots=True)
+class Ensemble:
+    """A name under which members are scored together. It has no admission of its own: its members' hold."""
+
+    name: str
+    members: tuple[str, ...]
+    aggregate: Aggregate
+    metrics: ModelMetrics
+
+
+def combine(ensemble: Ensemble, request_id: str, results: Sequence[ScoreResult]) -> ScoreResult:
+    """`results` are the members', in their order, of one request."""
+    groups = tuple(_group(parts, ensemble) for parts in zip(*(result.groups for result in results), strict=True))
+    versions = ((result.model, result.version) for result in results)
+    told = "".join(f"{name} {version}\n" for name, version in versions) + str(ensemble.aggregate)
+    return ScoreResult(
+        request_id,
+        ensemble.name,
+        "ensemble-" + hashlib.blake2b(told.encode(), digest_size=6).hexdigest(),
+        groups,
+        Timings(*(max(getattr(r.timings, name) for r in results) for name in Timings.__slots__)),
+        members=tuple((result.model, result.version) for result in results),
+    )
+
+
+def _group(parts: Sequence[GroupScore], ensemble: Ensemble) -> GroupScore:
+    items = zip(*(part.items for part in parts), strict=True)
+    return GroupScore(parts[0].id, tuple(_item(each, ensemble) for each in items))
+
+
+def _item(parts: Sequence[ItemScore], ensemble: Ensemble) -> ItemScore:
+    """One failed member fails the item: a mean over fewer is another score."""
+    first = parts[0]
+    for name, part in zip(ensemble.members, parts, strict=True):
+        if part.failure is not None:
+            failure = ItemFailure(part.failure.code, f"member '{name}': {part.failure.message}")
+            return replace(first, score=None, raw=None, failure=failure, steps=(), attributes=(), std=None)
+    scores = tuple(part.score for part in parts if part.score is not None)
+    folded = fold_members(scores, ensemble.aggregate)
+    return ItemScore(
+        folded.score,
+        None,
+        max(part.num_prompt_tokens for part in parts),
+        max(part.num_response_tokens for part in parts),
+        min(part.num_cached_tokens for part in parts),
+        any(part.truncated for part in parts),
+        raw=folded.score,
+        kind=first.kind,
+        std=folded.std,
+        members=EnsembleScore(folded.mean, folded.min, scores, tuple(part.raw or 0.0 for part in parts)),
+    )

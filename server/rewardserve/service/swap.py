@@ -1,0 +1,133 @@
+"""Another version under the same name: loaded beside the one that serves, tried, and put in its place in one step."""
+
+import logging
+from dataclasses import dataclass
+
+from rewardserve.errors import InvalidRequest, SwapRefused
+from rewardserve.service.registry import LiveModel, Registry
+from rewardserve.service.score import ScoringService
+from rewardserve.service.shadow import Shadow, rank_correlation
+from rewardserve.types import Prompt, PromptGroup, Response, ScoreRequest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryPair:
+    """Two responses of which the new version must score the first higher."""
+
+    prompt: Prompt
+    better: Response
+    worse: Response
+
+
+@dataclass(frozen=True, slots=True)
+class SwapPlan:
+    name: str
+    source: str
+    dtype: str = "auto"
+    canaries: tuple[CanaryPair, ...] = ()
+    min_canary_accuracy: float = 1.0
+    shadow_share: float = 0.0  # of live requests, scored by both before the swap
+    shadow_requests: int = 100
+    shadow_timeout_s: float = 60.0
+    min_rank_correlation: float | None = None  # Spearman's, of the shadowed scores
+    keep_previous: bool = False  # loaded, so that a rollback takes no time
+
+
+@dataclass(frozen=True, slots=True)
+class SwapReport:
+    model: LiveModel
+    previous_version: str
+    num_canaries_right: int
+    num_shadow_requests: int
+    num_shadow_failures: int
+    rank_correlation: float | None
+
+
+async def swap(service: ScoringService, registry: Registry, plan: SwapPlan, grace_s: float) -> SwapReport:
+    """Replies when the new version serves and the old one has finished what it had under way.
+
+    Raises SwapRefused, and all stays as it was, if the new version does not pass; LoadFailed, ModelNotFound likewise.
+    """
+    _check(plan)
+    old = registry.serving(plan.name)
+    assert old.info is not None
+    new = await registry.load_beside(old, plan.source, plan.dtype)
+    try:
+        num_right = await _try_canaries(service, new, plan)
+        shadow = await _shadowed(service, old, new, plan)
+    except BaseException:
+        await new.engine.stop()
+        raise
+    log.info("swapping %s: version %s to %s", plan.name, old.info.version, new.info.version if new.info else "")
+    await registry.flip(old, new, grace_s, plan.keep_previous)
+    return SwapReport(
+        new,
+        old.info.version,
+        num_right,
+        shadow.num_requests,
+        shadow.num_failed,
+        rank_correlation(shadow.pairs),
+    )
+
+
+async def rollback(registry: Registry, name: str, grace_s: float) -> LiveModel:
+    """The version before the last swap serves again: at once if it was kept, else when it is loaded."""
+    current = registry.serving(name)
+    previous = current.previous
+    if previous is None:
+        raise SwapRefused(f"model '{name}' was not swapped; there is nothing to go back to")
+    if previous.kept is not None:
+        previous.kept.check_serving()
+    back = previous.kept or await registry.load_beside(current, previous.source, previous.dtype)
+    await registry.flip(current, back, grace_s, keep_previous=previous.kept is not None)
+    return back
+
+
+def _check(plan: SwapPlan) -> None:
+    if not plan.source:
+        raise InvalidRequest("source", "must name a local folder or a hub model")
+    for field, value in (("min_canary_accuracy", plan.min_canary_accuracy), ("shadow_share", plan.shadow_share)):
+        if not 0 <= value <= 1:
+            raise InvalidRequest(field, f"{value:g} is not between 0 and 1")
+    if plan.min_rank_correlation is not None and not plan.shadow_share:
+        raise InvalidRequest("min_rank_correlation", "is of shadowed requests; give shadow_share too")
+
+
+async def _try_canaries(service: ScoringService, new: LiveModel, plan: SwapPlan) -> int:
+    """How many pairs the new version ranks right. Raises SwapRefused if these are too few, or one has no score."""
+    if not plan.canaries:
+        return 0
+    groups = tuple(PromptGroup("", pair.prompt, (pair.better, pair.worse)) for pair in plan.canaries)
+    result = await service.score_with(new, ScoreRequest("canaries", plan.name, groups))
+    num_right = 0
+    for number, group in enumerate(result.groups):
+        better, worse = group.items
+        for item in (better, worse):
+            if item.failure is not None:
+                raise SwapRefused(f"canaries[{number}] has no score: {item.failure.message}")
+        assert better.score is not None and worse.score is not None
+        num_right += better.score > worse.score
+    if num_right < plan.min_canary_accuracy * len(groups):
+        raise SwapRefused(
+            f"the new version ranks {num_right} of {len(groups)} canary pairs right, "
+            f"and {plan.min_canary_accuracy:.0%} were asked for; the old one goes on serving"
+        )
+    return num_right
+
+
+async def _shadowed(service: ScoringService, old: LiveModel, new: LiveModel, plan: SwapPlan) -> Shadow:
+    shadow = Shadow(lambda request: service.score_with(new, request), plan.shadow_share, plan.shadow_requests)
+    if not plan.shadow_share:
+        return shadow
+    old.shadow = shadow
+    try:
+        await shadow.wait(plan.shadow_timeout_s)
+    finally:
+        old.shadow = None
+    wanted, found = plan.min_rank_correlation, rank_correlation(shadow.pairs)
+    if wanted is not None and (found is None or found < wanted):
+        told = "no pair was compared" if found is None else f"it is {found:.3f} over {len(shadow.pairs)} pairs"
+        raise SwapRefused(f"rank correlation with the old version: {told}, {wanted:g} was asked for")
+    return shadow

@@ -1,0 +1,116 @@
+"""An ensemble over the wire: every member's score, their spread, and the aggregate that was configured."""
+
+import math
+import re
+import statistics
+import urllib.request
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from checkpoints import padded_scores, save_checkpoint
+from rewardserve.client import Group, RewardClient, TokenIds
+from rewardserve.client.errors import ModelNotFound
+
+PROMPT, RESPONSES = list(range(5, 150)), [list(range(10, 10 + n)) for n in (3, 40, 9)]
+ROWS = [[*PROMPT, *response] for response in RESPONSES]
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory) -> dict[str, Path]:
+    """Of two families and lengths: what the first two can score, the third may not."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in NAMES}
+    save_checkpoint(folders["a"], "qwen3")
+    save_checkpoint(folders["b"], "llama")
+    save_checkpoint(folders["c"], "mistral", max_position_embeddings=300)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def wanted(members) -> dict[str, list[float]]:
+    return {name: padded_scores(folder, ROWS, torch.float32).tolist() for name, folder in members.items()}
+
+
+@pytest.fixture(scope="module")
+def server(start, members):
+    models = [f"--model={name}={folder}" for name, folder in members.items()]
+    ensembles = [f"--ensemble={name}={how}(a+b+c)" for name, how in HOWS.items()]
+    return start(*models, *ensembles, "--prefix-cache-mb", "16", "--allow-model-control").ready()
+
+
+HOWS = {"all": "mean", "least": "min", "middle": "median", "cautious": "mean-0.5std"}
+FOLDS = {
+    "all": statistics.fmean,
+    "least": min,
+    "middle": statistics.median,
+    "cautious": lambda scores: statistics.fmean(scores) - 0.5 * statistics.pstdev(scores),
+}
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with RewardClient(server.target) as client:
+        yield client
+
+
+def group(responses=RESPONSES) -> Group:
+    return Group(TokenIds(PROMPT), [TokenIds(response) for response in responses])
+
+
+@pytest.mark.parametrize("name", HOWS)
+def test_each_way_of_folding_gives_members_mean_min_std_and_its_score(client, wanted, name: str) -> None:
+    result = client.score([group()], model=name)
+    assert result.model_name == name
+    for i, item in enumerate(result.groups[0].items):
+        scores = [wanted[member][i] for member in NAMES]
+        assert list(item.members) == list(NAMES)
+        assert list(item.members.values()) == pytest.approx(scores, rel=1e-5)
+        assert item.score == pytest.approx(FOLDS[name](scores), rel=1e-5, abs=1e-6)
+        assert item.std == pytest.approx(statistics.pstdev(scores), rel=1e-4)
+
+
+def test_rank_and_compare_go_by_the_ensembles_score(client, wanted) -> None:
+    means = [statistics.fmean(wanted[member][i] for member in NAMES) for i in range(len(RESPONSES))]
+    ranking = client.rank(TokenIds(PROMPT), [TokenIds(response) for response in RESPONSES], model="all")
+    assert [entry.index for entry in ranking.ranked] == sorted(range(len(means)), key=lambda i: -means[i])
+    pair = client.compare(TokenIds(PROMPT), TokenIds(RESPONSES[0]), TokenIds(RESPONSES[1]), model="all")
+    assert pair.probability_a == pytest.approx(1 / (1 + math.exp(means[1] - means[0])), rel=1e-4)
+
+
+def test_what_one_member_cannot_score_fails_by_its_name_and_alone(client) -> None:
+    items = client.score([group([[1, 2], list(range(5, 200))])], model="all").groups[0].items
+    assert items[0].ok
+    assert items[1].status.code is grpc.StatusCode.OUT_OF_RANGE and "member 'c'" in items[1].status.message
+
+
+def test_a_version_of_the_ensemble_changes_with_any_members(client, server, members, tmp_path) -> None:
+    before = client.score([group()], model="all").model_version
+    assert before == client.score([group()], model="all").model_version
+    assert before != client.score([group()], model="least").model_version
+    model = save_checkpoint(tmp_path, "llama")
+    with torch.no_grad():
+        model.score.weight.mul_(2)
+    model.save_pretrained(tmp_path)
+    client.swap_model("b", str(tmp_path), keep_previous=True)
+    assert client.score([group()], model="all").model_version != before
+    client.rollback_model("b")
+    assert client.score([group()], model="all").model_version == before
+
+
+def test_it_is_listed_counted_and_healthy_like_a_model(client, server) -> None:
+    client.score([group()], model="all")
+    info = client.get_model("all")
+    assert (info.state, info.members, info.aggregate) == ("serving", NAMES, "mean")
+    assert {model.name for model in client.list_models()} == {*NAMES, *HOWS}
+    assert server.is_serving("rewardserve.v1.Scoring/all")
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as reply:
+        scraped = reply.read().decode()
+    assert re.search(r'rewardserve_requests_total\{model="all",status="OK"\} [1-9]', scraped)
+    assert re.search(r'rewardserve_pairs_total\{model="all"\} [1-9]', scraped)
+
+
+def test_a_server_with_an_ensemble_wants_a_name(client) -> None:
+    with pytest.raises(ModelNotFound, match="name a model"):
+        client.score([group()])

@@ -1,0 +1,147 @@
+"""A new version takes a name over under load: no request fails, none is scored by two, and there is a way back."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import padded_scores, save_checkpoint
+from rewardserve.client import CanaryPair, Group, PermissionDenied, RewardClient, ServerError, TokenIds
+
+PROMPT, RESPONSES = list(range(5, 205)), [list(range(10, 10 + n)) for n in (3, 40, 9, 70)]
+ROWS = [[*PROMPT, *response] for response in RESPONSES]
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory) -> dict[str, Path]:
+    """Four versions: the first two alike in shape, one that ranks the other way round, one that gives no number."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("first", "second", "reversed", "broken")}
+    model = save_checkpoint(folders["first"])
+    for name, change in (("second", 1.01), ("reversed", -1.0), ("broken", float("nan"))):
+        with torch.no_grad():
+            model.score.weight.mul_(change / (1.01 if name == "reversed" else 1.0))
+        model.save_pretrained(folders[name])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def wanted(versions) -> dict[str, torch.Tensor]:
+    return {name: padded_scores(folder, ROWS, torch.float32) for name, folder in versions.items()}
+
+
+@pytest.fixture
+def client(start, versions) -> Iterator[RewardClient]:
+    server = start("--model", f"rm={versions['first']}", "--allow-model-control", "--prefix-cache-mb", "16").ready()
+    with RewardClient(server.target, timeout=120) as client:
+        yield client
+
+
+def group() -> Group:
+    return Group(TokenIds(PROMPT), [TokenIds(response) for response in RESPONSES])
+
+
+def scored(client: RewardClient) -> tuple[str, torch.Tensor]:
+    result = client.score([group()])
+    return result.model_version, torch.tensor(result.groups[0].scores)
+
+
+def agrees(scores: torch.Tensor, wanted: torch.Tensor) -> bool:
+    return bool((scores - wanted).abs().max() <= 1e-5 * wanted.abs().max())
+
+
+class Load:
+    """Callers that go on asking until told to stop, and what each got."""
+
+    def __init__(self, client: RewardClient, num_callers: int = 4) -> None:
+        self.answers: list[tuple[str, torch.Tensor]] = []
+        self.errors: list[Exception] = []
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._ask, args=(client,)) for _ in range(num_callers)]
+
+    def _ask(self, client: RewardClient) -> None:
+        while not self._stop.is_set():
+            try:
+                self.answers.append(scored(client))
+            except Exception as error:
+                self.errors.append(error)
+
+    def __enter__(self) -> "Load":
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+
+def test_no_call_fails_and_none_is_mixed_while_versions_change_under_load(client, versions, wanted) -> None:
+    by_version = {client.get_model("rm").version: "first"}
+    with Load(client) as load:
+        for name in ("second", "first", "second"):
+            (result,) = client.swap_model("rm", str(versions[name]))
+            by_version[result.model.version] = name
+            assert result.model.source == str(versions[name]) and result.previous_version != result.model.version
+    assert not load.errors, load.errors[0]
+    assert {by_version[version] for version, _ in load.answers} == {"first", "second"}
+    for version, scores in load.answers:
+        assert agrees(scores, wanted[by_version[version]])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_rollback_brings_the_version_before_back(client, versions, wanted, keep: bool) -> None:
+    first = client.get_model("rm").version
+    client.swap_model("rm", str(versions["reversed"]), keep_previous=keep)
+    assert agrees(scored(client)[1], wanted["reversed"])
+    with Load(client) as load:
+        assert client.rollback_model("rm").version == first
+    assert not load.errors
+    version, scores = scored(client)
+    assert version == first and agrees(scores, wanted["first"])
+
+
+def test_without_a_swap_there_is_nothing_to_go_back_to(client) -> None:
+    with pytest.raises(ServerError, match="nothing to go back to"):
+        client.rollback_model("rm")
+
+
+def test_canaries_that_the_new_version_ranks_wrong_keep_the_old_one(client, versions, wanted) -> None:
+    first = client.get_model("rm").version
+    order = wanted["first"].argsort(descending=True).tolist()
+    best, worst = (TokenIds(RESPONSES[i]) for i in (order[0], order[-1]))
+    right, wrong = CanaryPair(TokenIds(PROMPT), best, worst), CanaryPair(TokenIds(PROMPT), worst, best)
+    with pytest.raises(ServerError, match="ranks 0 of 1 canary pairs right"):
+        client.swap_model("rm", str(versions["reversed"]), canaries=[right])
+    with pytest.raises(ServerError, match=r"canaries\[0\] has no score"):
+        client.swap_model("rm", str(versions["broken"]), canaries=[right])
+    version, scores = scored(client)
+    assert version == first and agrees(scores, wanted["first"])
+    (result,) = client.swap_model("rm", str(versions["second"]), canaries=[right, wrong], min_canary_accuracy=0.5)
+    assert (result.num_canaries, result.num_canaries_right) == (2, 1)
+
+
+def test_shadowed_requests_tell_how_alike_the_versions_rank(client, versions, wanted) -> None:
+    first = client.get_model("rm").version
+    with Load(client) as load:
+        options = {"shadow_share": 1.0, "shadow_requests": 5, "min_rank_correlation": 0.9}
+        with pytest.raises(ServerError, match=r"rank correlation with the old version: it is -1\.000"):
+            client.swap_model("rm", str(versions["reversed"]), **options)
+        assert client.get_model("rm").version == first
+        (result,) = client.swap_model("rm", str(versions["second"]), **options)
+    assert not load.errors
+    assert result.rank_correlation == pytest.approx(1.0) and result.num_shadow_requests >= 5
+    assert result.num_shadow_failures == 0
+
+
+def test_a_checkpoint_that_does_not_load_leaves_all_as_it_was(client, versions, wanted, tmp_path) -> None:
+    with pytest.raises(ServerError, match="no such folder"):
+        client.swap_model("rm", str(tmp_path / "nowhere"))
+    assert agrees(scored(client)[1], wanted["first"])
+
+
+def test_swapping_is_off_unless_it_was_switched_on(start, versions) -> None:
+    server = start("--model", f"rm={versions['first']}", "--prefix-cache-mb", "16").ready()
+    with RewardClient(server.target) as client, pytest.raises(PermissionDenied):
+        client.swap_model("rm", str(versions["second"]))
