@@ -117,10 +117,10 @@ def _probe(length: int, folder: Path, threads: int, trace: bool) -> dict[str, fl
         prepared = loaded.runner.prepare(plan)
         if trace and plan.num_scored:
             with torch.profiler.profile(profile_memory=True) as profile:
-                scores = loaded.runner.launch(prepared).scores()
+                scores = loaded.runner.launch(prepared).features()
             one_step = _most_at_a_time(profile) + loaded.runner.workspace.num_bytes
         else:
-            scores = loaded.runner.launch(prepared).scores()
+            scores = loaded.runner.launch(prepared).features()
         scheduler.complete(plan, scores)
     return {"loaded": resident, "peak": _status("VmHWM"), "one_step": one_step}
 

@@ -298,7 +298,7 @@ def _nothing_waits(part: Part) -> tuple[bool, str]:
         finally:
             if part.on_gpu:
                 torch.cuda.set_sync_debug_mode("default")
-        scheduler.complete(plan, launched.scores())
+        scheduler.complete(plan, launched.features())
         count += 1
     return True, f"{count} steps, eager and as graphs"
 
@@ -415,6 +415,12 @@ class RandomWeights:
     """Stands in for AutoModel: what the config describes, made on the device."""
 
     device: torch.device
+
+    @staticmethod
+    def from_config(config: Any) -> Any:
+        from transformers import AutoModel
+
+        return AutoModel.from_config(config)
 
     @classmethod
     def from_pretrained(cls, folder: object, config: Any, dtype: torch.dtype, **_: Any) -> tuple[Any, dict[str, Any]]:

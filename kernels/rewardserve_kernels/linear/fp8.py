@@ -28,6 +28,14 @@ class Fp8Linear(nn.Module):
         self.register_buffer("weight_scale", scale.t())  # [1, out_features] fp32
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
 
+    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Another weight [out_features, in_features] and bias, of the same shapes, from here on."""
+        quantized, scale = _quantize(weight.to(self.weight.device))
+        self.weight.copy_(quantized)
+        self.weight_scale.copy_(scale.t())
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in any precision -> [..., out_features] in bf16."""
         quantized, scale = _quantize(x.flatten(0, -2))

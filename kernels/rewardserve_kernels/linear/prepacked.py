@@ -36,12 +36,16 @@ class PrepackedLinear(nn.Module):
         """`num_rows` is how many rows to lay the weight out for; others are right too, and nearly as fast."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        number = next(_numbers)
-        bias = None if linear.bias is None else linear.bias.detach()
-        _weights[number] = (torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), num_rows), bias)
-        weakref.finalize(self, _weights.pop, number)
+        self._num_rows = num_rows
         # A tensor, since torch.compile makes another graph for every value of an int: one for each layer.
-        self.register_buffer("number", torch.tensor(number), persistent=False)
+        self.register_buffer("number", torch.tensor(next(_numbers)), persistent=False)
+        self.refill(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
+        weakref.finalize(self, _weights.pop, int(self.number))
+
+    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Another weight [out_features, in_features] and bias, of the same shapes, from here on."""
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16), self._num_rows)
+        _weights[int(self.number)] = (packed, None if bias is None else bias.to(torch.bfloat16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] in any precision -> [..., out_features] in bf16."""

@@ -31,20 +31,23 @@ ACTIONS = {
     "unload": ("NAME",),
     "swap": ("NAME", "SOURCE"),
     "rollback": ("NAME",),
+    "update": ("NAME", "SOURCE"),
 }
 STYLES = {"serving": "green", "failed": "bold red"}  # of a state; any other is passing
 SUFFIX = "ForSequenceClassification"  # of every architecture that can be served
 
 
 class ModelsOptions(Options):
-    """Lists the models a server serves (list, get NAME), or changes them (load, swap NAME SOURCE; unload, rollback)."""
+    """Lists the models a server serves (list, get NAME), or changes them."""
 
     model_config = SettingsConfig(cli_shortcuts={"json-output": "json"})
 
-    action: CliPositionalArg[str] = Field(default="list", description="list, get, load, unload, swap or rollback")
+    action: CliPositionalArg[str] = Field(
+        default="list", description="list, get, load, unload, swap, rollback, or update: weights in place"
+    )
     name: CliPositionalArg[str] = Field(default="", description="the name a model is served by; not for list")
     source: CliPositionalArg[str] = Field(
-        default="", description="load, swap: checkpoint, a hub name or a folder on the server's machine"
+        default="", description="load, swap, update: checkpoint, a hub name or a folder on the server's machine"
     )
     endpoint: Repeated = Field(default=[], description=f"server to ask; repeat for several [{DEFAULT_ENDPOINT}]")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -107,6 +110,8 @@ async def _ask(client: AsyncRewardClient, options: ModelsOptions) -> tuple[Model
             )
             _tell(result)
             return (result.model,)
+        case "update":
+            return (await client.update_weights(options.name, options.source),)
         case "rollback":
             return (await client.rollback_model(options.name),)
         case _:
@@ -143,7 +148,7 @@ def _tell(result: SwapResult) -> None:
 
 def _show_json(options: ModelsOptions, models: Sequence[ModelInfo]) -> None:
     values: Any = [dataclasses.asdict(model) for model in models]
-    if options.action in ("get", "load", "swap", "rollback"):
+    if options.action in ("get", "load", "swap", "rollback", "update"):
         (values,) = values
     print(json.dumps({"unloaded": options.name} if options.action == "unload" else values))
 

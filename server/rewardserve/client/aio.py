@@ -273,6 +273,18 @@ class AsyncRewardClient:
         endpoint, model = replies[0]
         return messages.model_info(model, endpoint)
 
+    async def update_weights(self, name: str, source: str, *, timeout: float | None = None) -> ModelInfo:
+        """The model takes over the weights of a checkpoint of the same shapes in place, on every endpoint.
+
+        For a reward model that is refreshed during a run: requests wait meanwhile, and no second copy of the model is
+        loaded. Sent once and never again. Raises VersionMismatch if the endpoints took over different files.
+        """
+        request = models_pb2.UpdateWeightsRequest(name=name, source=source)
+        replies = await self._calls.everywhere(rpcs.UPDATE_WEIGHTS, request, self._deadline(timeout))
+        messages.one_version({endpoint: _version(model) for endpoint, model in replies})
+        endpoint, model = replies[0]
+        return messages.model_info(model, endpoint)
+
     async def wait_ready(self, timeout: float, model: str = "") -> None:
         """Returns when every endpoint is ready to score with `model` (or is up, where no model is named).
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Self
+from typing import Self
 
 import grpc
 
@@ -20,6 +20,7 @@ from rewardserve.client.loop_thread import LoopThread
 from rewardserve.client.retry import RetryPolicy
 from rewardserve.client.stream import Finished, StreamScorer
 from rewardserve.client.types import (
+    CanaryPair,
     CompareResult,
     Group,
     ModelInfo,
@@ -198,13 +199,45 @@ class RewardClient:
         """See AsyncRewardClient.unload_model."""
         self._loop.run(self._async.unload_model(name, timeout=timeout))
 
-    def swap_model(self, name: str, source: str, dtype: str = "auto", **options: Any) -> tuple[SwapResult, ...]:
-        """See AsyncRewardClient.swap_model, for the options too."""
-        return self._loop.run(self._async.swap_model(name, source, dtype, **options))
+    def swap_model(
+        self,
+        name: str,
+        source: str,
+        dtype: str = "auto",
+        *,
+        canaries: Iterable[CanaryPair] = (),
+        min_canary_accuracy: float = 1.0,
+        shadow_share: float = 0.0,
+        shadow_requests: int = 100,
+        shadow_timeout_s: float = 60.0,
+        min_rank_correlation: float | None = None,
+        keep_previous: bool = False,
+        timeout: float | None = None,
+    ) -> tuple[SwapResult, ...]:
+        """See AsyncRewardClient.swap_model."""
+        return self._loop.run(
+            self._async.swap_model(
+                name,
+                source,
+                dtype,
+                canaries=tuple(canaries),
+                min_canary_accuracy=min_canary_accuracy,
+                shadow_share=shadow_share,
+                shadow_requests=shadow_requests,
+                shadow_timeout_s=shadow_timeout_s,
+                min_rank_correlation=min_rank_correlation,
+                keep_previous=keep_previous,
+                timeout=timeout,
+            )
+        )
 
     def rollback_model(self, name: str, *, timeout: float | None = None) -> ModelInfo:
         """See AsyncRewardClient.rollback_model."""
         return self._loop.run(self._async.rollback_model(name, timeout=timeout))
+
+    def update_weights(self, name: str, source: str, *, timeout: float | None = None) -> ModelInfo:
+        """See AsyncRewardClient.update_weights."""
+        return self._loop.run(self._async.update_weights(name, source, timeout=timeout))
 
     def wait_ready(self, timeout: float, model: str = "") -> None:
         """See AsyncRewardClient.wait_ready."""

@@ -44,6 +44,7 @@ GET: Rpc = attrgetter("models.Get")
 LOAD: Rpc = attrgetter("models.Load")
 UNLOAD: Rpc = attrgetter("models.Unload")
 SWAP: Rpc = attrgetter("models.Swap")
+UPDATE_WEIGHTS: Rpc = attrgetter("models.UpdateWeights")
 ROLLBACK: Rpc = attrgetter("models.Rollback")
 CHECK: Rpc = attrgetter("check")
 

@@ -2,13 +2,16 @@
 
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
+import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from rewardserve.client.errors import RewardClientError
 
 Result = TypeVar("Result")
+NOTICE_S = 0.5  # within which an interrupt is noticed
 
 
 class LoopThread:
@@ -33,7 +36,7 @@ class LoopThread:
                 raise RuntimeError("the client is closed, or was made in another process")
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
-            return future.result(timeout_s)
+            return _result(future, timeout_s)
         except concurrent.futures.CancelledError:
             raise RewardClientError("the client was closed during the call") from None
         except BaseException:
@@ -56,6 +59,19 @@ class LoopThread:
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
         finally:
             self._loop.close()
+
+
+def _result(future: concurrent.futures.Future[Result], timeout_s: float | None) -> Result:
+    """Waits a little at a time: a signal that comes just before a wait begins is noticed only when it ends."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    while True:
+        slice_s = NOTICE_S if deadline is None else min(NOTICE_S, max(0.0, deadline - time.monotonic()))
+        with contextlib.suppress(concurrent.futures.TimeoutError):
+            return future.result(slice_s)
+        if future.done():  # the result itself was a TimeoutError, or came just now
+            return future.result()
+        if deadline is not None and time.monotonic() >= deadline:
+            raise concurrent.futures.TimeoutError
 
 
 async def _cancel_all() -> None:

@@ -117,5 +117,11 @@ class Engine(Protocol):
     async def score(self, request: EngineRequest) -> EngineResult:
         """Scores every response, or raises DeadlineExceeded or Unavailable. Cancelling it drops the work not begun."""
 
+    async def update_weights(self, source: str) -> EngineInfo:
+        """Takes over the weights of a checkpoint of the same shapes, in place; nothing may be in flight.
+
+        Raises LoadFailed, and nothing has changed; Unavailable if the engine died of it, and comes back as it was.
+        """
+
     async def stop(self) -> None:
         """Ends at once. What is still in flight is failed with Unavailable."""

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
@@ -33,6 +34,8 @@ from rewardserve.engine.messages import (
     Stop,
     ToChild,
     ToParent,
+    Updated,
+    UpdateWeights,
 )
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.vllm_options import VllmOptions
@@ -55,6 +58,8 @@ class Loop(Protocol):
     def submit(self, request: EngineRequest) -> None: ...
 
     def cancel(self, request_id: str) -> None: ...
+
+    def update_weights(self, source: str) -> Future[EngineInfo]: ...
 
 
 class MakeLoop(Protocol):
@@ -107,8 +112,20 @@ class Child:
                     loop.submit(request)
                 case Cancel(request_id):
                     loop.cancel(request_id)
+                case UpdateWeights(source):
+                    self._update_weights(loop, source)
                 case Stop():
                     _leave()
+
+    def _update_weights(self, loop: Loop, source: str) -> None:
+        def tell(done: Future[EngineInfo]) -> None:
+            error = done.exception()
+            if error is None:
+                self._send(Updated(done.result(), ""))
+            else:
+                self._send(Updated(None, str(error)))
+
+        loop.update_weights(source).add_done_callback(tell)
 
     def _say_loading(self, loaded: threading.Event) -> None:
         while not loaded.wait(LOADING_INTERVAL_S):

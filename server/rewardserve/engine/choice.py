@@ -78,6 +78,11 @@ class NativeElseVllm:
             raise Unavailable("the engine was stopped")
         return await self._engine.score(request)
 
+    async def update_weights(self, source: str) -> EngineInfo:
+        if self._engine is None:
+            raise Unavailable("the engine was stopped")
+        return await self._engine.update_weights(source)
+
     async def stop(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:

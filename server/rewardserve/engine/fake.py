@@ -13,7 +13,7 @@ from rewardserve.engine.base import (
     EngineRequest,
     EngineResult,
 )
-from rewardserve.errors import Unavailable
+from rewardserve.errors import LoadFailed, Unavailable
 
 
 def fake_score(prompt: bytes, response: bytes) -> float:
@@ -48,6 +48,9 @@ class FakeEngine:
         num_pairs = sum(len(group.items) for group in groups)
         self._listener.on_batch(BatchReport(request.num_tokens, num_pairs, 0, 0, compute_s, 0, 0))
         return EngineResult(groups, queue_s=0.0, compute_s=compute_s)
+
+    async def update_weights(self, source: str) -> EngineInfo:
+        raise LoadFailed(f"{source}: an engine without a model has no weights")
 
     async def stop(self) -> None:
         self._running = False

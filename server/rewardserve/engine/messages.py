@@ -15,6 +15,10 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
     request_id: str
 
 
+class UpdateWeights(msgspec.Struct, tag=True, frozen=True):
+    source: str
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     pass
 
@@ -37,9 +41,16 @@ class Done(msgspec.Struct, tag=True, frozen=True):
     expired: bool
 
 
+class Updated(msgspec.Struct, tag=True, frozen=True):
+    """What is loaded now, or why nothing has changed."""
+
+    info: EngineInfo | None
+    reason: str
+
+
 class Batch(msgspec.Struct, tag=True, frozen=True):
     report: BatchReport
 
 
-ToChild = Score | Cancel | Stop
-ToParent = Loading | Ready | CannotLoad | Done | Batch
+ToChild = Score | Cancel | UpdateWeights | Stop
+ToParent = Loading | Ready | CannotLoad | Done | Updated | Batch

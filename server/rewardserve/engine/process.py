@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import msgspec
 import zmq
@@ -35,6 +35,8 @@ from rewardserve.engine.messages import (
     Score,
     Stop,
     ToParent,
+    Updated,
+    UpdateWeights,
 )
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.vllm_options import VllmOptions
@@ -87,6 +89,7 @@ class EngineProcess:
         self._child: _Child | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._heard_at = 0.0
+        self._updating: asyncio.Future[Updated] | None = None
 
     @property
     def pid(self) -> int | None:
@@ -116,6 +119,23 @@ class EngineProcess:
             raise
         finally:
             self._flights.pop(request.request_id, None)
+
+    async def update_weights(self, source: str) -> EngineInfo:
+        if self._child is None:
+            raise Unavailable(f"the engine of model '{self._name}' is restarting; try again in a few seconds")
+        if self._updating is not None:
+            raise LoadFailed(f"model '{self._name}' is taking over other weights already")
+        self._updating = asyncio.get_running_loop().create_future()
+        try:
+            self._child.send(self._encoder.encode(UpdateWeights(source)))
+            updated = await self._updating
+        finally:
+            self._updating = None
+        if updated.info is None:
+            raise LoadFailed(updated.reason)
+        self._info = updated.info
+        self._options = replace(self._options, source=source)  # what a restart is to load
+        return updated.info
 
     async def stop(self) -> None:
         for task in self._tasks:
@@ -181,6 +201,8 @@ class EngineProcess:
             await child.kill()
             reason = f"the engine of model '{self._name}' {_cause(code)}"
             log.error("%s with %d requests in flight", reason, len(self._flights))
+            if self._updating is not None and not self._updating.done():
+                self._updating.set_exception(EngineDied(f"{reason} while it took over other weights"))
             self._listener.on_down(reason)
             self._fail_flights(EngineDied(f"{reason} twice with this request in flight"), at_attempt=2)
             if not await self._restart(reason):
@@ -250,6 +272,9 @@ class EngineProcess:
                 self._resolve(message)
             case Batch(report):
                 self._listener.on_batch(report)
+            case Updated():
+                if self._updating is not None and not self._updating.done():
+                    self._updating.set_result(message)
             case Ready(info):  # it fell back to another path
                 self._info = info
                 self._listener.on_up(info)

@@ -78,6 +78,11 @@ class Replicas:
             compute_s=max((result.compute_s for result in results), default=0.0),
         )
 
+    async def update_weights(self, source: str) -> EngineInfo:
+        """All of them, or the error of the first that did not; then they differ until it is tried again."""
+        updated = [await replica.engine.update_weights(source) for replica in self._replicas]
+        return updated[0]
+
     async def stop(self) -> None:
         await asyncio.gather(*(replica.engine.stop() for replica in self._replicas))
 

@@ -28,6 +28,7 @@ from rewardserve.engine.base import (
     Outcome,
 )
 from rewardserve.engine.native.fair_queue import FairQueue
+from rewardserve.errors import LoadFailed
 from rewardserve.types import EncodedGroup, ItemCode, ItemFailure
 
 log = logging.getLogger(__name__)
@@ -151,6 +152,12 @@ class VllmLoop:
 
     def cancel(self, request_id: str) -> None:
         self._events.call_soon_threadsafe(self._drop, request_id, False)
+
+    def update_weights(self, source: str) -> Future[EngineInfo]:
+        """vLLM keeps its weights to itself."""
+        refused: Future[EngineInfo] = Future()
+        refused.set_exception(LoadFailed(f"{source}: only the native engine updates weights in place; use Swap"))
+        return refused
 
     async def _load_and_run(self) -> None:
         self._events = asyncio.get_running_loop()

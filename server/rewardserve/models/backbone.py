@@ -437,6 +437,17 @@ def _at_least_two_rows(pack: Pack) -> Pack:
     return pack
 
 
+def bare_module(module: nn.Module, path: str) -> nn.Module:
+    """What a model's class has at `path`, whatever was put around it here."""
+    for name in filter(None, path.split(".")):
+        module = getattr(module, name)
+        if isinstance(module, _PrunedLayer):
+            module = module.layer
+        elif isinstance(module, _FullPrecisionNorm):
+            module = module.norm
+    return module
+
+
 def _decoder_layers(module: nn.Module, num_layers: int) -> nn.ModuleList | None:
     """The list of decoder layers, or None where it cannot be told (then nothing is pruned or compiled)."""
     lists = [m for m in module.children() if isinstance(m, nn.ModuleList) and len(m) == num_layers]

@@ -18,6 +18,12 @@ class Head(Protocol):
 
     def to(self, device: torch.device) -> "Head": ...
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of its weights, by name."""
+
+    def copy_from(self, other: "Head") -> None:
+        """Takes over the weights of one with the same shapes, in place."""
+
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """states [rows, hidden_size] -> features [rows, num_features] fp32."""
 
@@ -38,6 +44,16 @@ class LinearHead:
     def to(self, device: torch.device) -> "LinearHead":
         return LinearHead(self.weight.to(device), None if self.bias is None else self.bias.to(device))
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        parts = {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+        return {name: tuple(tensor.shape) for name, tensor in parts.items()}
+
+    def copy_from(self, other: "Head") -> None:
+        assert isinstance(other, LinearHead)
+        self.weight.copy_(other.weight)
+        if self.bias is not None and other.bias is not None:
+            self.bias.copy_(other.bias)
+
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         return linear_head(states, self.weight, self.bias)
 
@@ -57,6 +73,13 @@ class ModuleHead:
     def to(self, device: torch.device) -> "ModuleHead":
         self._module.to(device)
         return self
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._module.state_dict().items()}
+
+    def copy_from(self, other: "Head") -> None:
+        assert isinstance(other, ModuleHead)
+        self._module.load_state_dict(other._module.state_dict())
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         rows = len(states)

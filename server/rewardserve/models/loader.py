@@ -67,7 +67,8 @@ def _read_backbone(spec: ModelSpec, **options: Any) -> PreTrainedModel:
         with torch.device("meta"):
             empty = AutoModel.from_config(spec.config)
         tensors = _renamed(spec, empty)
-        module, info = type(empty).from_pretrained(
+        reader = AutoModel if tensors is None else type(empty)  # which takes weights without a folder
+        module, info = reader.from_pretrained(
             None if tensors is not None else spec.folder,
             config=spec.config,
             state_dict=tensors,

@@ -68,6 +68,8 @@ class LiveModel:
         self.shadow: Shadow | None = None  # of a swap under way
         self.previous: Previous | None = None
         self._num_users = 0
+        self._open = asyncio.Event()
+        self._open.set()
 
     @property
     def num_users(self) -> int:
@@ -81,6 +83,26 @@ class LiveModel:
             yield
         finally:
             self._num_users -= 1
+
+    async def opened(self) -> None:
+        """Returns at once, or when other weights are in place."""
+        if not self._open.is_set():
+            await self._open.wait()
+
+    @contextlib.contextmanager
+    def closed(self) -> Iterator[None]:
+        """Requests that are not being scored yet wait until the block is left."""
+        if not self._open.is_set():
+            raise SwapRefused(f"model '{self.name}' is taking over other weights already")
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
+
+    def use_weights(self, info: EngineInfo) -> None:
+        self.info = info
+        self._describe(info)
 
     def take_over(self, old: "LiveModel") -> None:
         """From here on this version's numbers go where the old one's went, and count towards the same limits."""
@@ -125,7 +147,7 @@ class LiveModel:
         if info.text is not None:
             tokenizer = await asyncio.get_running_loop().run_in_executor(executor, Tokenizer, info.text)
         self._use(info, tokenizer)
-        await self._warm_up()
+        await self.warm_up()
         set_state(ModelState.SERVING)
 
     def _tokenizer_for(self, info: EngineInfo) -> Tokenizer | None:
@@ -134,7 +156,7 @@ class LiveModel:
             return self.encoder.tokenizer
         return None if info.text is None else Tokenizer(info.text)
 
-    async def _warm_up(self) -> None:
+    async def warm_up(self) -> None:
         """The first request should not pay for what the first forward sets up. Raises LoadFailed if none can succeed.
 
         A score that is not finite does not say so: it may be these ids', and each item says it for itself.
@@ -279,6 +301,21 @@ class Registry:
             self._swapping.discard(old.name)
         return new
 
+    async def update_weights(self, name: str, source: str) -> LiveModel:
+        """The model takes over a checkpoint's weights in place. Requests wait meanwhile.
+
+        Raises LoadFailed, and nothing has changed; Unavailable if the engine died of it, and comes back as it was.
+        """
+        model = self.serving(name)
+        with model.closed():
+            await _idle(model, grace_s=None)
+            info = await model.engine.update_weights(source)
+            model.source = source
+            model.use_weights(info)
+            await model.warm_up()
+        log.info("%s has new weights: %s, version %s", name, source, info.version)
+        return model
+
     async def flip(self, old: LiveModel, new: LiveModel, grace_s: float, keep_previous: bool) -> None:
         """Requests that come from here on go to `new`; `old` finishes what it has, and goes away or is kept.
 
@@ -363,7 +400,7 @@ class Registry:
         await asyncio.gather(*(model.engine.stop() for model in [*self.models, *kept]))
 
 
-async def _idle(model: LiveModel, grace_s: float) -> None:
+async def _idle(model: LiveModel, grace_s: float | None) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace_s):
             while model.num_users:

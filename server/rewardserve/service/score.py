@@ -33,8 +33,10 @@ class ScoringService:
             return await self._score_together(ensemble, request)
         model = self._registry.serving(request.model)
         metrics = model.metrics
-        with model.admission.admit(request), model.used(), self._deadlines.until(request.deadline):
-            result = await self._score(model, request)
+        with model.admission.admit(request), self._deadlines.until(request.deadline):
+            await model.opened()
+            with model.used():
+                result = await self._score(model, request)
         observe(metrics, result)
         if model.shadow is not None:
             model.shadow.offer(request, result)

@@ -87,6 +87,7 @@ class GrpcDoor:
             "Unload": self._unary(self._unload, models_pb2.UnloadModelRequest),
             "Swap": self._unary(self._swap, models_pb2.SwapModelRequest),
             "Rollback": self._unary(self._rollback, models_pb2.RollbackModelRequest),
+            "UpdateWeights": self._unary(self._update_weights, models_pb2.UpdateWeightsRequest),
         }
         return [
             grpc.method_handlers_generic_handler(SCORING, scoring),
@@ -212,6 +213,15 @@ class GrpcDoor:
         self._check_control()
         going_back = asyncio.ensure_future(rollback(self._registry, message.name, self._options.unload_grace_s))
         return convert.model(await asyncio.shield(going_back))
+
+    async def _update_weights(
+        self, message: models_pb2.UpdateWeightsRequest, context: grpc.aio.ServicerContext
+    ) -> models_pb2.Model:
+        self._check_control()
+        if not message.source:
+            raise InvalidRequest("source", "must name a local folder or a hub model")
+        updating = asyncio.ensure_future(self._registry.update_weights(message.name, message.source))
+        return convert.model(await asyncio.shield(updating))
 
     def _check_control(self) -> None:
         if not self._options.allow_model_control:

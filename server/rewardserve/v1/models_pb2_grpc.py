@@ -64,6 +64,11 @@ class ModelsStub(object):
                 request_serializer=rewardserve_dot_v1_dot_models__pb2.RollbackModelRequest.SerializeToString,
                 response_deserializer=rewardserve_dot_v1_dot_models__pb2.Model.FromString,
                 _registered_method=True)
+        self.UpdateWeights = channel.unary_unary(
+                '/rewardserve.v1.Models/UpdateWeights',
+                request_serializer=rewardserve_dot_v1_dot_models__pb2.UpdateWeightsRequest.SerializeToString,
+                response_deserializer=rewardserve_dot_v1_dot_models__pb2.Model.FromString,
+                _registered_method=True)
 
 
 class ModelsServicer(object):
@@ -113,6 +118,14 @@ class ModelsServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateWeights(self, request, context):
+        """Takes over weights of the same shapes in place, for a reward model that is refreshed during a run: needs no second
+        copy of the model. Requests wait meanwhile; the prefix cache begins anew.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -144,6 +157,11 @@ def add_ModelsServicer_to_server(servicer, server):
             'Rollback': grpc.unary_unary_rpc_method_handler(
                     servicer.Rollback,
                     request_deserializer=rewardserve_dot_v1_dot_models__pb2.RollbackModelRequest.FromString,
+                    response_serializer=rewardserve_dot_v1_dot_models__pb2.Model.SerializeToString,
+            ),
+            'UpdateWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateWeights,
+                    request_deserializer=rewardserve_dot_v1_dot_models__pb2.UpdateWeightsRequest.FromString,
                     response_serializer=rewardserve_dot_v1_dot_models__pb2.Model.SerializeToString,
             ),
     }
@@ -308,6 +326,33 @@ class Models(object):
             target,
             '/rewardserve.v1.Models/Rollback',
             rewardserve_dot_v1_dot_models__pb2.RollbackModelRequest.SerializeToString,
+            rewardserve_dot_v1_dot_models__pb2.Model.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/rewardserve.v1.Models/UpdateWeights',
+            rewardserve_dot_v1_dot_models__pb2.UpdateWeightsRequest.SerializeToString,
             rewardserve_dot_v1_dot_models__pb2.Model.FromString,
             options,
             channel_credentials,

@@ -22,7 +22,7 @@ from rewardserve.engine.native.prefix_cache import PrefixCache
 from rewardserve.engine.native.runner import Launched, Runner
 from rewardserve.engine.native.scheduler import Outcome, Scheduler
 from rewardserve.engine.native.sequence import BatchPlan
-from rewardserve.errors import DeadlineExceeded, Unavailable
+from rewardserve.errors import DeadlineExceeded, LoadFailed, Unavailable
 from rewardserve.models.backbone import NotPackable
 from rewardserve.models.reads import Reader
 from rewardserve.types import ItemCode, ItemFailure
@@ -44,6 +44,14 @@ class _Prepared:
     plan: BatchPlan
     inputs: object  # or the exception that making them ended in; it is handled in its turn
     epoch: int  # of the scheduler when planned; a later epoch means it was rolled back
+
+
+@dataclass(frozen=True, slots=True)
+class _Refresh:
+    """Other weights, in their turn among the forwards."""
+
+    source: str
+    done: Future[EngineInfo]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,7 @@ class EngineLoop:
         self._stopping = False
         self._checked_at = 0.0
         self._depth, self._depth_at = (0, 0), 0.0  # requests and tokens waiting, and when they were counted
-        self._ahead: queue.Queue[_Prepared | None] = queue.Queue(maxsize=1)
+        self._ahead: queue.Queue[_Prepared | _Refresh | None] = queue.Queue(maxsize=1)
         self._finished_at = 0.0  # perf_counter() when the scores of the last forward were read
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -125,6 +133,35 @@ class EngineLoop:
         with self._lock:
             self._scheduler.cancel(request_id)
             self._deliver()
+
+    def update_weights(self, source: str) -> Future[EngineInfo]:
+        """What is loaded then, or LoadFailed, and nothing has changed.
+
+        No request may be in flight: it must not be scored by old weights and new ones. What was cached is forgotten.
+        """
+        done: Future[EngineInfo] = Future()
+        self._ahead.put(_Refresh(source, done))
+        return done
+
+    def _update_weights(self, refresh: _Refresh) -> None:
+        with self._lock:
+            if self._scheduler.requests():
+                refresh.done.set_exception(LoadFailed("requests are in flight; weights are changed between them"))
+                return
+            self._rollback()  # forwards for callers who have left
+        try:
+            loaded = self._loaded.refreshed(refresh.source)
+        except LoadFailed as error:
+            refresh.done.set_exception(error)
+            return
+        except Exception as error:
+            reason = f"weights were changed in part: {type(error).__name__}: {error}".splitlines()[0]
+            refresh.done.set_exception(LoadFailed(reason))
+            raise DevicePoisoned(reason) from error
+        with self._lock:
+            self._loaded = loaded
+            self._scheduler.forget_prompts()
+        refresh.done.set_result(loaded.info)
 
     def _new_scheduler(self) -> Scheduler:
         runner = self._runner
@@ -191,6 +228,12 @@ class EngineLoop:
                     continue
                 if prepared is None:
                     return
+                if isinstance(prepared, _Refresh):
+                    if under_way is not None:
+                        self._finish(under_way)
+                        under_way = None
+                    self._update_weights(prepared)
+                    prepared = None
             launched = None if prepared is None else self._launch(prepared)
             if under_way is not None:
                 self._finish(under_way)
@@ -333,6 +376,11 @@ class NativeEngine:
             raise
         finally:
             self._pending.pop(request.request_id, None)
+
+    async def update_weights(self, source: str) -> EngineInfo:
+        if self._loop is None:
+            raise Unavailable("the engine is not running")
+        return await asyncio.wrap_future(self._loop.update_weights(source))
 
     async def stop(self) -> None:
         loop, self._loop = self._loop, None

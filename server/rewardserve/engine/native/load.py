@@ -20,6 +20,7 @@ from rewardserve.models import loader
 from rewardserve.models.backbone import NotPackable, check_packable
 from rewardserve.models.kv_pool import HostBlocks, KVPool
 from rewardserve.models.reads import ReadAt, ReadPlan
+from rewardserve.models.refresh import check_refresh, refresh
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text
@@ -46,7 +47,24 @@ class Loaded:
     info: EngineInfo
     max_batch_tokens: int
     model: RewardModel
-    reads: ReadPlan
+    spec: ModelSpec
+
+    @property
+    def reads(self) -> ReadPlan:
+        return self.spec.recipe.reads
+
+    def refreshed(self, source: str) -> "Loaded":
+        """The same model with the weights of another checkpoint of its shapes, in place.
+
+        Raises LoadFailed, and nothing has changed, or anything else, and the model is not to be used any more.
+        """
+        spec = read_spec(source)
+        check_refresh(self.model, spec, self.spec)
+        with torch.inference_mode():
+            refresh(self.model, spec)
+        quality = self.info.version.removeprefix(self.spec.version)
+        info = dataclasses.replace(self.info, version=f"{spec.version}{quality}")
+        return dataclasses.replace(self, info=info, spec=spec)
 
     def fall_back(self, reason: str) -> "Loaded":
         """The same model on the padded path."""
@@ -103,7 +121,7 @@ def load_runner(options: NativeOptions) -> Loaded:
         ),
         max_batch_tokens,
         model,
-        recipe.reads,
+        spec,
     )
     if options.path == "padded":
         return padded

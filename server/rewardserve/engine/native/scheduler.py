@@ -460,6 +460,12 @@ class Scheduler:
             if job is not None and job.request.deadline is not None and job.request.deadline <= now:
                 self._drop(request_id, expired=True)
 
+    def forget_prompts(self) -> None:
+        """What is cached was made by other weights. Nothing may be under way."""
+        assert not self._outstanding
+        if self._cache is not None:
+            self._cache.clear()
+
     # -- integrity -------------------------------------------------------------------------------------------------
 
     def check(self) -> None:

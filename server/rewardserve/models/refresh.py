@@ -1,0 +1,76 @@
+"""New weights of the same shapes, copied over those of a model that is loaded: no second copy of it is ever there."""
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from rewardserve.errors import LoadFailed
+from rewardserve.models.backbone import bare_module
+from rewardserve.models.loader import WRAPPERS
+from rewardserve.models.reward_model import RewardModel
+from rewardserve.models.spec import ModelSpec
+
+
+@runtime_checkable
+class Refillable(Protocol):
+    """A layer that took the place of an nn.Linear, and keeps its weight in another form."""
+
+    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...
+
+
+def check_refresh(model: RewardModel, spec: ModelSpec, loaded: ModelSpec) -> None:
+    """Raises LoadFailed where `spec` is not of the same shapes as what is `loaded`. Changes nothing."""
+    own, new = loaded.recipe, spec.recipe
+    if (own.family, own.reads, own.appended, own.attributes) != (new.family, new.reads, new.appended, new.attributes):
+        raise LoadFailed(f"{spec.folder}: is scored as {new.family}, not as {own.family}; use Swap")
+    names = _names(spec)
+    for name, parameter in _wanted(spec).items():
+        key = names.get(name)
+        if key is None:
+            raise LoadFailed(f"{spec.folder}: has no '{name}' under a name that can be taken over in place; use Swap")
+        if spec.checkpoint.shape(key) != tuple(parameter.shape):
+            shapes = f"{spec.checkpoint.shape(key)}, not {tuple(parameter.shape)}"
+            raise LoadFailed(f"{spec.folder}: '{key}' has shape {shapes}; use Swap")
+    with torch.device("meta"):
+        before = {name: tensor.shape for name, tensor in AutoModel.from_config(loaded.config).state_dict().items()}
+    if before != {name: tensor.shape for name, tensor in _wanted(spec).items()}:
+        raise LoadFailed(f"{spec.folder}: is another architecture than the one that is loaded; use Swap")
+    if own.head.shapes() != new.head.shapes():
+        raise LoadFailed(f"{spec.folder}: its head has other shapes than the one that is loaded; use Swap")
+
+
+def refresh(model: RewardModel, spec: ModelSpec) -> None:
+    """After `check_refresh`. What fails from here on leaves a mixture behind: the model must not be used any more."""
+    names = _names(spec)
+    for path, leaves in _by_module(sorted(_wanted(spec))):
+        holder = bare_module(model.backbone.module, path)
+        tensors = {leaf: spec.checkpoint.tensor(names[f"{path}.{leaf}"]) for leaf in leaves}
+        if isinstance(holder, Refillable):
+            holder.refill(tensors["weight"], tensors.get("bias"))
+            continue
+        for leaf, tensor in tensors.items():
+            getattr(holder, leaf).data.copy_(tensor)
+    model.head.copy_from(spec.recipe.head)
+
+
+def _wanted(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """What the backbone's class keeps, on no device; tied weights once."""
+    with torch.device("meta"):
+        module: nn.Module = AutoModel.from_config(spec.config)
+    return dict(module.named_parameters())
+
+
+def _names(spec: ModelSpec) -> dict[str, str]:
+    """The checkpoint's key of each of the class's names."""
+    return {WRAPPERS.sub("", key): key for key in spec.checkpoint.where if key not in spec.recipe.head_keys}
+
+
+def _by_module(names: list[str]) -> Iterator[tuple[str, list[str]]]:
+    modules: dict[str, list[str]] = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        modules.setdefault(path, []).append(leaf)
+    yield from modules.items()

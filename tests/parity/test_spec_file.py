@@ -1,0 +1,105 @@
+"""rewardserve.toml says how a model is scored that no family knows; whatever is wrong in it is named."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rewardserve.errors import LoadFailed
+from rewardserve.models.spec import read_spec
+from scoring import native
+from torch.nn import functional as F
+from zoo import HIDDEN, Kind, Wanted, linear_head, mlp_head, normal, write
+
+PROMPT, RESPONSES = [5, 6, 7] * 60, [[8] * 5 + [77], [9, 77, 11, 77]]
+TAG = 77
+
+
+def mlp(h, t):
+    return F.linear(F.relu(F.linear(h, t["mine.0.weight"], t["mine.0.bias"])), t["mine.2.weight"], t["mine.2.bias"])
+
+
+def every_tag(h, ids, t) -> Wanted:
+    tags = [i for i, token in enumerate(ids) if token == TAG]
+    steps = tuple(torch.sigmoid(F.linear(h[tags], t["mine.weight"]))[:, 0].tolist())
+    return Wanted(min(steps), steps=steps)
+
+
+def weighted(h, ids, t) -> Wanted:
+    outputs = F.linear(h[-1], t["mine.weight"])
+    return Wanted((outputs * torch.tensor([0.7, 0.3])).sum().item(), tuple(outputs.tolist()))
+
+
+TOLD = {
+    "a head by another name, at the last token": (
+        '[head]\nkind = "linear"\nweights = "mine"\n',
+        linear_head("mine", bias=True),
+        lambda h, ids, t: Wanted(F.linear(h[-1], t["mine.weight"], t["mine.bias"]).item()),
+    ),
+    "an MLP on the mean": (
+        '[head]\nkind = "mlp"\nweights = "mine"\n[read]\nat = "mean"\n',
+        mlp_head("mine", 16, 1),
+        lambda h, ids, t: Wanted(mlp(h.mean(0), t).item()),
+    ),
+    "the probability of one output, at the first token": (
+        '[head]\nkind = "mlp"\nweights = "mine"\noutputs = 3\n[read]\nat = "first"\n[score]\nprobability_of = 2\n',
+        mlp_head("mine", 16, 3),
+        lambda h, ids, t: Wanted(mlp(h[0], t).softmax(-1)[2].item()),
+    ),
+    "a sigmoid at every tag": (
+        f'[head]\nkind = "linear"\nweights = "mine"\nactivation = "sigmoid"\n[read]\nat = "every"\npattern = [{TAG}]\n'
+        '[steps]\nstyle = "tagged"\ntag = "<tag>"\n',
+        linear_head("mine"),
+        every_tag,
+    ),
+    "several outputs, weighted and named": (
+        '[head]\nkind = "linear"\nweights = "mine"\noutputs = 2\n[score]\nattributes = ["good", "safe"]\n'
+        "weights_of = [0.7, 0.3]\n",
+        lambda: {"mine.weight": normal(2, HIDDEN)},
+        weighted,
+    ),
+    "one token of a language model against another": (
+        '[head]\nkind = "lm_odds"\nids = [30, 40]\n',
+        lambda: {"lm_head.weight": normal(400, HIDDEN)},
+        lambda h, ids, t: Wanted(F.linear(h[-1], t["lm_head.weight"])[[30, 40]].softmax(-1)[0].item()),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -> None:
+    text, head, formula = TOLD[name]
+    folder, oracle = write(Kind("qwen2", "Mystery", head, formula), tmp_path)
+    (folder / "rewardserve.toml").write_text(text)
+    async with native(folder) as scorer:
+        for _ in range(2):  # cold and warm
+            items = (await scorer.run([(PROMPT, RESPONSES)])).groups[0].items
+            for item, response in zip(items, RESPONSES, strict=True):
+                wanted = oracle([*PROMPT, *response])
+                assert item.score == pytest.approx(wanted.score, rel=1e-5, abs=1e-5)
+                assert item.attributes == pytest.approx(wanted.attributes, rel=1e-4, abs=1e-5)
+                assert item.steps == pytest.approx(wanted.steps, rel=1e-5, abs=1e-5)
+        assert scorer.info.attributes == (("good", "safe") if "named" in name else ())
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "head"),
+        ("[head", "rewardserve.toml"),
+        ('[head]\nkind = "cubic"\n', "head.kind"),
+        ('[head]\nkind = "linear"\nweights = "nowhere"\n', "'nowhere' is not what a head's keys begin with"),
+        ('[head]\nkind = "linear"\nweights = "mine"\noutputs = 7\n', r"\(7, 32\)"),
+        ('[head]\nkind = "lm_odds"\nids = [1]\n', "head.ids must be two"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nat = "every"\n', "read.pattern is missing"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nwhere = "last"\n', "read.where"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nprobability_of = 1\n', "there are 1 outputs"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nscale = 0\n', "score.scale"),
+    ],
+)
+def test_what_is_wrong_in_the_file_is_named(text: str, words: str, tmp_path: Path) -> None:
+    kind = Kind("qwen2", "Mystery", linear_head("mine"), lambda h, ids, t: Wanted(0.0))
+    folder, _ = write(replace(kind, folder="wrong"), tmp_path)
+    (folder / "rewardserve.toml").write_text(text)
+    with pytest.raises(LoadFailed, match=words):
+        read_spec(str(folder))
