@@ -69,6 +69,8 @@ FRONT = (
     "rewardserve.cli.main",
     "rewardserve.cli.serve",
     "rewardserve.cli.bench",
+    "rewardserve.cli.eval_scores",
+    "rewardserve.evaluation.html",
     "rewardserve.loadtest.loadgen",
     "rewardserve.transport.grpc_server",
     "rewardserve.service.score",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from rewardserve.app import App
+from rewardserve.cli import eval as eval_
 from rewardserve.cli import health, models, rank, score
 from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine, EngineInfo
@@ -18,7 +19,7 @@ from rewardserve.engine.native.engine import NativeEngine
 from rewardserve.engine.native.options import NativeOptions
 
 MAX_LENGTH = 128  # tokens, of the fake engine
-VERBS = {"score": score, "rank": rank, "models": models, "health": health}
+VERBS = {"score": score, "rank": rank, "eval": eval_, "models": models, "health": health}
 MakeEngine = Callable[[str, str, str], Engine]
 
 

@@ -53,6 +53,22 @@ def test_a_bad_row_is_named_by_line_and_field_and_what_came_before_is_scored(cli
         ("rank", ["--input=x", "--prompt=y"], "--input brings its own prompts"),
         ("rank", ["--prompt=x", "--responses-file=/no/such"], "/no/such: No such file or directory"),
         ("rank", ["--promt=x"], "did you mean '--prompt'?"),
+        ("eval", [], "the following arguments are required: INPUT"),
+        ("eval", ["in", "--suite"], "flag --suite is unknown; did you mean '--suites'?"),
+        ("eval", ["in", "--min-gap=-1"], "--min-gap"),
+        ("eval", ["in", "--seed=-1"], "--seed"),
+        ("eval", ["in", "--model=x", "--endpoint=y"], "give one of them"),
+        ("eval", ["in", "--calibration-kind=affine"], "--calibration-kind goes with --fit-calibration FILE"),
+        ("eval", ["in", "--calibration-kind=platt", "--fit-calibration=x"], "'platt'"),
+        (
+            "eval",
+            ["in", "--fit-calibration=/no/such/c.json"],
+            "--fit-calibration /no/such/c.json: /no/such is no folder",
+        ),
+        ("eval", ["in", "--picture=/no/such/p.png"], "--picture /no/such/p.png: /no/such is no folder to write to"),
+        ("eval", ["in", "--picture=p.gif"], "--picture p.gif: its name ends in one of .png, .svg, .pdf"),
+        ("eval", ["/no/such/file"], "INPUT /no/such/file: No such file or directory"),
+        ("eval", ["/dev/null"], "INPUT /dev/null: there is no row in it"),
         ("models", ["lst"], "no action 'lst'; did you mean 'list'?"),
         ("models", ["load", "x"], "usage: rewardserve models load NAME SOURCE"),
         ("models", ["list", "x"], "usage: rewardserve models list"),
@@ -98,7 +114,7 @@ def test_what_a_server_says_back_cannot_steer_the_terminal(cli, server):
 # -- the config file -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["score", "rank", "models", "health"])
+@pytest.mark.parametrize("verb", ["score", "rank", "eval", "models", "health"])
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -115,7 +131,7 @@ def test_what_a_server_says_back_cannot_steer_the_terminal(cli, server):
 def test_a_key_that_no_verb_knows_is_refused_by_all(cli, tmp_path, verb, text, said):
     file = tmp_path / "rewardserve.toml"
     file.write_text(text.replace("{verb}", verb))
-    ran = cli(verb, "--config", file, *(["in", "out"] if verb == "score" else []))
+    ran = cli(verb, "--config", file, *{"score": ["in", "out"], "eval": ["in"]}.get(verb, []))
     assert ran.code == 2 and said.replace("{}", str(file)) in ran.err and ran.err.count("\n") == 1
 
 
@@ -126,10 +142,12 @@ def test_a_file_may_hold_the_options_of_the_server_and_of_every_verb(cli, server
     assert cli("score", rows_file(GOOD), "-", "--config", file).rows[0]["id"] == 1
 
 
-@pytest.mark.parametrize("verb", ["score", "rank", "models", "health"])
+@pytest.mark.parametrize("verb", ["score", "rank", "eval", "models", "health"])
 def test_help_lists_every_option_and_exits_with_0(verb, capsys):
+    from rewardserve.cli import eval as eval_
     from rewardserve.cli import health, models, rank, score
 
+    verbs = {"score": score, "rank": rank, "eval": eval_, "models": models, "health": health}
     with pytest.raises(SystemExit) as exit_:
-        {"score": score, "rank": rank, "models": models, "health": health}[verb].run(["--help"])
+        verbs[verb].run(["--help"])
     assert exit_.value.code == 0 and "--endpoint" in capsys.readouterr().out

@@ -103,6 +103,7 @@ def test_it_is_listed_counted_and_healthy_like_a_model(client, server) -> None:
     client.score([group()], model="all")
     info = client.get_model("all")
     assert (info.state, info.members, info.aggregate) == ("serving", NAMES, "mean")
+    assert info.version == client.score([group()], model="all").model_version
     assert {model.name for model in client.list_models()} == {*NAMES, *HOWS}
     assert server.is_serving("rewardserve.v1.Scoring/all")
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as reply:

@@ -8,6 +8,7 @@ VERBS = {
     "serve": "serve reward models over gRPC",
     "score": "score a JSONL file of prompts and responses, against a server or offline",
     "rank": "rank responses to one prompt, best first",
+    "eval": "judge a reward model by pairs or rated responses: accuracy, calibration, bias, best-of-N",
     "models": "list what a server serves; load and unload",
     "bench": "measure a server: latency against load, as a picture",
     "health": "exit code 0 if a server is ready to score; for container probes",

@@ -39,7 +39,9 @@ class Row(Group):
     num_bytes: int = 0
 
 
-class _Turn(pydantic.BaseModel):
+class Turn(pydantic.BaseModel):
+    """Of a conversation."""
+
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")  # a key left out might change the score
     role: str
     content: str
@@ -51,7 +53,7 @@ class _RowIn(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(strict=True, extra="allow")
     id: str | int | None = None
     prompt: NonEmpty[str] | None = None
-    messages: NonEmpty[list[_Turn]] | None = None
+    messages: NonEmpty[list[Turn]] | None = None
     prompt_token_ids: NonEmpty[list[TokenId]] | None = None
     rendered: NonEmpty[str] | None = None
     responses: NonEmpty[list[str]] | None = None
@@ -89,7 +91,7 @@ def _read_row(number: int, line: bytes) -> Row:
         values = _RowIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
         prompt, responses = _prompt(values), _responses(values)
     except pydantic.ValidationError as error:
-        raise BadRow(f"INPUT line {number}: {_explain(error.errors()[0])}") from None
+        raise BadRow(f"INPUT line {number}: {explain(error.errors()[0])}") from None
     except ValueError as error:
         raise BadRow(f"INPUT line {number}: {error}") from None
     labels = values.labels if isinstance(values.labels, list) and len(values.labels) == len(responses) else ()
@@ -97,7 +99,7 @@ def _read_row(number: int, line: bytes) -> Row:
 
 
 def _prompt(row: _RowIn) -> Prompt:
-    match _one_of(row, PROMPTS):
+    match one_of(row, PROMPTS):
         case "prompt":
             return row.prompt
         case "rendered":
@@ -109,7 +111,7 @@ def _prompt(row: _RowIn) -> Prompt:
 
 
 def _responses(row: _RowIn) -> Sequence[str | TokenIds]:
-    match _one_of(row, RESPONSES):
+    match one_of(row, RESPONSES):
         case "responses":
             return row.responses
         case "response":
@@ -118,7 +120,8 @@ def _responses(row: _RowIn) -> Sequence[str | TokenIds]:
             return [TokenIds(ids) for ids in row.response_token_ids]
 
 
-def _one_of(row: _RowIn, names: Sequence[str]) -> str:
+def one_of(row: pydantic.BaseModel, names: Sequence[str]) -> str:
+    """The one of `names` that the row has. Raises ValueError, naming what is missing and what may be a misspelling."""
     given = [name for name in names if getattr(row, name) is not None]
     if len(given) == 1:
         return given[0]
@@ -128,7 +131,8 @@ def _one_of(row: _RowIn, names: Sequence[str]) -> str:
     raise ValueError(f"{names[0]}: is missing{f'; is {close[0]!r} a misspelling?' if close else ''}")
 
 
-def _explain(detail: Any) -> str:
+def explain(detail: Any) -> str:
+    """One of pydantic's errors, as the field and what is wrong with it."""
     if detail["loc"][:1] == ("id",):
         return "id: must be a string or an integer"
     name = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in detail["loc"]).lstrip(".")

@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import IO, Any
 
 from pydantic import Field
@@ -46,24 +46,27 @@ def run(arguments: Sequence[str]) -> int:
 
 async def _score(options: ScoreOptions) -> int:
     options.check()
-    with open_input(options.input) as source, _open_output(options) as output:
+    with (
+        open_input(options.input) as source,
+        open_output(options.output, options.input, options.resume) as output,
+    ):
         async with open_scorer(options) as scorer:
             output.check_version(scorer)
             size_bytes = None if options.input == "-" else os.fstat(source.fileno()).st_size
             with Tally(scorer, size_bytes, hidden=output.is_terminal) as tally:
-                await _score_rows(source, output, scorer, tally)
+                await score_rows(read_rows(source), output, scorer, tally)
     nothing_scored = 0 < tally.num_pairs == tally.num_failed
     any_failed = tally.num_failed + output.num_failed_before > 0
     return 1 if nothing_scored or (options.strict and any_failed) else 0
 
 
-async def _score_rows(source: IO[bytes], output: "Output", scorer: Scorer, tally: "Tally") -> None:
-    """Raises BadRow, when all rows before it are scored."""
+async def score_rows(rows: Iterable[Row], output: "Output", scorer: Scorer, tally: "Tally") -> None:
+    """Writes those that `output` does not have. Raises BadRow where `rows` does, when all rows before are scored."""
     bad_rows: list[BadRow] = []
 
     async def missing_rows() -> AsyncIterator[Row]:
         try:
-            async for row in in_thread(read_rows(source)):
+            async for row in in_thread(rows):
                 if output.has(row):
                     tally.skip(row)
                 else:
@@ -83,13 +86,15 @@ async def _score_rows(source: IO[bytes], output: "Output", scorer: Scorer, tally
 
 
 @contextlib.contextmanager
-def _open_output(options: ScoreOptions) -> Iterator["Output"]:
-    """Raises ConfigError if OUTPUT is no place to write to, or holds what no run of ours has written."""
-    path = options.output
+def open_output(path: str, source: str, resume: bool) -> Iterator["Output"]:
+    """OUTPUT `path` for the scores of INPUT `source`; what it holds is kept if `resume`.
+
+    Raises ConfigError if it is no place to write to, or holds what no run of ours has written.
+    """
     if path == "-":
         yield Output(sys.stdout.buffer)
         return
-    if os.path.exists(path) and options.input != "-" and os.path.samefile(path, options.input):
+    if os.path.exists(path) and source != "-" and os.path.samefile(path, source):
         raise ConfigError(f"OUTPUT {path} is INPUT; choose another file")
     is_file = os.path.isfile(path) or not os.path.exists(path)  # /dev/null or a pipe has nothing to resume from
     with contextlib.ExitStack() as stack:
@@ -107,7 +112,7 @@ def _open_output(options: ScoreOptions) -> Iterator["Output"]:
                 f"OUTPUT {path}: another run is writing it; wait for it, or choose another file"
             ) from None
         output = Output(file)
-        if options.resume:
+        if resume:
             output.take_in()
         else:
             file.truncate(0)
@@ -190,9 +195,20 @@ def _row_out(row: Row, items: Sequence[ItemScore], scorer: Scorer) -> dict[str, 
         "num_prompt_tokens": [item.num_prompt_tokens for item in items],
         "num_response_tokens": [item.num_response_tokens for item in items],
         "truncated": [item.truncated for item in items],
+        **_more(items),
         "model": scorer.name,
         "version": scorer.version,
     }
+
+
+def _more(items: Sequence[ItemScore]) -> dict[str, Any]:
+    """What some models give besides: a list for each response, null where it failed."""
+    found: dict[str, Any] = {}
+    for name in ("steps", "attributes", "members", "std"):
+        values = [getattr(item, name) if item.ok else None for item in items]
+        if any(value not in (None, (), {}) for value in values):
+            found[name] = values
+    return found
 
 
 # -- what is seen meanwhile --------------------------------------------------------------------------------------------

@@ -22,16 +22,21 @@ class Ensemble:
 def combine(ensemble: Ensemble, request_id: str, results: Sequence[ScoreResult]) -> ScoreResult:
     """`results` are the members', in their order, of one request."""
     groups = tuple(_group(parts, ensemble) for parts in zip(*(result.groups for result in results), strict=True))
-    versions = ((result.model, result.version) for result in results)
-    told = "".join(f"{name} {version}\n" for name, version in versions) + str(ensemble.aggregate)
+    versions = tuple((result.model, result.version) for result in results)
     return ScoreResult(
         request_id,
         ensemble.name,
-        "ensemble-" + hashlib.blake2b(told.encode(), digest_size=6).hexdigest(),
+        version_of(ensemble, versions),
         groups,
         Timings(*(max(getattr(r.timings, name) for r in results) for name in Timings.__slots__)),
-        members=tuple((result.model, result.version) for result in results),
+        members=versions,
     )
+
+
+def version_of(ensemble: Ensemble, members: Sequence[tuple[str, str]]) -> str:
+    """Changes with any member's; `members` are their names and versions, in their order."""
+    told = "".join(f"{name} {version}\n" for name, version in members) + str(ensemble.aggregate)
+    return "ensemble-" + hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
 
 
 def _group(parts: Sequence[GroupScore], ensemble: Ensemble) -> GroupScore:

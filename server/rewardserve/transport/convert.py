@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from google.rpc import status_pb2
 
 from rewardserve.errors import InvalidRequest
-from rewardserve.service.ensemble import Ensemble
+from rewardserve.service.ensemble import Ensemble, version_of
 from rewardserve.service.rank import Comparison, Ranking
 from rewardserve.service.registry import LiveModel, ModelState, Registry
 from rewardserve.service.swap import CanaryPair, SwapPlan, SwapReport
@@ -274,6 +274,8 @@ def ensemble(served: Ensemble, registry: Registry) -> models_pb2.Model:
         message.state, message.message = STATES[away[0].state], f"member '{away[0].name}': {away[0].message}"
     else:
         message.state = models_pb2.MODEL_STATE_SERVING
+        versions = [(name, live.info.version) for name in served.members if (live := members[name]).info is not None]
+        message.version = version_of(served, versions)
     return message
 
 

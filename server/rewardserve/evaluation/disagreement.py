@@ -1,0 +1,58 @@
+"""Whether an ensemble's members disagree where it errs, so that their disagreement can be acted upon."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from rewardserve.evaluation.data import Floats, Pairs
+from rewardserve.evaluation.intervals import Share, share
+
+KEPT = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Accuracy on the pairs about which the members agree best."""
+
+    share_of_pairs: float
+    accuracy: Share
+
+
+@dataclass(frozen=True, slots=True)
+class Disagreement:
+    auroc: float  # of the std of the margin, for telling wrong pairs from right ones; 0.5 is chance
+    auroc_of_small_margin: float  # the same of -|margin|, which a single model has too
+    curve: tuple[Kept, ...]
+
+
+def disagreement(pairs: Pairs) -> Disagreement | None:
+    """None where responses have no std, or where not both right and wrong pairs are there. Ties are left out."""
+    if pairs.std is None:
+        return None
+    decided = pairs.margin != 0
+    margin, std, prompt = pairs.margin[decided], pairs.std[decided], pairs.prompt[decided]
+    wrong = margin < 0
+    found, without = auroc(std, wrong), auroc(-np.abs(margin), wrong)
+    if found is None or without is None:
+        return None
+    agreed = np.argsort(std, kind="stable")
+    curve = []
+    for part in KEPT:
+        kept = agreed[: max(1, round(part * len(agreed)))]
+        accuracy = share(margin[kept], prompt[kept])
+        assert accuracy is not None
+        curve.append(Kept(part, accuracy))
+    return Disagreement(found, without, tuple(curve))
+
+
+def auroc(signal: Floats, wrong: NDArray[np.bool_]) -> float | None:
+    """Chance that a wrong pair has the larger signal than a right one, ties one half: Mann and Whitney's U (1947) over
+    the number of such comparisons. None where all are right, or all wrong."""
+    num_wrong, num_right = int(wrong.sum()), int((~wrong).sum())
+    if not num_wrong or not num_right:
+        return None
+    ranks = stats.rankdata(signal)
+    u = ranks[wrong].sum() - num_wrong * (num_wrong + 1) / 2
+    return float(u / (num_wrong * num_right))

@@ -1,0 +1,46 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from judged import pair, rated
+from rewardserve.evaluation.data import pairs_of
+from rewardserve.evaluation.disagreement import auroc, disagreement
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=1, max_size=20))
+def test_auroc_is_what_all_comparisons_give_one_by_one(rows):
+    signal, wrong = np.array([s for s, _ in rows], dtype=float), np.array([w for _, w in rows])
+    found = auroc(signal, wrong)
+    compared = [(a > b) + (a == b) / 2 for a in signal[wrong] for b in signal[~wrong]]
+    assert found is None if not compared else found == pytest.approx(np.mean(compared))
+
+
+def prompts_of(informative: bool):
+    rng = np.random.default_rng(0)
+    prompts = []
+    for number in range(400):
+        right = rng.random() < 0.7
+        std = (0.2 if right else 1.0) + rng.random() if informative else rng.random()
+        prompts.append(rated([1, 0] if right else [0, 1], [1, 0], str(number), members=[(std, -std), (0.5, 0.5)]))
+    return prompts
+
+
+def test_members_that_disagree_where_they_err_are_told_from_those_that_do_not():
+    found = disagreement(pairs_of(prompts_of(informative=True)))
+    assert found.auroc > 0.8 and found.auroc_of_small_margin == 0.5, "all margins are alike"
+    assert found.curve[0].accuracy.value == pytest.approx(0.7, abs=0.06)
+    assert found.curve[-1].accuracy.value > 0.95 and found.curve[-1].accuracy.num_pairs == 40
+    assert 0.4 < disagreement(pairs_of(prompts_of(informative=False))).auroc < 0.6
+
+
+def test_the_std_of_a_margin_is_that_of_the_members_margins():
+    """A member whose scores all lie higher than another's does not disagree with it."""
+    found = pairs_of([rated([1, 0], [1, 0], members=[(3.0, 13.0), (1.0, 11.0)])])
+    assert found.std.tolist() == [0.0]
+    found = pairs_of([rated([1, 0], [1, 0], members=[(3.0, 13.0), (1.0, 13.0)])])
+    assert found.std.tolist() == [1.0]
+
+
+def test_a_single_model_and_one_that_is_always_right_have_none():
+    assert disagreement(pairs_of([pair(1.0), pair(-1.0)])) is None
+    assert disagreement(pairs_of([rated([1, 0], [1, 0], members=[(1.0, 2.0), (0.0, 3.0)])])) is None
