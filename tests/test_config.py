@@ -11,6 +11,12 @@ from rewardserve.options import OTHER_VERBS, PREFIX, SERVE, ConfigError, is_of_k
 
 FIELDS = ServeConfig.model_fields
 OPTIONS = [name for name in FIELDS if name != "config"]  # which says where the others may stand
+OF_MODELS = {"calibration": "/x.json", "length_penalty": "0.01", "attribute_weights": "good:0.7+safe:0.3"}
+WRONG_OF_MODELS = {
+    "calibration": ["WRONG", "a=", "c=/x.json"],
+    "length_penalty": ["WRONG", "a=", "c=1", "a=much", "a=nan"],
+    "attribute_weights": ["WRONG", "a=", "c=good:1", "a=good", "a=good:much", "a=:1"],
+}
 SPECIAL = {"host": ["h1", "h2", "h3"], "device": ["cpu", "cuda", "cuda:1"]}
 
 
@@ -19,6 +25,9 @@ def three_values(name: str) -> list[Any]:
     field = FIELDS[name]
     if name == "model":
         return [["a=/x"], ["b=/y", "c=/z"], ["d=/w"]]
+    if name in OF_MODELS:
+        value = OF_MODELS[name]
+        return [[f"a={value}"], [f"a={value}", f"b={value}"], [f"b={value}"]]
     if name == "ensemble":
         return [["e=mean(a+b)"], ["e=min(a+b)", "f=median(b+a)"], ["g=mean-0.5std(a+b)"]]
     if name in SPECIAL:
@@ -137,6 +146,11 @@ def test_a_wrong_value_names_its_option_and_itself(name: str, way: str, file, mo
                 load_config(["--model", "a=/x", "--model", "b=/y", "--ensemble", wrong]).check()
         return
     flag = "--" + name.replace("_", "-")
+    if name in OF_MODELS:
+        for wrong in WRONG_OF_MODELS[name]:
+            with pytest.raises(ConfigError, match=flag):
+                load_config(["--model", "a=/x", "--model", "b=/y", flag, wrong]).check()
+        return
     if way == "flag":
         if FIELDS[name].annotation is bool:
             pytest.skip("a flag has no value")

@@ -25,6 +25,7 @@ from rewardserve.engine.replicas import Replicas
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.metrics import Metrics
 from rewardserve.service.admission import Limits
+from rewardserve.service.finish import Finishing, read_calibration
 from rewardserve.service.registry import LiveModel, Registry
 from rewardserve.service.score import ScoringService
 from rewardserve.transport.grpc_server import MODELS, SCORING, DoorOptions, GrpcDoor
@@ -71,6 +72,17 @@ def vllm_options(config: ServeConfig, source: str, dtype: str, reason: str) -> V
     )
 
 
+def finishings(config: ServeConfig) -> dict[str, Finishing]:
+    """How models' scores are finished, by name. Raises LoadFailed for a calibration that cannot be read."""
+    made = {}
+    for name in config.models:
+        calibration = config.calibrations.get(name)
+        read = (None, None) if calibration is None else read_calibration(calibration)
+        penalty, weights = config.length_penalties.get(name, 0.0), config.weights_of_attributes.get(name, {})
+        made[name] = Finishing(*read, penalty, weights)
+    return made
+
+
 class App:
     """One server. `start` returns when every model is ready; `drain` finishes what is in flight; `stop` ends."""
 
@@ -82,7 +94,7 @@ class App:
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
         limits = Limits(config.max_pairs_per_request, config.max_queued_requests, config.max_queued_tokens)
         self.registry = Registry(
-            make_engine or self._make_engine, self.metrics, limits, self._executor, self._on_change
+            make_engine or self._make_engine, self.metrics, limits, self._executor, self._on_change, finishings(config)
         )
         service = ScoringService(self.registry, self._executor)
         options = DoorOptions(

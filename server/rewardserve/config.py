@@ -1,5 +1,7 @@
 """Every option of the server."""
 
+import contextlib
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +33,15 @@ class ServeConfig(Options):
     ensemble: Repeated = Field(
         default=[],
         description="NAME=HOW(a+b+c): models as one; HOW is mean, min, median or mean-0.5std; repeat for several",
+    )
+    calibration: Repeated = Field(
+        default=[], description="NAME=FILE: what rewardserve eval fitted to that model; repeat for several"
+    )
+    length_penalty: Repeated = Field(
+        default=[], description="NAME=NUMBER: taken off that model's scores for each token of a response"
+    )
+    attribute_weights: Repeated = Field(
+        default=[], description="NAME=helpful:0.7+safe:0.3: attributes that make that model's score; repeat"
     )
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
@@ -133,7 +144,7 @@ class ServeConfig(Options):
         )
         self.require(self.path != "padded" or not self.quantize, "--quantize needs the packed path, not --path padded")
         self._check_engine()
-        _ = self.ensembles
+        _ = (self.ensembles, self.calibrations, self.length_penalties, self.weights_of_attributes)
         self.require(
             not self.log_requests or self.log_level in ("debug", "info"),
             f"requests are logged at level info, which --log-level {self.log_level} leaves out",
@@ -159,6 +170,48 @@ class ServeConfig(Options):
             f"--tensor-parallel {self.tensor_parallel} takes that many GPUs by itself, not --device {self.device}; "
             "give --device cuda, and choose among GPUs with CUDA_VISIBLE_DEVICES",
         )
+
+    @property
+    def calibrations(self) -> dict[str, Path]:
+        """Raises ConfigError."""
+        return {name: Path(value) for name, value in self._of_models("calibration", "FILE")}
+
+    @property
+    def length_penalties(self) -> dict[str, float]:
+        """Raises ConfigError."""
+        return {
+            name: self._number("length-penalty", value) for name, value in self._of_models("length_penalty", "NUMBER")
+        }
+
+    @property
+    def weights_of_attributes(self) -> dict[str, dict[str, float]]:
+        """Raises ConfigError."""
+        found: dict[str, dict[str, float]] = {}
+        for name, value in self._of_models("attribute_weights", "attribute:NUMBER+attribute:NUMBER"):
+            parts = [part.rpartition(":") for part in value.split("+")]
+            if not all(attribute and separator for attribute, separator, _ in parts):
+                raise ConfigError(f"--attribute-weights '{name}={value}': give NAME=helpful:0.7+safe:0.3")
+            found[name] = {attribute: self._number("attribute-weights", number) for attribute, _, number in parts}
+        return found
+
+    def _of_models(self, option: str, wanted: str) -> list[tuple[str, str]]:
+        """(name, value) of each entry of a repeated option; the names are those of models."""
+        flag, found = "--" + option.replace("_", "-"), []
+        for entry in getattr(self, option):
+            name, separator, value = entry.partition("=")
+            if not separator or not value:
+                raise ConfigError(f"{flag} {entry!r}: give NAME={wanted}")
+            if name not in self.models:
+                raise ConfigError(f"{flag} {entry!r}: no --model is named '{name}'")
+            found.append((name, value))
+        return found
+
+    @staticmethod
+    def _number(option: str, value: str) -> float:
+        with contextlib.suppress(ValueError):
+            if math.isfinite(number := float(value)):
+                return number
+        raise ConfigError(f"--{option}: {value!r} is not a number")
 
     @property
     def ensembles(self) -> dict[str, tuple[Aggregate, tuple[str, ...]]]:

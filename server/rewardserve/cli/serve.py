@@ -37,7 +37,11 @@ def _with_fastest_loop(main: Coroutine[Any, Any, int]) -> int:
 
 
 async def _serve(config: ServeConfig) -> int:
-    app = App(config)
+    try:
+        app = App(config)
+    except LoadFailed as error:  # a calibration that cannot be read
+        log.critical("%s", error)
+        return 1
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,31 +1,99 @@
-"""What the engine gave for a response -> the score that is answered."""
+"""What the engine gave for a response -> the score that is answered: reduced, weighted, normalised, calibrated.
+
+In this order; each only where it is configured or the checkpoint brings it. The raw score stays in the reply.
+"""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from rewardserve.engine.base import EngineInfo, EngineItem
-from rewardserve.errors import InvalidRequest
+from rewardserve.errors import InvalidRequest, LoadFailed
+from rewardserve.evaluation import calibration_file
+from rewardserve.evaluation.calibration_file import Affine, BadCalibration, Calibration, Isotonic, Origin, Temperature
 from rewardserve.postprocess.reduce import reduce_steps
 from rewardserve.types import ScoreKind, ScoreRequest, StepReduction
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Finishing:
+    """How one model's scores are finished, as configured."""
+
+    calibration: Calibration | None = None
+    origin: Origin | None = None  # of the calibration
+    length_penalty: float = 0.0  # taken off for each token of the response
+    weights: Mapping[str, float] = field(default_factory=dict)  # of attributes, instead of the model's own score
+
+    def check(self, name: str, info: EngineInfo) -> "Finishing":
+        """What of it is for this version. Raises LoadFailed for attributes that the model does not have."""
+        if unknown := sorted(set(self.weights) - set(info.attributes)):
+            known = ", ".join(info.attributes) or "none"
+            raise LoadFailed(f"--attribute-weights of '{name}': no attribute {', '.join(unknown)}; it has {known}")
+        if self.origin is not None and self.origin.version != info.version:
+            log.warning(
+                "%s is served uncalibrated: the calibration was fitted to version %s, and this is %s",
+                *(name, self.origin.version, info.version),
+            )
+            return Finishing(None, None, self.length_penalty, self.weights)
+        return self
+
+
+def read_calibration(path: Path) -> tuple[Calibration, Origin]:
+    """Raises LoadFailed naming the file, and the field that is wrong."""
+    try:
+        return calibration_file.read(path)
+    except OSError as error:
+        raise LoadFailed(f"{path}: {error.strerror}; rewardserve eval --fit-calibration writes such a file") from error
+    except BadCalibration as error:
+        raise LoadFailed(str(error)) from error
 
 
 class Finish:
     """One request's way from raw scores to final ones."""
 
-    def __init__(self, info: EngineInfo, reduction: StepReduction) -> None:
+    def __init__(self, info: EngineInfo, finishing: Finishing, reduction: StepReduction) -> None:
         self.info = info
+        self._finishing = finishing
         self._reduction = reduction
-        self._is_normalized = (info.shift, info.scale) != (0.0, 1.0)
+        self._weights = [finishing.weights.get(name, 0.0) for name in info.attributes] if finishing.weights else []
+        self._is_normalized = (info.shift, info.scale) != (0.0, 1.0) and not self._weights
+        self._is_calibrated = isinstance(finishing.calibration, Temperature | Affine)
+        self._is_changed = self._is_normalized or self._is_calibrated or bool(self._weights or finishing.length_penalty)
 
     @property
     def kind(self) -> ScoreKind:
         """What the final scores mean."""
-        if self._is_normalized:
+        if self._is_changed:
             return ScoreKind.NORMALIZED
         return ScoreKind.PROBABILITY if self.info.is_probability else ScoreKind.RAW_LOGIT
 
-    def __call__(self, item: EngineItem) -> tuple[float, float]:
+    def __call__(self, item: EngineItem, num_response_tokens: int) -> tuple[float, float]:
         """(raw, final) of an item that has a score."""
         assert item.score is not None
         raw = reduce_steps(item.steps, self._reduction) if item.steps else item.score
-        return raw, (raw - self.info.shift) / self.info.scale if self._is_normalized else raw
+        if not self._is_changed:
+            return raw, raw
+        score = raw
+        if self._weights:
+            score = math.fsum(weight * value for weight, value in zip(self._weights, item.attributes, strict=True))
+        if self._is_normalized:
+            score = (score - self.info.shift) / self.info.scale
+        match self._finishing.calibration:
+            case Temperature(temperature):
+                score /= temperature
+            case Affine() as affine:
+                score = affine.score(score)
+        return raw, score - self._finishing.length_penalty * num_response_tokens
+
+
+def win_probability(finishing: Finishing, margin: float) -> float | None:
+    """That the response whose score is higher by `margin` is preferred, by a curve; None without one."""
+    calibration = finishing.calibration
+    return calibration.probability(margin) if isinstance(calibration, Isotonic) else None
 
 
 def check_steps(request: ScoreRequest, info: EngineInfo) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import enum
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
@@ -25,6 +25,7 @@ from rewardserve.errors import (
 from rewardserve.metrics import Metrics, ModelMetrics
 from rewardserve.service.admission import Admission, Limits
 from rewardserve.service.ensemble import Ensemble
+from rewardserve.service.finish import Finishing
 from rewardserve.service.shadow import Shadow
 from rewardserve.text.encoder import EncodedRequest, Encoder, is_quickly_encoded
 from rewardserve.text.tokenizer import Tokenizer
@@ -65,6 +66,8 @@ class LiveModel:
         self.info: EngineInfo | None = None
         self.encoder: Encoder | None = None
         self.dtype = "auto"  # as asked for
+        self.configured = Finishing()
+        self.finishing = Finishing()  # what of it is for the version that is served
         self.shadow: Shadow | None = None  # of a swap under way
         self.previous: Previous | None = None
         self._num_users = 0
@@ -183,6 +186,7 @@ class LiveModel:
         self._describe(info)
 
     def _describe(self, info: EngineInfo) -> None:
+        self.finishing = self.configured.check(self.name, info)
         self.admission.max_length = info.max_length
         self.metrics.set_info(info.version, info.architecture, info.path, info.dtype)
 
@@ -224,8 +228,13 @@ class Registry:
         limits: Limits,
         executor: Executor,
         on_change: Callable[[LiveModel], None] = lambda model: None,
+        finishings: Mapping[str, Finishing] | None = None,
     ) -> None:
-        """`make_engine(name, source, dtype)`; `on_change` hears of every change of a model's state."""
+        """`make_engine(name, source, dtype)`; `on_change` hears of every change of a model's state.
+
+        `finishings`: how the scores of the models of these names are finished.
+        """
+        self._finishings = finishings or {}
         self._make_engine = make_engine
         self.metrics = metrics
         self._limits = limits
@@ -289,7 +298,7 @@ class Registry:
         engine = self._make_engine(old.name, source, dtype)
         unseen = ModelMetrics(Metrics(CollectorRegistry()), old.name)
         new = LiveModel(old.name, source, engine, unseen, self._limits)
-        new.dtype = dtype
+        new.dtype, new.configured = dtype, old.configured
         try:
             await new.start(self._executor, self._changed)
         except BaseException as error:
@@ -348,7 +357,7 @@ class Registry:
             raise ModelExists(f"a model '{name}' is served already; unload it first")
         engine = self._make_engine(name, source, dtype)
         model = LiveModel(name, source, engine, ModelMetrics(self.metrics, name), self._limits)
-        model.dtype = dtype
+        model.dtype, model.configured = dtype, self._finishings.get(name, model.configured)
         self._models[name] = model
         self._on_change(model)
         try:

@@ -1,0 +1,82 @@
+"""From what the engine gave to what is answered: each station does what it says, in its order, and raw stays raw."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rewardserve.engine.base import EngineInfo, EngineItem
+from rewardserve.errors import LoadFailed
+from rewardserve.evaluation import calibration_file
+from rewardserve.evaluation.calibration_file import Affine, Isotonic, Origin, Temperature
+from rewardserve.service.finish import Finish, Finishing, read_calibration, win_probability
+from rewardserve.types import ScoreKind, StepReduction
+
+INFO = EngineInfo(
+    version="v1",
+    architecture="A",
+    path="packed",
+    path_reason="",
+    dtype="float32",
+    device="cpu",
+    num_parameters=1,
+    max_length=10,
+    vocab_size=10,
+    canary_error=0.0,
+    prefix_cache_tokens=0,
+)
+ORIGIN = Origin("m", "v1", "pairs.jsonl", 10, 5)
+
+
+def finished(item: EngineItem, finishing: Finishing = Finishing(), info: EngineInfo = INFO, tokens: int = 7):  # noqa: B008
+    finish = Finish(info, finishing.check("m", info), StepReduction.MEAN)
+    return (*finish(item, tokens), finish.kind)
+
+
+def test_without_anything_the_raw_score_is_the_score() -> None:
+    assert finished(EngineItem(1.5)) == (1.5, 1.5, ScoreKind.RAW_LOGIT)
+    info = replace(INFO, is_probability=True)
+    assert finished(EngineItem(0.2, steps=(0.2, 0.6)), info=info) == (0.4, 0.4, ScoreKind.PROBABILITY)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "wanted"),
+    [(Temperature(2.0), 0.75), (Affine(2.0, -1.0), 2.0), (Isotonic((0.0, 1.0), (0.5, 0.9)), 1.5)],
+)
+def test_a_calibration_makes_the_score_or_leaves_it_and_makes_probabilities(calibration, wanted: float) -> None:
+    raw, score, kind = finished(EngineItem(1.5), Finishing(calibration, ORIGIN))
+    assert (raw, score) == (1.5, wanted)
+    is_curve = isinstance(calibration, Isotonic)
+    assert kind is (ScoreKind.RAW_LOGIT if is_curve else ScoreKind.NORMALIZED)
+    assert win_probability(Finishing(calibration, ORIGIN), 0.5) == (pytest.approx(0.7) if is_curve else None)
+
+
+def test_a_calibration_of_another_version_is_not_applied(caplog: pytest.LogCaptureFixture) -> None:
+    finishing = Finishing(Temperature(2.0), replace(ORIGIN, version="v0"), length_penalty=0.1)
+    assert finished(EngineItem(1.5), finishing)[:2] == (1.5, pytest.approx(0.8))
+    assert "v0" in caplog.text and "v1" in caplog.text
+
+
+def test_the_checkpoints_normaliser_then_the_calibration_then_the_penalty() -> None:
+    info = replace(INFO, shift=0.5, scale=0.25)
+    raw, score, kind = finished(
+        EngineItem(1.5), Finishing(Temperature(2.0), ORIGIN, length_penalty=0.01), info, tokens=50
+    )
+    assert (raw, kind) == (1.5, ScoreKind.NORMALIZED) and score == pytest.approx((1.5 - 0.5) / 0.25 / 2 - 0.5)
+
+
+def test_weighted_attributes_take_the_place_of_the_models_own_score() -> None:
+    info = replace(INFO, attributes=("good", "safe", "short"), shift=3.0)
+    item = EngineItem(9.0, attributes=(1.0, 2.0, 4.0))
+    assert finished(item, Finishing(weights={"good": 0.5, "short": -1.0}), info)[:2] == (9.0, pytest.approx(-3.5))
+    with pytest.raises(LoadFailed, match="no attribute kind; it has good, safe, short"):
+        finished(item, Finishing(weights={"kind": 1.0}), info)
+
+
+def test_a_file_that_is_no_calibration_is_named(tmp_path: Path) -> None:
+    calibration_file.write(tmp_path / "right.json", Temperature(1.5), ORIGIN)
+    assert read_calibration(tmp_path / "right.json") == (Temperature(1.5), ORIGIN)
+    (tmp_path / "wrong.json").write_text("{}")
+    with pytest.raises(LoadFailed, match=r"wrong.json: format"):
+        read_calibration(tmp_path / "wrong.json")
+    with pytest.raises(LoadFailed, match="--fit-calibration"):
+        read_calibration(tmp_path / "nowhere.json")
