@@ -247,6 +247,13 @@ class StepFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class JudgeFormat:
+    """How a language model is asked to judge; it is read where its answer would begin."""
+
+    template: str  # of the user's turn, with {prompt} and {response}
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """How the checkpoint's own tokenizer class renders one conversation: what the front's text code must reproduce."""
 

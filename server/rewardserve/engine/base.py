@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rewardserve.types import EncodedGroup, ItemFailure, StepFormat, TextSpec
+from rewardserve.types import EncodedGroup, ItemFailure, JudgeFormat, StepFormat, TextSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,7 @@ class EngineInfo:
     reads_single_states: bool = True  # so that a step's last token can be read as well as a response's
     pattern: tuple[int, ...] = ()  # token ids that a sequence must hold, for that is where it is read
     appended: int | None = None  # token id that every sequence must end in
+    judge: JudgeFormat | None = None  # how a language model is asked, where it is one that judges
     steps: StepFormat | None = None  # how a process reward model is shown steps
     text: TextSpec | None = None  # None: the checkpoint has no tokenizer, only ids are scored
     text_missing_reason: str = ""

@@ -17,7 +17,7 @@ from rewardserve.models import heads
 from rewardserve.models.checkpoint import Checkpoint
 from rewardserve.models.heads import Head, LinearHead, ModuleHead
 from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
-from rewardserve.types import StepFormat, StepStyle
+from rewardserve.types import JudgeFormat, StepFormat, StepStyle
 
 # model types that transformers does not know, and what they are but for the names of their parts
 FOREIGN_CONFIGS = {"internlm2": "llama", "gpt_neox_reward_model": "gpt_neox"}
@@ -37,6 +37,13 @@ HEAD_NAMES = (
 HEAD_LIKE = (*HEAD_NAMES, "regression_layer", "gating", "lm_head")
 # ids of the published Llama 3 vocabulary: <|eot_id|>, <|start_header_id|>, "assistant", <|end_header_id|>, "\n\n"
 LLAMA3_ASSISTANT = (128009, 128006, 78191, 128007, 271)
+GEMMA2_ASSISTANT = (
+    107,
+    108,
+    106,
+    2516,
+    108,
+)  # "<end_of_turn>\n<start_of_turn>model\n"
 LLAMA3_CLS = 128003
 ARMORM_OBJECTIVES = (
     "helpsteer-helpfulness",
@@ -86,6 +93,7 @@ class Recipe:
     is_probability: bool = False
     normalizer: Normalizer | None = None
     steps: StepFormat | None = None
+    judge: JudgeFormat | None = None
     convert: Callable[[Checkpoint], dict[str, torch.Tensor]] | None = None  # weights by transformers' own names
 
 
@@ -267,9 +275,21 @@ def _gated(checkpoint: Checkpoint, family: str, num_quantiles: int, objectives: 
         family,
         ModuleHead(head, len(regression) + num_objectives),
         keys_below(checkpoint, "regression_layer", "gating", "lm_head", "score") | {"reward_transform_matrix"},
-        ReadPlan(ReadAt.GATED, Pattern(LLAMA3_ASSISTANT), num_objectives, num_quantiles, "assistant's header"),
+        ReadPlan(
+            ReadAt.GATED, Pattern(_gating_pattern(checkpoint)), num_objectives, num_quantiles, "assistant's header"
+        ),
         attributes=names,
     )
+
+
+def _gating_pattern(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Where the last user's turn ends and the assistant's begins; of another vocabulary the config has to say it."""
+    told = checkpoint.raw_config.get("gating_pattern")
+    if told is None:
+        return GEMMA2_ASSISTANT if checkpoint.config.model_type == "gemma2" else LLAMA3_ASSISTANT
+    if not isinstance(told, list) or not told or not all(isinstance(i, int) and i >= 0 for i in told):
+        raise LoadFailed(f"{checkpoint.folder}/config.json: gating_pattern is {told!r}, not a list of token ids")
+    return tuple(told)
 
 
 def _armorm(checkpoint: Checkpoint) -> Recipe:

@@ -25,12 +25,22 @@ weights_of = [0.7, 0.3]   # of the attributes, in the score
 probability_of = 1        # or: the score is this output's probability
 shift = 0.0               # final score = (raw - shift) / scale
 scale = 1.0
+
+[judge]                   # instead of [head]: a language model that is asked, and read before it answers
+template = '''
+Question: {prompt}
+Answer: {response}
+Is the answer right? Say Yes or No.'''
+labels = ["Yes", "No"]    # each a single token; their probabilities are attributes
+values = [1.0, 0.0]       # the score is their mean, weighted by those
 """
 
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
+import tokenizers
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
@@ -49,8 +59,9 @@ from rewardserve.models.families import (
 )
 from rewardserve.models.heads import Head, LinearHead, ModuleHead
 from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
-from rewardserve.types import StepFormat, StepStyle
+from rewardserve.types import JudgeFormat, StepFormat, StepStyle
 
+Refuse = Callable[[str, str], LoadFailed]  # the key, and what is wrong with it
 NAME = "rewardserve.toml"
 
 
@@ -88,8 +99,15 @@ class _Score(_Section):
     scale: float = Field(default=1.0, gt=0)
 
 
+class _Judge(_Section):
+    template: str
+    labels: tuple[str, ...] = Field(min_length=2)
+    values: tuple[float, ...]
+
+
 class _SpecFile(_Section):
-    head: _Head
+    head: _Head | None = None
+    judge: _Judge | None = None
     read: _Read = _Read()
     steps: _Steps | None = None
     score: _Score = _Score()
@@ -103,7 +121,11 @@ def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
     def refuse(key: str, reason: str) -> LoadFailed:
         return LoadFailed(f"{path}: {key} {reason}")
 
-    head, num_outputs = _head(checkpoint, told, refuse)
+    if (told.head is None) == (told.judge is None):
+        raise refuse("head", "or judge: give one of them")
+    if told.judge is not None:
+        return _judge(checkpoint, told.judge, refuse)
+    head, num_outputs = _head(checkpoint, told.head, refuse)
     if told.read.at == "every" and not told.read.pattern:
         raise refuse("read.pattern", "is missing; it is what every occurrence is of")
     return Recipe(
@@ -140,8 +162,46 @@ def _read(path: Path) -> _SpecFile:
         raise LoadFailed(f"{path}: {where}: {first['msg']}; docs/models.md has every key") from error
 
 
-def _head(checkpoint: Checkpoint, told: _SpecFile, refuse) -> tuple[Head | nn.Module, int]:
-    kind, ids = told.head.kind, told.head.ids
+class _Expected(nn.Module):
+    """Logits of labels [rows, n] -> the mean of their values, weighted by softmax, and their probabilities."""
+
+    def __init__(self, values: tuple[float, ...]) -> None:
+        super().__init__()
+        self._values = nn.Parameter(torch.tensor(values))
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        odds = logits.softmax(-1)
+        return torch.cat([(odds * self._values).sum(-1, keepdim=True), odds], -1)
+
+
+def _judge(checkpoint: Checkpoint, told: _Judge, refuse: Refuse) -> Recipe:
+    if told.template.count("{response}") != 1 or told.template.count("{prompt}") != 1:
+        raise refuse("judge.template", "must have {prompt} and {response} once each")
+    if len(told.values) != len(told.labels):
+        raise refuse("judge.values", f"must be as many as there are labels: {len(told.labels)}")
+    file = checkpoint.text_folder / "tokenizer.json"
+    if not file.is_file():
+        raise refuse("judge.labels", f"cannot be looked up: there is no {file.name}")
+    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    ids = []
+    for label in told.labels:
+        found = tokenizer.encode(label, add_special_tokens=False).ids
+        if len(found) != 1:
+            raise refuse("judge.labels", f"'{label}' is {len(found)} tokens and must be one")
+        ids += found
+    head = nn.Sequential(heads.linear(lm_rows(checkpoint, ids)), _Expected(told.values))
+    return Recipe(
+        family="judge",
+        head=ModuleHead(head, 1 + len(ids)),
+        head_keys=keys_below(checkpoint, "lm_head"),
+        attributes=told.labels,
+        is_probability=sorted(told.values) == [0.0, 1.0],
+        judge=JudgeFormat(told.template),
+    )
+
+
+def _head(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> tuple[Head | nn.Module, int]:
+    kind, ids = told.kind, told.ids
     if kind == "lm_odds":
         if len(ids) != 2:
             raise refuse("head.ids", "must be two: the token that is good, and the one that is not")
@@ -150,7 +210,7 @@ def _head(checkpoint: Checkpoint, told: _SpecFile, refuse) -> tuple[Head | nn.Mo
         if not ids:
             raise refuse("head.ids", "is missing: ids of the tokens whose logits are read")
         return heads.linear(lm_rows(checkpoint, ids)), len(ids)
-    prefix, outputs = told.head.weights, told.head.outputs
+    prefix, outputs = told.weights, told.outputs
     if not prefix or not any(checkpoint.has(f"{prefix}{end}") for end in (".weight", ".0.weight")):
         keys = ", ".join(sorted(key for key in checkpoint.where if "layers." not in key)[:12])
         raise refuse("head.weights", f"'{prefix}' is not what a head's keys begin with; there are {keys}")
@@ -172,8 +232,9 @@ class _Weighted(nn.Module):
         return torch.cat([(outputs * self._weights).sum(-1, keepdim=True), outputs], -1)
 
 
-def _scored(head: Head | nn.Module, num_outputs: int, told: _SpecFile, refuse) -> Head:
+def _scored(head: Head | nn.Module, num_outputs: int, told: _SpecFile, refuse: Refuse) -> Head:
     score = told.score
+    assert told.head is not None
     if not isinstance(head, nn.Module):
         return head
     layers = [head, nn.Sigmoid()] if told.head.activation == "sigmoid" else [head]

@@ -182,6 +182,7 @@ class LiveModel:
             info.bos_token_id,
             info.appended,
             info.steps,
+            info.judge,
         )
         self._describe(info)
 

@@ -15,6 +15,7 @@ from rewardserve.types import (
     Conversation,
     ItemCode,
     ItemFailure,
+    JudgeFormat,
     Message,
     Overflow,
     PlainText,
@@ -36,6 +37,7 @@ QUICK_PAIRS = 256
 BATCH_CHARACTERS = 1 << 20  # tokenized at once: half a second, which is what is lost when the caller has left
 MAX_CUT_CHARACTERS = 4 << 20  # of a text to be truncated, which cannot be tokenized in part: two seconds
 
+PLACE = "\x02the response\x03"  # where it goes, in a text that a template renders once for all responses
 _NEVER = threading.Event()
 _NO_IDS = np.empty(0, np.int32)
 _Wholes = dict[int, Whole | ItemFailure]  # by the response's position
@@ -68,6 +70,7 @@ class Encoder:
         bos_token_id: int | None = None,
         appended: int | None = None,
         steps: StepFormat | None = None,
+        judge: JudgeFormat | None = None,
     ) -> None:
         """`bos_token_id` is the model's; a tokenizer knows better. `appended`: the id that every sequence is to end in.
 
@@ -76,6 +79,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self._appended = appended
         self._steps = steps
+        self._judge = judge
         self._bos_token_id = bos_token_id if tokenizer is None else tokenizer.bos_token_id
         self._vocab_size = vocab_size
         self._max_length = max_length
@@ -90,7 +94,7 @@ class Encoder:
         steps = self._steps or (BY_END if request.by_step else None)
         separator = request.step_separator or (steps or BY_END).separator
         by_end = steps is not None and steps.style in (StepStyle.ENDS, StepStyle.APART)
-        plain = self._appended is None and not by_end and not request.cache_response
+        plain = self._appended is None and not by_end and not request.cache_response and self._judge is None
         for number, group in enumerate(request.groups):
             groups.new_request_group()
             cached = request.cache_response
@@ -135,6 +139,8 @@ class Encoder:
     def _after_ids(self, job: _Job) -> tuple[Ids, _Wholes]:
         """Ids of the prompt, and what becomes of each response. Text after ids is verbatim."""
         assert isinstance(job.group.prompt, TokenIds)
+        if self._judge is not None:
+            raise InvalidRequest(f"{job.field}.prompt.token_ids", "a judge is asked in words; send text")
         prompt = self._ids(job.group.prompt, f"{job.field}.prompt.token_ids")
         wholes: _Wholes = dict(self._responses_of_ids(job, len(prompt)))
         texts = [(i, r) for i, r in enumerate(job.group.responses) if isinstance(r, str | Steps)]
@@ -280,6 +286,8 @@ class Encoder:
                 f"{field}.prompt.conversation", "this checkpoint has no chat template; send text or token_ids"
             )
         messages = _messages(prompt)
+        if self._judge is not None:
+            return self._question(self._judge, job)
         in_turns = job.steps is not None and job.steps.style is StepStyle.TURNS
         if in_turns and (messages is None or tokenizer.template is None):
             raise InvalidRequest(
@@ -301,6 +309,26 @@ class Encoder:
                 ) from error
 
         return render
+
+    def _question(self, judge: JudgeFormat, job: _Job) -> Callable[[str | Steps | None], str]:
+        """The judge's turn to speak, after it was asked about a response; of None, what comes before the response."""
+        tokenizer, field = self._tokenizer_for(f"{job.field}.prompt"), job.field
+        for i, response in enumerate(job.group.responses):
+            if isinstance(response, TokenIds | StepIds):
+                raise InvalidRequest(f"{field}.responses[{i}].token_ids", "a judge is asked in words; send text")
+        # The template's halves first: a prompt may hold the words {response} too.
+        before, after = (
+            half.replace("{prompt}", transcript(job.group.prompt)) for half in judge.template.split("{response}")
+        )
+        if tokenizer.template is not None:
+            try:
+                rendered = tokenizer.render((Message("user", f"{before}{PLACE}{after}"),))
+            except TEMPLATE_ERRORS as error:
+                raise InvalidRequest(
+                    f"{field}.prompt", f"the checkpoint's chat template refuses it: {error}"
+                ) from error
+            before, _, after = rendered.partition(PLACE)
+        return lambda response: before if response is None else f"{before}{_shown(response, job)}{after}"
 
     def _tokenizer_for(self, field: str) -> Tokenizer:
         if self.tokenizer is None:
@@ -329,6 +357,14 @@ def _shown(response: str | Steps, job: _Job) -> str:
     if job.steps is not None and job.steps.style is StepStyle.TAGGED:
         return tagged(response, job.steps, job.separator)
     return response if isinstance(response, str) else job.separator.join(response.texts)
+
+
+def transcript(prompt: Prompt) -> str:
+    """What a judge is shown of a prompt: plain text as it is, a conversation turn by turn."""
+    if isinstance(prompt, Conversation):
+        return "\n\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
+    assert not isinstance(prompt, TokenIds)
+    return prompt.text
 
 
 def _moved(whole: Whole, border: int) -> Whole:

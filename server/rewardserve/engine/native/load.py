@@ -115,6 +115,7 @@ def load_runner(options: NativeOptions) -> Loaded:
             reads_single_states=recipe.reads.at is ReadAt.LAST,
             pattern=() if recipe.reads.pattern is None else recipe.reads.pattern.ids,
             appended=recipe.appended,
+            judge=recipe.judge,
             steps=recipe.steps,
             text=text,
             text_missing_reason=text_missing_reason,
