@@ -17,13 +17,16 @@ VLLM_VENV := .venv-vllm
 PEERS := benchmarks/.venvs
 PEERS_MADE := $(PEERS)/vllm/made $(PEERS)/infinity/made
 
-.PHONY: help demo test test-vllm lint format proto venv clean peers bench bench-quick bench-gpu
+.PHONY: help demo demo-kinds test test-vllm lint format proto venv clean peers bench bench-quick bench-gpu
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.server ## serve the bundled reward model and rank real answers with it, over gRPC
 	@$(BIN)/python examples/demo.py
+
+demo-kinds: $(VENV)/.server ## one server with a model of each kind: steps, means, gates, a judge, an ensemble
+	@$(BIN)/python examples/demo_kinds.py
 
 test: $(VENV)/.dev ## lint and every test
 	$(BIN)/ruff check .

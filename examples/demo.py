@@ -1,10 +1,12 @@
 """`make demo`: serves the bundled reward model over gRPC, has it rank the answers in demo.jsonl, and stops it again."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -13,15 +15,21 @@ LISTENING = re.compile(r"listening on (\S+:\d+)")
 
 
 def main() -> int:
+    with served("--model", f"demo={HERE / 'demo_model'}") as endpoint:
+        return subprocess.call([*REWARDSERVE, "rank", "--endpoint", endpoint, "--input", str(HERE / "demo.jsonl")])
+
+
+@contextlib.contextmanager
+def served(*flags: str) -> Iterator[str]:
+    """Where a server with these flags listens, once it is ready; it is stopped in the end."""
     server = subprocess.Popen(
-        [*REWARDSERVE, "serve", "--model", f"demo={HERE / 'demo_model'}", "--port", "0", "--metrics-port", "-1"],
+        [*REWARDSERVE, "serve", *flags, "--port", "0", "--metrics-port", "-1"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
     try:
-        endpoint = wait_until_ready(server)
-        return subprocess.call([*REWARDSERVE, "rank", "--endpoint", endpoint, "--input", str(HERE / "demo.jsonl")])
+        yield wait_until_ready(server)
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate()

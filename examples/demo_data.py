@@ -6,13 +6,14 @@ Shared by `train_demo_model.py` and `evaluate_demo_model.py`, so that both agree
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from rewardserve.training.split import normalised, position
 
 DEFAULT_DATA_DIR = Path(__file__).resolve().parents[2] / "shared" / "data"
 CANDIDATES_FILE = "candidates.jsonl.gz"
@@ -116,12 +117,10 @@ def load_splits(data_dir: Path) -> dict[str, Split]:
 
 def split_of(prompt: str) -> str:
     """Name the part a prompt belongs to, by a seeded hash, so that the split does not depend on file order."""
-    normalised = " ".join(prompt.lower().split())
-    digest = hashlib.sha256(f"{SPLIT_SEED}:{normalised}".encode()).digest()
-    position = int.from_bytes(digest[:8], "big") / 2**64
-    if position < TEST_SHARE:
+    place = position(normalised(prompt), SPLIT_SEED)
+    if place < TEST_SHARE:
         return "test"
-    return "validation" if position < TEST_SHARE + VALIDATION_SHARE else "train"
+    return "validation" if place < TEST_SHARE + VALIDATION_SHARE else "train"
 
 
 def shuffle_words(text: str, rng: random.Random) -> str:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 HELD_OUT_SEED = 7
+Rewards = dict[tuple[str, ...], float]  # by the conversation's texts and the answer
 CLOSING_TOKENS = 2  # <|im_end|> and the line break after it
 
 
@@ -80,11 +81,27 @@ def held_out_pairs(split: demo_data.Split) -> list[Pair]:
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: demo_data.Split) -> dict[str, Figure]:
     """Accuracy per kind of pair, plus "broken": all kinds of broken answers together."""
     pairs = held_out_pairs(split)
-    keys = {_key(pair.messages, text): (pair.messages, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
-    rewards = dict(zip(keys, score(model, tokenizer, list(keys.values())), strict=True))
+    return figures_of(pairs, rewards_of(model, tokenizer, pairs))
+
+
+def rewards_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> Rewards:
+    """Reward every answer of the pairs, each once."""
+    keys = {
+        reward_key(pair.messages, text): (pair.messages, text)
+        for pair in pairs
+        for text in (pair.chosen, pair.rejected)
+    }
+    return dict(zip(keys, score(model, tokenizer, list(keys.values())), strict=True))
+
+
+def figures_of(pairs: Sequence[Pair], rewards: Rewards) -> dict[str, Figure]:
+    """Accuracy per kind of pair, plus "broken": all kinds of broken answers together."""
     hits: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for pair in pairs:
-        better, worse = rewards[_key(pair.messages, pair.chosen)], rewards[_key(pair.messages, pair.rejected)]
+        better, worse = (
+            rewards[reward_key(pair.messages, pair.chosen)],
+            rewards[reward_key(pair.messages, pair.rejected)],
+        )
         hit = (_win(better, worse), _win(len(pair.chosen), len(pair.rejected)))
         hits[pair.kind].append(hit)
         if pair.kind in demo_data.BROKEN_KINDS:
@@ -117,7 +134,8 @@ def load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def _key(messages: list[Message], text: str) -> tuple[str, ...]:
+def reward_key(messages: list[Message], text: str) -> tuple[str, ...]:
+    """What the reward of an answer in a conversation is found by."""
     return (*(message["content"] for message in messages), text)
 
 

@@ -2,15 +2,15 @@
 
     python examples/train_demo_model.py --output examples/demo_model
 
-Everything happens on the CPU, in TRL's trainer; this file only prepares what it is given:
+Everything happens on the CPU, in the trainer behind `rewardserve train`; this file only prepares what it is given:
 
 1. The prompts are split by hash into train, validation and test (`demo_data.py`).
 2. A byte-level BPE tokenizer is trained on the training part.
 3. A model is set up whose attention starts out comparing tokens with each other (`start_matching`). Whether an answer
    shares words with its prompt is then visible from the first step. Ordinary random weights did not get there in runs
    of this size, but were tried at higher learning rates only.
-4. `RewardTrainer` trains it on many short pairs of a related and an unrelated answer.
-5. `RewardTrainer` goes on with judge preferences, human preferences, good answers against broken ones, and more of the
+4. It is trained on many short pairs of a related and an unrelated answer.
+5. Training goes on with judge preferences, human preferences, good answers against broken ones, and more of the
    short pairs, without which the model forgets what it learned from them.
 6. The written model is measured on the test part, and the figures go into its model card.
 """
@@ -23,6 +23,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -33,17 +34,21 @@ from pathlib import Path
 import demo_data
 import evaluate_demo_model
 import torch
-from datasets import Dataset
-from demo_data import CORRUPTIONS, CandidatePrompt, Message, Pair, Split
+from demo_data import CORRUPTIONS, CandidatePrompt, Pair, Split
 from evaluate_demo_model import Figure
+from rewardserve.training import data, member
+from rewardserve.training.recipe import Recipe
+from rewardserve.training.rows import Comparison, Row
+from rewardserve.training.save import save_model
+from rewardserve.types import Conversation, Message
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, set_seed
 from transformers import Qwen3ForSequenceClassification as RewardModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
-from trl import RewardConfig, RewardTrainer
 
 logger = logging.getLogger("train_demo_model")
 
+Turn = dict[str, str]
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 MAX_POSITIONS = 2048
 MODEL_CARD = Path(__file__).with_name("demo_model_card.md.in")
@@ -219,7 +224,7 @@ class PairSampler:
         return [Pair("harmless_corrupted", pair.messages, pair.chosen, corrupt(pair.chosen, self.rng))]
 
 
-def _exchanged(prompts: list[list[Message]], answers: list[str]) -> list[Pair]:
+def _exchanged(prompts: list[list[Turn]], answers: list[str]) -> list[Pair]:
     """Two prompts, each with its own answer as the better and the other's as the worse."""
     return [
         Pair("off_topic", prompts[0], answers[0], answers[1]),
@@ -227,7 +232,7 @@ def _exchanged(prompts: list[list[Message]], answers: list[str]) -> list[Pair]:
     ]
 
 
-def _question(text: str) -> list[Message]:
+def _question(text: str) -> list[Turn]:
     return [{"role": "user", "content": text}]
 
 
@@ -367,76 +372,50 @@ def _slow(width: int) -> torch.Tensor:
     return torch.arange(width) % (width // 2) >= 0.45 * (width // 2)
 
 
-def to_dataset(pairs: list[Pair], batch_size: int, seed: int) -> Dataset:
-    """Pairs in TRL's conversational preference format, a few with a system message before them.
-
-    Pairs of similar length lie together in runs of one batch, the runs in random order. This saves most of the
-    padding, and with gradient accumulation every optimizer step still sees all lengths and so all kinds.
-    """
-    rng = random.Random(seed)
-    by_length = sorted(pairs, key=_text_length)
-    runs = [by_length[start : start + batch_size] for start in range(0, len(by_length), batch_size)]
-    rng.shuffle(runs)
-    return Dataset.from_list([_to_row(pair, rng) for run in runs for pair in run])
-
-
-def _text_length(pair: Pair) -> int:
-    return sum(len(m["content"]) for m in pair.messages) + max(len(pair.chosen), len(pair.rejected))
-
-
-def _to_row(pair: Pair, rng: random.Random) -> dict[str, list[Message]]:
-    with_system = rng.random() < SYSTEM_PROMPT_SHARE
-    system = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if with_system else []
-    return {
-        "prompt": system + [{"role": m["role"], "content": m["content"]} for m in pair.messages],
-        "chosen": [{"role": "assistant", "content": pair.chosen}],
-        "rejected": [{"role": "assistant", "content": pair.rejected}],
-    }
+def to_row(pair: Pair, line: int, rng: random.Random) -> Row:
+    """A pair as training takes it, now and then with a system message before it."""
+    turns = [Message(m["role"], m["content"]) for m in pair.messages]
+    if rng.random() < SYSTEM_PROMPT_SHARE:
+        turns.insert(0, Message("system", rng.choice(SYSTEM_PROMPTS)))
+    return Row(line, Conversation(tuple(turns)), (pair.chosen, pair.rejected), (Comparison(0, 1),), None, pair.kind)
 
 
 def train_reward_model(
     model: RewardModel,
     pairs: list[Pair],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer_folder: Path,
     args: argparse.Namespace,
     accumulate: int,
     learning_rate: float,
     warmup_steps: int = 40,
 ) -> None:
     """Pass once over the pairs; pairs over the length limit are left out."""
-    batch_size = args.batch_size // accumulate
+    recipe = Recipe(
+        batch_size=args.batch_size,
+        micro_batch_size=args.batch_size // accumulate,
+        learning_rate=learning_rate,
+        warmup=warmup_steps,
+        weight_decay=0.01,
+        center_rewards=0.001,
+        half=args.bf16,
+        use_cpu=True,
+    )
+    rng = random.Random(args.seed)
+    rows = [to_row(pair, line, rng) for line, pair in enumerate(pairs)]
+    encoder = data.make_encoder(tokenizer_folder, model.config, args.max_length)
+    encoded = data.encode(rows, encoder, "the drawn pairs")
+    examples = data.training_set(encoded, recipe.loss, 0, "the drawn pairs")
+    material = member.Material(tokenizer_folder, "", examples, None, torch.bfloat16)
     with tempfile.TemporaryDirectory() as scratch:
-        config = RewardConfig(
-            output_dir=scratch,
-            num_train_epochs=1,
-            per_device_train_batch_size=batch_size,
-            gradient_accumulation_steps=accumulate,
-            learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=warmup_steps,
-            adam_beta2=0.98,
-            weight_decay=0.01,
-            gradient_checkpointing=False,
-            bf16=args.bf16,
-            use_cpu=True,
-            save_strategy="no",
-            report_to=[],
-            logging_steps=25,
-            seed=args.seed,
-            max_length=args.max_length,
-            train_sampling_strategy="sequential",  # `to_dataset` has already shuffled
-            center_rewards_coefficient=0.001,
-        )
-        dataset = to_dataset(pairs, batch_size, args.seed)
-        RewardTrainer(model=model, args=config, train_dataset=dataset, processing_class=tokenizer).train()
+        trainer = member.make_trainer(model, material, recipe, args.seed, Path(scratch), show_progress=True)
+        trainer.args.adam_beta2 = 0.98
+        trainer.args.save_strategy = "no"
+        trainer.train()
 
 
-def save(model: RewardModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the model in bfloat16 and the tokenizer, under a class name that all recent transformers know."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(folder)
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer under a class name that all recent transformers know."""
     tokenizer.save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -512,19 +491,22 @@ def main() -> None:
     splits = demo_data.load_splits(args.data_dir)
     logger.info("training the tokenizer")
     tokenizer = train_tokenizer(splits["train"], args.vocab_size)
+    folder = Path(tempfile.mkdtemp())
+    save_tokenizer(tokenizer, folder)
     start = time.monotonic()
     logger.info("training the reward model")
     sampler = PairSampler(splits["train"], args.seed)
     model = RewardModel(model_config(tokenizer, args))
     start_matching(model, tokenizer)
-    train_reward_model(model, sampler.related(args.related_pairs), tokenizer, args, 1, args.related_learning_rate)
+    train_reward_model(model, sampler.related(args.related_pairs), folder, args, 1, args.related_learning_rate)
     keep_matching(model, args.keep)
-    train_reward_model(model, sampler.mixture(args.pairs), tokenizer, args, args.accumulate, args.learning_rate)
-    train_reward_model(model, sampler.broken(args.broken_pairs), tokenizer, args, args.accumulate, args.learning_rate)
+    train_reward_model(model, sampler.mixture(args.pairs), folder, args, args.accumulate, args.learning_rate)
+    train_reward_model(model, sampler.broken(args.broken_pairs), folder, args, args.accumulate, args.learning_rate)
     finishing = sampler.finishing(args.finishing_pairs)
-    train_reward_model(model, finishing, tokenizer, args, args.accumulate, args.finishing_learning_rate, warmup_steps=8)
+    train_reward_model(model, finishing, folder, args, args.accumulate, args.finishing_learning_rate, warmup_steps=8)
     minutes = (time.monotonic() - start) / 60
-    save(model, tokenizer, args.output)
+    save_model(model, args.output, torch.bfloat16, text_from=folder, config=model_config(tokenizer, args))
+    shutil.rmtree(folder)
 
     logger.info("measuring the written model")
     model, tokenizer = evaluate_demo_model.load(args.output)

@@ -49,6 +49,26 @@ def test_make_demo_ranks_every_prompt_over_grpc_and_leaves_nothing_running() -> 
     assert not [process.cmdline() for process in psutil.process_iter() if mark in _environment(process)]
 
 
+@pytest.mark.timeout(300)
+def test_make_demo_kinds_serves_a_model_of_each_kind_by_its_own_name() -> None:
+    demo = subprocess.run([sys.executable, ROOT / "examples" / "demo_kinds.py"], capture_output=True, text=True)
+    assert demo.returncode == 0, demo.stderr
+    rows = re.findall(r"^│ (\S+) +│ (\S+) +│ (-?\d+\.\d+) +│ (\w[\w ]*?) +│ (.*?) *│$", demo.stdout, flags=re.M)
+    means = {name: means for name, _, _, means, _ in rows}
+    members = {f"seed-{n}": "raw logit" for n in range(3)}
+    kinds = {
+        "scalar": "raw logit",
+        "mean": "raw logit",
+        "mlp": "raw logit",
+        "gated": "raw logit",
+        "ensemble": "raw logit",
+    }
+    assert means == {**members, **kinds, "steps": "probability", "judge": "probability"}
+    besides = {name: text for name, *_, text in rows}
+    assert besides["steps"].startswith("steps ") and besides["steps"].count(",") == 2
+    assert "Yes 0." in besides["judge"] and "seed-2" in besides["ensemble"]
+
+
 def _environment(process: psutil.Process) -> dict[str, str]:
     try:
         return process.environ()

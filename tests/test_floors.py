@@ -69,6 +69,7 @@ FRONT = (
     "rewardserve.cli.main",
     "rewardserve.cli.serve",
     "rewardserve.cli.bench",
+    "rewardserve.cli.train",
     "rewardserve.cli.eval_scores",
     "rewardserve.evaluation.html",
     "rewardserve.loadtest.loadgen",

@@ -21,7 +21,7 @@ from pydantic_settings import SettingsConfigDict as SettingsConfig
 
 PREFIX = "REWARDSERVE_"
 SERVE = "serve"
-OTHER_VERBS = ("score", "rank", "eval", "models", "health", "bench")
+OTHER_VERBS = ("score", "rank", "eval", "models", "health", "bench", "train")
 
 # Kubernetes tells every pod of a namespace where its Services are, in variables that begin with the Service's name. One
 # named rewardserve, or rewardserve-metrics, must not keep the server from starting, nor be taken for its port.

@@ -11,8 +11,10 @@ VERBS = {
     "eval": "judge a reward model by pairs or rated responses: accuracy, calibration, bias, best-of-N",
     "models": "list what a server serves; load and unload",
     "bench": "measure a server: latency against load, as a picture",
+    "train": "train a reward model, or an ensemble, on pairs or ratings",
     "health": "exit code 0 if a server is ready to score; for container probes",
 }
+EXTRAS = {"train": "train"}  # of verbs that need more than the server
 USAGE = "usage: rewardserve VERB [OPTIONS]\n\n" + "".join(f"  {verb:8} {text}\n" for verb, text in VERBS.items())
 
 
@@ -66,6 +68,11 @@ def _run(arguments: list[str]) -> int:
     try:
         verb = importlib.import_module(f"rewardserve.cli.{arguments[0]}")
     except ModuleNotFoundError as error:
-        print(f"rewardserve {arguments[0]} needs '{error.name}': pip install 'rewardserve[server]'", file=sys.stderr)
+        print(f"rewardserve {arguments[0]} {advice(arguments[0], error)}", file=sys.stderr)
         return 1
     return verb.run(arguments[1:])
+
+
+def advice(verb: str, error: ModuleNotFoundError) -> str:
+    """What to install."""
+    return f"needs '{error.name}': pip install 'rewardserve[{EXTRAS.get(verb, 'server')}]'"

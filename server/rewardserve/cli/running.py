@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from rewardserve.cli.main import advice
 from rewardserve.client import (
     AsyncRewardClient,
     DeadlineExceeded,
@@ -35,7 +36,7 @@ def guarded(verb: str, work: Callable[[], int]) -> int:
     except UnicodeEncodeError as error:  # bytes of the command line that are no text; protobuf does not take them
         code, message = 2, f"{error.object!r} is not UTF-8"
     except ModuleNotFoundError as error:
-        code, message = 1, f"needs '{error.name}': pip install 'rewardserve[server]'"
+        code, message = 1, advice(verb, error)
     except (RewardServeError, OSError) as error:
         if isinstance(error, OSError):
             _settle_stdout()
