@@ -101,7 +101,7 @@ class ServeConfig(Options):
         default=0,
         ge=0,
         le=MAX_THREADS,
-        description="torch threads of one engine on a CPU; 0: all cores, shared among the engines",
+        description="torch threads of one engine on a CPU; 0: all cores, shared by devices and by an ensemble",
     )
     tokenizer_threads: int = Field(default=2, ge=1, le=MAX_THREADS, description="threads that tokenize text")
 

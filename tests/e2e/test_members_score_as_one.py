@@ -1,6 +1,7 @@
 """An ensemble over the wire: every member's score, their spread, and the aggregate that was configured."""
 
 import math
+import os
 import re
 import statistics
 import urllib.request
@@ -10,8 +11,10 @@ import grpc
 import pytest
 import torch
 from checkpoints import padded_scores, save_checkpoint
+from rewardserve.app import threads_of
 from rewardserve.client import Group, RewardClient, TokenIds
 from rewardserve.client.errors import ModelNotFound
+from rewardserve.config import load_config
 
 PROMPT, RESPONSES = list(range(5, 150)), [list(range(10, 10 + n)) for n in (3, 40, 9)]
 ROWS = [[*PROMPT, *response] for response in RESPONSES]
@@ -115,3 +118,13 @@ def test_it_is_listed_counted_and_healthy_like_a_model(client, server) -> None:
 def test_a_server_with_an_ensemble_wants_a_name(client) -> None:
     with pytest.raises(ModelNotFound, match="name a model"):
         client.score([group()])
+
+
+def test_members_share_the_cores_of_the_machine(members) -> None:
+    models = [flag for name, folder in members.items() for flag in ("--model", f"{name}={folder}")]
+    num_cores = len(os.sched_getaffinity(0))
+    config = load_config([*models, "--ensemble", "two=mean(a+b)"])
+    shared = max(1, num_cores // 2)
+    assert [threads_of(config, name) for name in NAMES] == [shared, shared, 0]
+    config = load_config([*models, "--ensemble", "two=mean(a+b)", "--threads", "3"])
+    assert [threads_of(config, name) for name in NAMES] == [3, 3, 3]

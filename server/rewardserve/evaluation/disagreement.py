@@ -22,8 +22,14 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Disagreement:
-    auroc: float  # of the std of the margin, for telling wrong pairs from right ones; 0.5 is chance
-    auroc_of_small_margin: float  # the same of -|margin|, which a single model has too
+    """Chances that a wrong pair has the larger signal than a right one; 0.5 is none.
+
+    Members that are scaled differently differ most where margins are large, and so right: the bare std may say nothing.
+    """
+
+    auroc: float  # of the std of the members' margins over the margin: how far they differ for what they decide
+    auroc_of_std: float  # of the std alone
+    auroc_of_small_margin: float  # of -|margin|, which a single model has too
     curve: tuple[Kept, ...]
 
 
@@ -33,18 +39,18 @@ def disagreement(pairs: Pairs) -> Disagreement | None:
         return None
     decided = pairs.margin != 0
     margin, std, prompt = pairs.margin[decided], pairs.std[decided], pairs.prompt[decided]
-    wrong = margin < 0
-    found, without = auroc(std, wrong), auroc(-np.abs(margin), wrong)
-    if found is None or without is None:
+    wrong, relative = margin < 0, std / np.abs(margin)
+    found, bare, without = (auroc(signal, wrong) for signal in (relative, std, -np.abs(margin)))
+    if found is None or bare is None or without is None:
         return None
-    agreed = np.argsort(std, kind="stable")
+    agreed = np.argsort(relative, kind="stable")
     curve = []
     for part in KEPT:
         kept = agreed[: max(1, round(part * len(agreed)))]
         accuracy = share(margin[kept], prompt[kept])
         assert accuracy is not None
         curve.append(Kept(part, accuracy))
-    return Disagreement(found, without, tuple(curve))
+    return Disagreement(found, bare, without, tuple(curve))
 
 
 def auroc(signal: Floats, wrong: NDArray[np.bool_]) -> float | None:

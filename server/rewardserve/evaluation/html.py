@@ -169,8 +169,9 @@ def _disagreement(report: Report) -> Iterator[str]:
     found = report.disagreement
     assert found is not None
     yield (
-        f"<p>A wrong pair has the larger disagreement than a right one in {100 * found.auroc:.1f} % of cases, and the "
-        f"smaller margin in {100 * found.auroc_of_small_margin:.1f} %; 50 % is chance.</p>"
+        f"<p>A wrong pair has the larger disagreement for its margin than a right one in {100 * found.auroc:.1f} % of "
+        f"cases, the larger disagreement in {100 * found.auroc_of_std:.1f} %, and the smaller margin in "
+        f"{100 * found.auroc_of_small_margin:.1f} %; 50 % is chance.</p>"
     )
     yield _shares({f"{100 * each.share_of_pairs:.0f} % of the pairs": each.accuracy for each in found.curve})
 
