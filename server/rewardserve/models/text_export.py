@@ -18,10 +18,18 @@ CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
     ),
     (("system", "Be brief."), ("user", "<b>1 < 2</b>"), ("assistant", "\n\tdef f():\n    return 'é'\n")),
 )
+PAIRS = (("What is 2 + 2?", "It is 4."), (" Écris du code: `x = 1`", "ok 👍\n\tdef f():"), ("<b>1 < 2</b>", "no"))
+PAIR_TEMPLATE = (
+    "{{ cls_token }}{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{{ sep_token }}{% endif %}"
+    "{{ m.content }}{% endfor %}{% if not add_generation_prompt %}{{ sep_token }}{% endif %}"
+)
 
 
-def export_text(folder: Path) -> tuple[TextSpec | None, str]:
-    """The checkpoint's text handling, or None and why there is none: then only token ids can be scored."""
+def export_text(folder: Path, in_pairs: bool = False) -> tuple[TextSpec | None, str]:
+    """The checkpoint's text handling, or None and why there is none: then only token ids can be scored.
+
+    `in_pairs`: an encoder that is shown prompt and response as a pair of segments, by its tokenizer's own rule.
+    """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one up, empty
         return None, f"none of {', '.join(TOKENIZER_FILES)} is in the checkpoint's folder"
     try:
@@ -31,6 +39,8 @@ def export_text(folder: Path) -> tuple[TextSpec | None, str]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None, f"{type(tokenizer).__name__} is not a fast tokenizer"
+    if in_pairs:
+        return _pairs(tokenizer)
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         return None, f"its chat templates are named {', '.join(tokenizer.chat_template)}, and none is 'default'"
     return (
@@ -43,6 +53,22 @@ def export_text(folder: Path) -> tuple[TextSpec | None, str]:
         ),
         "",
     )
+
+
+def _pairs(tokenizer: PreTrainedTokenizerBase) -> tuple[TextSpec | None, str]:
+    """The pair as a template. Tokenizers put a segment's first token together in ways of their own: it is tried."""
+    specials = {k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
+    if not {"cls_token", "sep_token"} <= specials.keys():
+        return None, "its tokenizer has no [CLS] and [SEP] to make pairs with"
+    probes = []
+    for question, answer in PAIRS:
+        text = f"{specials['cls_token']}{question}{specials['sep_token']}{answer}{specials['sep_token']}"
+        ids = tuple(tokenizer(question, answer)["input_ids"])
+        if tuple(_tokenize(tokenizer, text)) != ids:
+            return None, "its tokenizer's pairs cannot be written as one text"
+        probes.append(Probe((("user", question), ("assistant", answer)), False, text, ids))
+    spec = TextSpec(tokenizer.backend_tokenizer.to_str(), PAIR_TEMPLATE, specials, None, tuple(probes))
+    return spec, ""
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -92,7 +92,7 @@ def load_runner(options: NativeOptions) -> Loaded:
     model = loader.load(spec, dtype, device)
     max_batch_tokens = options.max_batch_tokens or (2048 if device.type == "cpu" else 8192)
     max_length = min(options.max_length or spec.max_length, spec.max_length)
-    text, text_missing_reason = export_text(spec.checkpoint.text_folder)
+    text, text_missing_reason = export_text(spec.checkpoint.text_folder, in_pairs=recipe.reads.at is ReadAt.FIRST)
     padded = Loaded(
         PaddedRunner(model, max_batch_tokens),
         EngineInfo(
