@@ -22,10 +22,11 @@ from rewardserve.engine.vllm_engine import ItemFailed, ModelGone, Scored, Step
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.engine.vllm_plugin import OWNER
 from rewardserve.errors import LoadFailed
+from rewardserve.models.checkpoint import first_line
 from rewardserve.models.heads import LinearHead
 from rewardserve.models.loader import choose_dtype, count_parameters
 from rewardserve.models.reads import ReadPlan
-from rewardserve.models.spec import ModelSpec, first_line, read_spec
+from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text
 from rewardserve.types import ItemCode, ItemFailure
 
@@ -210,7 +211,7 @@ def _info(options: VllmOptions, spec: ModelSpec, num_parameters: int, llm: Any) 
     config, cache = llm.vllm_config.model_config, llm.vllm_config.cache_config
     device = llm.vllm_config.device_config.device_type
     ranks = options.tensor_parallel
-    text, text_missing_reason = export_text(spec.folder)
+    text, text_missing_reason = export_text(spec.checkpoint.text_folder)
     # Another engine rounds otherwise, so it is another version: one version, one score.
     precision = config.quantization or DTYPE_NAMES[config.dtype]
     return EngineInfo(
