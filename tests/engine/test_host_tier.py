@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import VOCAB_SIZE, padded_scores, save_checkpoint
-from rewardserve.engine.base import EngineRequest
+from rewardserve.engine.base import EngineItem, EngineRequest
 from rewardserve.engine.native import load
 from rewardserve.engine.native.block_pool import BlockPool
 from rewardserve.engine.native.prefix_cache import PrefixCache
@@ -112,6 +112,37 @@ def test_a_forward_that_fails_between_two_prompts_leaves_true_scores() -> None:
         (outcome,) = scheduler.take_outcomes()
         assert outcome.result.groups[0].items[0].score == true_score(prompt + ids(5, 7))
         scheduler.check()
+
+
+def test_features_of_a_forward_that_failed_are_not_trusted_for_a_copy_in_host_memory() -> None:
+    """Asked for at more positions, a block that lies in host memory is computed anew; that forward fails."""
+    scheduler, model = Scheduler(PrefixCache(BlockPool(4), 8), 1000, 100), ToyModel(4)
+    prompt, other, response = ids(300, 1), ids(300, 2), ids(5, 7)
+
+    def add(name: str, text: bytes, *steps: int) -> None:
+        group = EncodedGroup(text, (response,), (steps,) if steps else ())
+        scheduler.add(EngineRequest(name, (group,)))
+
+    def run() -> EngineItem:
+        while (plan := scheduler.schedule()) is not None:
+            scheduler.complete(plan, model.run(plan))
+            scheduler.check()
+        (outcome,) = scheduler.take_outcomes()
+        return outcome.result.groups[0].items[0]
+
+    for name, text in (("first", prompt), ("second", other)):  # the second drives the first into host memory
+        add(name, text)
+        run()
+    add("third", prompt, 200, 304)
+    assert scheduler.schedule() is not None
+    scheduler.rollback()
+    scheduler.cancel("third")
+    scheduler.take_outcomes()
+    add("fourth", prompt)  # finds the second block in host memory, and needs nothing that was read there
+    run()
+    add("fifth", prompt, 200, 304)
+    whole = prompt + response
+    assert list(run().steps) == [true_score(whole[: 4 * (position + 1)]) for position in (200, 304)]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,9 @@ from rewardserve.engine.native.block_pool import BlockPool
 from rewardserve.engine.native.prefix_cache import PrefixCache
 from rewardserve.engine.native.scheduler import Outcome, Scheduler
 from rewardserve.engine.native.sequence import BatchPlan
+from rewardserve.models.reads import Pattern, ReadAt, Reader, ReadPlan
 from rewardserve.types import EncodedGroup, ItemCode, ItemFailure
+from rewardserve_kernels.ragged import BLOCK_TOKENS
 from toy_model import ToyModel, true_score
 
 MOST_TOKENS = 420
@@ -26,7 +28,38 @@ def groups(draw) -> EncodedGroup:
     for _ in range(draw(st.integers(1, 4))):
         start = draw(st.integers(0, MOST_TOKENS))
         responses.append(TOKENS[start : start + draw(st.integers(1, MOST_TOKENS // 2))].tobytes())
-    return EncodedGroup(prompt.tobytes(), tuple(responses))
+    steps: list[tuple[int, ...]] = []
+    if draw(st.booleans()):  # the request says where it wants to be read
+        for response in responses:
+            positions = st.integers(0, len(prompt) + len(response) // 4 - 1)
+            steps.append(tuple(sorted(draw(st.sets(positions, min_size=1, max_size=5)))))
+    return EncodedGroup(prompt.tobytes(), tuple(responses), tuple(steps))
+
+
+AT_BORDER = 2 * BLOCK_TOKENS - 1  # a pattern that begins in one block of the first text and ends in the next
+READ_PLANS = {
+    "last": ReadPlan(),
+    "first": ReadPlan(ReadAt.FIRST),
+    "every tag": ReadPlan(ReadAt.EVERY, Pattern((int(TOKENS[5]),))),
+    "begins before": ReadPlan(ReadAt.EVERY, Pattern(tuple(TOKENS[AT_BORDER - 1 : AT_BORDER + 2].tolist()))),
+    "ends after": ReadPlan(ReadAt.EVERY, Pattern(tuple(TOKENS[AT_BORDER : AT_BORDER + 2].tolist()), offset=1)),
+}
+
+
+def true_steps(plan: ReadPlan, tokens: bytes, named: tuple[int, ...]) -> list[float]:
+    """What is read of a sequence, position by position; empty if there is nothing to read."""
+    ids = np.frombuffer(tokens, "<i4").tolist()
+    if named:
+        positions = list(named)
+    elif plan.at is ReadAt.FIRST:
+        positions = [0]
+    elif plan.pattern is None:
+        positions = [len(ids) - 1]
+    else:
+        wanted = list(plan.pattern.ids)
+        starts = [i for i in range(len(ids)) if ids[i : i + len(wanted)] == wanted]
+        positions = [start + plan.pattern.offset for start in starts]
+    return [true_score(tokens[: 4 * (position + 1)]) for position in positions]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -38,11 +71,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         chunks=st.integers(1, 20),
         cached=st.booleans(),
         host_slots=st.sampled_from([0, 1, 2, 5]),
+        read=st.sampled_from(sorted(READ_PLANS)),
     )
-    def start(self, num_blocks: int, tokens: int, chunks: int, cached: bool, host_slots: int) -> None:
+    def start(self, num_blocks: int, tokens: int, chunks: int, cached: bool, host_slots: int, read: str) -> None:
+        self.read_plan = READ_PLANS[read]
         self.now = 0.0
         self.cache = PrefixCache(BlockPool(num_blocks), host_slots) if cached else None
-        self.scheduler = Scheduler(self.cache, tokens, chunks, lambda: self.now)
+        self.scheduler = Scheduler(self.cache, tokens, chunks, lambda: self.now, Reader(self.read_plan))
         self.model = ToyModel(num_blocks)
         self.plans: list[BatchPlan] = []
         self.requests: dict[str, EngineRequest] = {}
@@ -119,11 +154,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_scores(self, outcome: Outcome) -> None:
         request = self.requests[outcome.request_id]
         for encoded, scored in zip(request.groups, outcome.result.groups, strict=True):
-            for response, item in zip(encoded.responses, scored.items, strict=True):
+            named = encoded.steps or [()] * len(encoded.responses)
+            for response, where, item in zip(encoded.responses, named, scored.items, strict=True):
+                tokens = encoded.prompt + response
+                steps = true_steps(self.read_plan, tokens, where)
                 if item.score is None:
-                    assert encoded.prompt + response in self.failed_by_us
+                    assert tokens in self.failed_by_us or not steps
+                elif where or self.read_plan.at is ReadAt.EVERY:
+                    assert list(item.steps) == steps and item.score == min(steps)
                 else:
-                    assert item.score == true_score(encoded.prompt + response)
+                    assert [item.score] == steps and not item.steps
 
     def teardown(self) -> None:
         """Everything left is run to its end."""
