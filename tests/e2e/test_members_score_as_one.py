@@ -4,6 +4,8 @@ import math
 import os
 import re
 import statistics
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 
@@ -107,7 +109,12 @@ def test_it_is_listed_counted_and_healthy_like_a_model(client, server) -> None:
     info = client.get_model("all")
     assert (info.state, info.members, info.aggregate) == ("serving", NAMES, "mean")
     assert info.version == client.score([group()], model="all").model_version
+    assert info.max_length == min(client.get_model(name).max_length for name in NAMES)
     assert {model.name for model in client.list_models()} == {*NAMES, *HOWS}
+    shown = subprocess.run(
+        [sys.executable, "-m", "rewardserve", "models", "--endpoint", server.target], capture_output=True, text=True
+    )
+    assert "mean(a+b+c)" in shown.stdout and "unspecified" not in shown.stdout, shown.stdout + shown.stderr
     assert server.is_serving("rewardserve.v1.Scoring/all")
     with urllib.request.urlopen(f"http://127.0.0.1:{server.metrics_port}/metrics") as reply:
         scraped = reply.read().decode()

@@ -186,10 +186,13 @@ def _show_list(console: Console, models: Sequence[ModelInfo]) -> None:
 
 def _cells(model: ModelInfo) -> list[Text]:
     architecture = model.architecture.removesuffix(SUFFIX)
+    path = model.path
+    if model.members:
+        architecture, path = f"{model.aggregate}({'+'.join(model.members)})", ""
     return [
         Text(model.name, "bold"),
         Text(model.state, STYLES.get(model.state, "yellow")),
-        *map(Text, (model.version, architecture, model.path, model.dtype, model.device)),
+        *map(Text, (model.version, architecture, path, model.dtype, model.device)),
         Text(str(model.max_length)),
         Text(str(model.num_restarts)),
     ]

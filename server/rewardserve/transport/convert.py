@@ -276,6 +276,10 @@ def ensemble(served: Ensemble, registry: Registry) -> models_pb2.Model:
         message.state = models_pb2.MODEL_STATE_SERVING
         versions = [(name, live.info.version) for name in served.members if (live := members[name]).info is not None]
         message.version = version_of(served, versions)
+        each = [model(members[name]) for name in served.members]
+        message.max_length = min(member.max_length for member in each)  # what every member can score
+        message.has_tokenizer = all(member.has_tokenizer for member in each)
+        message.has_chat_template = all(member.has_chat_template for member in each)
     return message
 
 
