@@ -11,7 +11,7 @@ from rewardserve.options import ConfigError
 from rewardserve.training import member
 from safetensors import safe_open
 from transformers import Trainer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 # Options that change the weights of a run of a few steps, each with what it is compared with.
 CHANGES: dict[str, tuple[list[str], list[str]]] = {
@@ -109,13 +109,13 @@ def test_a_micro_batch_is_what_is_computed_at_once(run_train, monkeypatch):
 
 
 def test_gradient_checkpointing_computes_twice_and_learns_the_same(run_train, monkeypatch):
-    calls, compute = [], Qwen3DecoderLayer.forward
+    calls, compute = [], Qwen3MLP.forward
 
     def watch(self, *given, **options):
         calls.append(1)
         return compute(self, *given, **options)
 
-    monkeypatch.setattr(Qwen3DecoderLayer, "forward", watch)
+    monkeypatch.setattr(Qwen3MLP, "forward", watch)
     found = []
     for flags in ([], ["--gradient-checkpointing"]):
         calls.clear()
