@@ -21,6 +21,10 @@ from rewardserve.training.held_out import Figures, HeldOut
 from rewardserve.training.recipe import Recipe
 from rewardserve.training.trainer import Progress, RewardModelTrainer, choose_padding_id
 
+# transformers calls it by another name from 5.18 or so on, and warns of the old one
+CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(RewardConfig, "activation_checkpointing") else "gradient_checkpointing"
+)
 CHECKPOINTS = "checkpoints"  # in the output folder, until it is complete
 LOGGING_STEPS = 10
 
@@ -137,7 +141,7 @@ def arguments(recipe: Recipe, seed: int, scratch: Path, is_measured: bool, show_
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         bf16=recipe.half,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        **{CHECKPOINTING: recipe.gradient_checkpointing},
         use_cpu=recipe.use_cpu,
         dataloader_pin_memory=not recipe.use_cpu and torch.cuda.is_available(),
         seed=seed,
