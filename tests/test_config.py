@@ -138,6 +138,7 @@ def test_a_wrong_value_names_its_option_and_itself(name: str, way: str, file, mo
             "e=mode(a+b)",
             "e=mean(a)",
             "e=mean(a+a)",
+            "e=mean(a+a+b)",
             "e=mean(a+c)",
             "a=mean(a+b)",
             "=min(a+b)",

@@ -223,8 +223,8 @@ class ServeConfig(Options):
             members = tuple(filter(None, match[3].split("+"))) if match else ()
             if match is None or aggregate is None or not is_model_name(match[1]):
                 raise ConfigError(f"--ensemble {entry!r}: give NAME=mean(a+b), or min, median, mean-0.5std for mean")
-            if len(set(members)) < 2:
-                raise ConfigError(f"--ensemble {entry!r}: an ensemble has two members at least")
+            if len(set(members)) < max(2, len(members)):
+                raise ConfigError(f"--ensemble {entry!r}: an ensemble has two members at least, each of them once")
             if unknown := [member for member in members if member not in self.models]:
                 raise ConfigError(f"--ensemble {entry!r}: no --model is named {', '.join(unknown)}")
             if match[1] in named or match[1] in self.models:

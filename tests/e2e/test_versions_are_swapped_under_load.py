@@ -1,8 +1,11 @@
 """A new version takes a name over under load: no request fails, none is scored by two, and there is a way back."""
 
+import json
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -195,6 +198,28 @@ def test_what_has_other_shapes_is_refused_and_nothing_has_changed(client, wanted
             client.update_weights("rm", str(folder))
     version, scores = scored(client)
     assert version == before and agrees(scores, wanted["first"])
+
+
+@pytest.mark.parametrize("change", [{"rope_theta": 123.0}, {"mean": 3.0, "std": 2.0}, {"rms_norm_eps": 0.01}])
+def test_weights_of_a_model_that_is_scored_otherwise_are_not_taken_over(client, versions, tmp_path, change) -> None:
+    before, folder = client.get_model("rm").version, tmp_path / "other"
+    shutil.copytree(versions["other"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ServerError, match=f"{next(iter(change))} is not what is loaded; use Swap"):
+        client.update_weights("rm", str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "rewardserve.toml").write_text('[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n')
+    with pytest.raises(ServerError, match="use Swap"):
+        client.update_weights("rm", str(folder))
+    assert client.get_model("rm").version == before
+
+
+def test_one_swap_at_a_time_and_none_of_what_is_unloaded(server, client, versions) -> None:
+    with ThreadPoolExecutor(2) as callers:
+        swaps = [callers.submit(client.swap_model, "rm", str(versions["other"])) for _ in range(2)]
+        errors = [error for swap in swaps if (error := swap.exception()) is not None]
+    assert len(errors) == 1 and "is being swapped already" in str(errors[0])
 
 
 def test_an_engine_that_is_restarted_loads_the_weights_it_had(start, versions, wanted) -> None:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from rewardserve.engine.base import EngineInfo, EngineItem
-from rewardserve.errors import LoadFailed
+from rewardserve.errors import InvalidRequest, LoadFailed
 from rewardserve.evaluation import calibration_file
 from rewardserve.evaluation.calibration_file import Affine, Isotonic, Origin, Temperature
-from rewardserve.service.finish import Finish, Finishing, read_calibration, win_probability
-from rewardserve.types import ScoreKind, StepReduction
+from rewardserve.service.finish import Finish, Finishing, check_steps, read_calibration, win_probability
+from rewardserve.types import JudgeFormat, ScoreKind, ScoreRequest, StepFormat, StepReduction
 
 INFO = EngineInfo(
     version="v1",
@@ -70,6 +70,23 @@ def test_weighted_attributes_take_the_place_of_the_models_own_score() -> None:
     assert finished(item, Finishing(weights={"good": 0.5, "short": -1.0}), info)[:2] == (9.0, pytest.approx(-3.5))
     with pytest.raises(LoadFailed, match="no attribute kind; it has good, safe, short"):
         finished(item, Finishing(weights={"kind": 1.0}), info)
+
+
+@pytest.mark.parametrize(
+    "info",
+    [
+        replace(INFO, judge=JudgeFormat("{prompt} {response}")),
+        replace(INFO, appended=7),
+        replace(INFO, attributes=("good",)),
+        replace(INFO, reads_single_states=False),
+    ],
+)
+def test_steps_are_refused_where_a_steps_end_is_not_what_the_model_reads(info: EngineInfo) -> None:
+    asked = ScoreRequest("", "", (), by_step=True)
+    with pytest.raises(InvalidRequest, match="no step scores"):
+        check_steps(asked, info)
+    check_steps(replace(asked, by_step=False), info)
+    check_steps(asked, replace(info, steps=StepFormat()))
 
 
 def test_a_file_that_is_no_calibration_is_named(tmp_path: Path) -> None:

@@ -126,6 +126,7 @@ class EngineProcess:
         if self._updating is not None:
             raise LoadFailed(f"model '{self._name}' is taking over other weights already")
         self._updating = asyncio.get_running_loop().create_future()
+        self._heard_at = time.monotonic()
         try:
             self._child.send(self._encoder.encode(UpdateWeights(source)))
             updated = await self._updating
@@ -141,6 +142,8 @@ class EngineProcess:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._updating is not None and not self._updating.done():
+            self._updating.set_exception(Unavailable(f"model '{self._name}' was unloaded"))
         child, self._child = self._child, None
         if child is not None:
             await child.end(self._encoder.encode(Stop()))
@@ -251,7 +254,8 @@ class EngineProcess:
         while True:
             await asyncio.sleep(self._stall_timeout_s / 10)
             silent_s = time.monotonic() - self._heard_at
-            if self._child is not None and self._flights and silent_s > self._stall_timeout_s:
+            is_busy = bool(self._flights) or self._updating is not None
+            if self._child is not None and is_busy and silent_s > self._stall_timeout_s:
                 log.error("the engine of model '%s' was silent for %.0f s; killing it", self._name, silent_s)
                 self._child.process.kill()
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rewardserve.engine.base import BatchReport, Engine, EngineInfo, EngineListener, EngineRequest, EngineResult
-from rewardserve.errors import Unavailable
+from rewardserve.errors import LoadFailed, Unavailable
 from rewardserve.types import EncodedGroup
 
 log = logging.getLogger(__name__)
@@ -79,9 +79,7 @@ class Replicas:
         )
 
     async def update_weights(self, source: str) -> EngineInfo:
-        """All of them, or the error of the first that did not; then they differ until it is tried again."""
-        updated = [await replica.engine.update_weights(source) for replica in self._replicas]
-        return updated[0]
+        raise LoadFailed(f"{source}: several engines behind one name cannot change their weights as one; use Swap")
 
     async def stop(self) -> None:
         await asyncio.gather(*(replica.engine.stop() for replica in self._replicas))

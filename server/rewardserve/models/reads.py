@@ -112,6 +112,7 @@ class Reader:
         assert self.plan.pattern is not None
         tokens = np.frombuffer(prompt + response, "<i4")
         found = self.plan.pattern.starts(tokens) + self.plan.pattern.offset
+        found = found[found < num_tokens]  # what lies after it is another's
         if not len(found):
             ids = ", ".join(map(str, self.plan.pattern.ids))
             raise NothingToRead(f"no {self.plan.what} (token ids {ids}) in prompt and response: nothing to read")

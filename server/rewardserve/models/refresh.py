@@ -1,6 +1,7 @@
 """New weights of the same shapes, copied over those of a model that is loaded: no second copy of it is ever there."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,7 +12,10 @@ from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import bare_module
 from rewardserve.models.loader import WRAPPERS
 from rewardserve.models.reward_model import RewardModel
-from rewardserve.models.spec import ModelSpec
+from rewardserve.models.spec import TEXT_FILES, ModelSpec
+
+# Of a config: what changes no score
+UNIMPORTANT = {"_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache"}
 
 
 @runtime_checkable
@@ -23,6 +27,7 @@ class Refillable(Protocol):
 
 def check_refresh(model: RewardModel, spec: ModelSpec, loaded: ModelSpec) -> None:
     """Raises LoadFailed where `spec` is not of the same shapes as what is `loaded`. Changes nothing."""
+    _check_settings(spec, loaded)
     own, new = loaded.recipe, spec.recipe
     if (own.family, own.reads, own.appended, own.attributes) != (new.family, new.reads, new.appended, new.attributes):
         raise LoadFailed(f"{spec.folder}: is scored as {new.family}, not as {own.family}; use Swap")
@@ -40,6 +45,27 @@ def check_refresh(model: RewardModel, spec: ModelSpec, loaded: ModelSpec) -> Non
         raise LoadFailed(f"{spec.folder}: is another architecture than the one that is loaded; use Swap")
     if own.head.shapes() != new.head.shapes():
         raise LoadFailed(f"{spec.folder}: its head has other shapes than the one that is loaded; use Swap")
+
+
+def _check_settings(spec: ModelSpec, loaded: ModelSpec) -> None:
+    """All that makes a score besides weights must be the same: only weights are taken over."""
+    new, old = spec.checkpoint, loaded.checkpoint
+    for key in sorted((new.raw_config.keys() | old.raw_config.keys()) - UNIMPORTANT):
+        if new.raw_config.get(key) != old.raw_config.get(key):
+            raise LoadFailed(f"{spec.folder}/config.json: {key} is not what is loaded; use Swap")
+    if spec.recipe.normalizer != loaded.recipe.normalizer:
+        raise LoadFailed(f"{spec.folder}: its normaliser is not the one that is loaded; use Swap")
+    if _texts(new.text_folder) != _texts(old.text_folder):
+        raise LoadFailed(
+            f"{spec.folder}: tokenizer, template and rewardserve.toml must be those that are loaded (a restart reads "
+            "them here); copy them, or use Swap"
+        )
+
+
+def _texts(folder: Path) -> dict[str, bytes]:
+    """Files beside the weights that decide what a text's score is."""
+    names = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
+    return {file.name: file.read_bytes() for file in names if file.name not in ("config.json", "adapter_config.json")}
 
 
 def refresh(model: RewardModel, spec: ModelSpec) -> None:

@@ -64,6 +64,11 @@ def read_spec(source: str, any_quantization: bool = False) -> ModelSpec:
     if not any_quantization:
         _check_quantization(checkpoint)
     recipe = _told(checkpoint) or recipe_of(checkpoint)
+    vocab_size = checkpoint.config.get_text_config().vocab_size
+    if recipe.appended is not None and recipe.appended >= vocab_size:
+        raise LoadFailed(
+            f"{checkpoint.folder}: is read at token {recipe.appended}, outside of its vocabulary {vocab_size}"
+        )
     return ModelSpec(
         checkpoint=checkpoint,
         recipe=recipe,

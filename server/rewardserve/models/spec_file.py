@@ -124,6 +124,8 @@ def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
     if (told.head is None) == (told.judge is None):
         raise refuse("head", "or judge: give one of them")
     if told.judge is not None:
+        if others := sorted(told.model_fields_set - {"judge"}):
+            raise refuse(", ".join(others), "says nothing of a judge; leave it out")
         return _judge(checkpoint, told.judge, refuse)
     head, num_outputs = _head(checkpoint, told.head, refuse)
     if told.read.at == "every" and not told.read.pattern:

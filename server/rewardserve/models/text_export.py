@@ -67,7 +67,9 @@ def _pairs(tokenizer: PreTrainedTokenizerBase) -> tuple[TextSpec | None, str]:
         if tuple(_tokenize(tokenizer, text)) != ids:
             return None, "its tokenizer's pairs cannot be written as one text"
         probes.append(Probe((("user", question), ("assistant", answer)), False, text, ids))
-    spec = TextSpec(tokenizer.backend_tokenizer.to_str(), PAIR_TEMPLATE, specials, None, tuple(probes))
+    spec = TextSpec(
+        tokenizer.backend_tokenizer.to_str(), PAIR_TEMPLATE, specials, tokenizer.cls_token_id, tuple(probes)
+    )
     return spec, ""
 
 

@@ -89,11 +89,12 @@ class Admission:
 
 def estimate_tokens(request: ScoreRequest, max_length: int | None = None) -> int:
     """From lengths alone: exact for ids, a guess for text. What is longer than the model takes, no engine will see."""
-    return sum([_group_size(group, max_length) for group in request.groups])
+    return sum([_group_size(group, max_length, request.cache_response) for group in request.groups])
 
 
-def _group_size(group: PromptGroup, max_length: int | None) -> int:
-    size = _size(group.prompt) + sum(map(_size, group.responses))
+def _group_size(group: PromptGroup, max_length: int | None, own_prompts: bool) -> int:
+    num_prompts = len(group.responses) if own_prompts else 1
+    size = num_prompts * _size(group.prompt) + sum(map(_size, group.responses))
     return size if max_length is None else min(size, len(group.responses) * max_length)
 
 

@@ -98,7 +98,14 @@ def win_probability(finishing: Finishing, margin: float) -> float | None:
 
 def check_steps(request: ScoreRequest, info: EngineInfo) -> None:
     """Raises InvalidRequest where steps are asked of a model that cannot be read at their ends."""
-    if request.by_step and info.steps is None and not info.reads_single_states:
-        raise InvalidRequest(
-            "options.granularity", f"{info.architecture} reads more than a response's last token; it has no step scores"
-        )
+    if not request.by_step or info.steps is not None:
+        return
+    reason = None
+    if info.judge is not None:
+        reason = "is a judge, which is read where its answer would begin"
+    elif info.appended is not None:
+        reason = f"is read at token {info.appended}, which ends a response and no step"
+    elif info.attributes or not info.reads_single_states:
+        reason = "reads more than a response's last token"
+    if reason is not None:
+        raise InvalidRequest("options.granularity", f"{info.architecture} {reason}; it has no step scores")

@@ -244,6 +244,7 @@ class Registry:
         self._models: dict[str, LiveModel] = {}
         self._ensembles: dict[str, Ensemble] = {}
         self._swapping: set[str] = set()
+        self._retiring: set[LiveModel] = set()  # swapped out, with something left to finish
         self._draining = False
 
     @property
@@ -282,7 +283,7 @@ class Registry:
             raise InvalidRequest("name", f"{name!r} must be letters, digits, '-', '_' and '.'")
         if name in self._models or name in self._ensembles:
             raise ModelExists(f"a model '{name}' is served already")
-        if len(set(members)) < 2:
+        if len(set(members)) < max(2, len(members)):
             raise InvalidRequest("members", "an ensemble has two members at least")
         self._ensembles[name] = Ensemble(name, tuple(members), aggregate, ModelMetrics(self.metrics, name))
 
@@ -292,10 +293,7 @@ class Registry:
         return self.get(name).metrics if ensemble is None else ensemble.metrics
 
     async def load_beside(self, old: LiveModel, source: str, dtype: str) -> LiveModel:
-        """A model for the name of `old`, warm, that nobody reaches yet. Raises LoadFailed, SwapRefused."""
-        if old.name in self._swapping:
-            raise SwapRefused(f"model '{old.name}' is being swapped already")
-        self._swapping.add(old.name)
+        """A model for the name of `old`, warm, that nobody reaches yet. Raises LoadFailed."""
         engine = self._make_engine(old.name, source, dtype)
         unseen = ModelMetrics(Metrics(CollectorRegistry()), old.name)
         new = LiveModel(old.name, source, engine, unseen, self._limits)
@@ -307,9 +305,18 @@ class Registry:
             if isinstance(error, RewardServeError) and not isinstance(error, LoadFailed):
                 raise LoadFailed(str(error)) from error
             raise
-        finally:
-            self._swapping.discard(old.name)
         return new
+
+    @contextlib.contextmanager
+    def swapping(self, name: str) -> Iterator[None]:
+        """One at a time. Raises SwapRefused."""
+        if name in self._swapping:
+            raise SwapRefused(f"model '{name}' is being swapped already")
+        self._swapping.add(name)
+        try:
+            yield
+        finally:
+            self._swapping.discard(name)
 
     async def update_weights(self, name: str, source: str) -> LiveModel:
         """The model takes over a checkpoint's weights in place. Requests wait meanwhile.
@@ -320,9 +327,13 @@ class Registry:
         with model.closed():
             await _idle(model, grace_s=None)
             info = await model.engine.update_weights(source)
+            try:
+                model.use_weights(info)
+                await model.warm_up()
+            except LoadFailed:  # as it was: nobody is to be scored by these
+                model.use_weights(await model.engine.update_weights(model.source))
+                raise
             model.source = source
-            model.use_weights(info)
-            await model.warm_up()
         log.info("%s has new weights: %s, version %s", name, source, info.version)
         return model
 
@@ -331,7 +342,7 @@ class Registry:
 
         Raises SwapRefused if `old` does not serve any more: it was unloaded or swapped meanwhile.
         """
-        if self._models.get(old.name) is not old:
+        if self._models.get(old.name) is not old or old.state is ModelState.DRAINING:
             await new.engine.stop()
             raise SwapRefused(f"model '{old.name}' was changed while its new version was loading; try again")
         new.take_over(old)
@@ -339,11 +350,16 @@ class Registry:
         new.previous = Previous(old.source, old.dtype, old if keep_previous else None)
         before, old.previous = old.previous, None
         self._changed(new)
-        await _idle(old, grace_s)
-        if not keep_previous:
-            await old.engine.stop()
-        if before is not None and before.kept is not None and before.kept is not new:
-            await before.kept.engine.stop()
+        self._retiring.add(old)
+        try:
+            await old.opened()
+            await _idle(old, grace_s)
+            if not keep_previous:
+                await old.engine.stop()
+            if before is not None and before.kept is not None and before.kept is not new:
+                await before.kept.engine.stop()
+        finally:
+            self._retiring.discard(old)
 
     def _changed(self, model: LiveModel) -> None:
         """Of a version that is not served, nobody needs to hear."""
@@ -385,6 +401,7 @@ class Registry:
         model.state = ModelState.DRAINING
         model.metrics.up.set(0)
         self._on_change(model)
+        await model.opened()
         await _idle(model, grace_s)
         await model.engine.stop()
         if model.previous is not None and model.previous.kept is not None:
@@ -403,11 +420,11 @@ class Registry:
 
     async def drain(self, grace_s: float) -> None:
         """Waits for what is in flight, as long as `grace_s`."""
-        await asyncio.gather(*(_idle(model, grace_s) for model in self.models))
+        await asyncio.gather(*(_idle(model, grace_s) for model in [*self.models, *self._retiring]))
 
     async def stop(self) -> None:
         kept = [model.previous.kept for model in self.models if model.previous is not None and model.previous.kept]
-        await asyncio.gather(*(model.engine.stop() for model in [*self.models, *kept]))
+        await asyncio.gather(*(model.engine.stop() for model in [*self.models, *kept, *self._retiring]))
 
 
 async def _idle(model: LiveModel, grace_s: float | None) -> None:

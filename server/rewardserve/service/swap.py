@@ -51,6 +51,11 @@ async def swap(service: ScoringService, registry: Registry, plan: SwapPlan, grac
     Raises SwapRefused, and all stays as it was, if the new version does not pass; LoadFailed, ModelNotFound likewise.
     """
     _check(plan)
+    with registry.swapping(plan.name):
+        return await _swap(service, registry, plan, grace_s)
+
+
+async def _swap(service: ScoringService, registry: Registry, plan: SwapPlan, grace_s: float) -> SwapReport:
     old = registry.serving(plan.name)
     assert old.info is not None
     new = await registry.load_beside(old, plan.source, plan.dtype)
@@ -74,6 +79,11 @@ async def swap(service: ScoringService, registry: Registry, plan: SwapPlan, grac
 
 async def rollback(registry: Registry, name: str, grace_s: float) -> LiveModel:
     """The version before the last swap serves again: at once if it was kept, else when it is loaded."""
+    with registry.swapping(name):
+        return await _roll_back(registry, name, grace_s)
+
+
+async def _roll_back(registry: Registry, name: str, grace_s: float) -> LiveModel:
     current = registry.serving(name)
     previous = current.previous
     if previous is None:

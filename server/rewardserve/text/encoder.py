@@ -98,7 +98,9 @@ class Encoder:
         for number, group in enumerate(request.groups):
             groups.new_request_group()
             cached = request.cache_response
-            job = _Job(group, f"groups[{number}]", request.overflow, steps, separator, cached, abandoned)
+            # A judge's question comes after the response: cut, it would be another question.
+            overflow = request.overflow if self._judge is None else Overflow.ERROR
+            job = _Job(group, f"groups[{number}]", overflow, steps, separator, cached, abandoned)
             items.append((plain and self._as_sent(group, groups)) or self._encode_group(job, groups))
         return EncodedRequest(groups.build(), tuple(items))
 
@@ -404,7 +406,8 @@ def _batches(texts: Iterable[tuple[int, str]]) -> Iterator[list[tuple[int, str]]
 def is_quickly_encoded(request: ScoreRequest) -> bool:
     """Whether it is ids, and few of them: encoding it then takes less time than a change of threads."""
     num_bytes = num_pairs = 0
-    cuts_prompts = request.overflow is Overflow.TRUNCATE_PROMPT_LEFT  # each response may need a copy of its own
+    # Each response may need a copy of its own.
+    cuts_prompts = request.overflow is Overflow.TRUNCATE_PROMPT_LEFT or request.cache_response
     for group in request.groups:
         ids = _ids_of(group)
         num_bytes += sum(map(len, ids))

@@ -1,0 +1,23 @@
+"""Where a sequence is read, and nowhere else."""
+
+import numpy as np
+import pytest
+from rewardserve.models.reads import NothingToRead, Pattern, ReadAt, Reader, ReadPlan
+
+
+def ids(*tokens: int) -> bytes:
+    return np.array(tokens, "<i4").tobytes()
+
+
+def test_a_row_beyond_a_sequences_end_is_never_read() -> None:
+    """In a pack it would be another sequence's."""
+    reader = Reader(ReadPlan(ReadAt.EVERY, Pattern((7,), offset=1)))
+    assert reader.positions(ids(7, 1), ids(2, 7)) == (1,)
+    with pytest.raises(NothingToRead):
+        reader.positions(ids(1), ids(2, 7))
+
+
+def test_a_gate_may_be_the_last_token_itself() -> None:
+    reader = Reader(ReadPlan(ReadAt.GATED, Pattern((7, 8), offset=1), num_objectives=1))
+    assert reader.positions(ids(7, 8), ids(7, 8)) == (3,)
+    assert reader.positions(ids(7, 8), ids(9)) == (1, 2)
