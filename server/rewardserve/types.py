@@ -2,6 +2,7 @@
 
 import enum
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
@@ -225,6 +226,8 @@ class ScoreResult:
     timings: Timings
     attributes: tuple[str, ...] = ()
     members: tuple[tuple[str, str], ...] = ()  # of an ensemble: name and version of each
+    # From the margin of two scores to the probability that the first is preferred, where one was fitted to this version
+    curve: Callable[[float], float] | None = None
 
 
 class StepStyle(enum.Enum):

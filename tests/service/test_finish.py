@@ -8,7 +8,7 @@ from rewardserve.engine.base import EngineInfo, EngineItem
 from rewardserve.errors import InvalidRequest, LoadFailed
 from rewardserve.evaluation import calibration_file
 from rewardserve.evaluation.calibration_file import Affine, Isotonic, Origin, Temperature
-from rewardserve.service.finish import Finish, Finishing, check_steps, read_calibration, win_probability
+from rewardserve.service.finish import Finish, Finishing, check_steps, read_calibration
 from rewardserve.types import JudgeFormat, ScoreKind, ScoreRequest, StepFormat, StepReduction
 
 INFO = EngineInfo(
@@ -47,7 +47,8 @@ def test_a_calibration_makes_the_score_or_leaves_it_and_makes_probabilities(cali
     assert (raw, score) == (1.5, wanted)
     is_curve = isinstance(calibration, Isotonic)
     assert kind is (ScoreKind.RAW_LOGIT if is_curve else ScoreKind.NORMALIZED)
-    assert win_probability(Finishing(calibration, ORIGIN), 0.5) == (pytest.approx(0.7) if is_curve else None)
+    curve = Finish(INFO, Finishing(calibration, ORIGIN), StepReduction.MIN).curve
+    assert (curve(0.5) == pytest.approx(0.7)) if is_curve else curve is None
 
 
 def test_a_calibration_of_another_version_is_not_applied(caplog: pytest.LogCaptureFixture) -> None:

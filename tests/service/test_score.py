@@ -11,8 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rewardserve.engine.base import BatchReport
 from rewardserve.errors import DeadlineExceeded, InvalidRequest, ItemFailed
-from rewardserve.service.rank import compare, rank
-from rewardserve.service.score import bradley_terry
+from rewardserve.service.rank import bradley_terry, compare, rank
 from rewardserve.text.encoder import Abandoned
 from rewardserve.types import ItemFailure, Overflow, PromptGroup, ScoreRequest, TokenIds
 

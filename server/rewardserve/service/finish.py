@@ -5,7 +5,7 @@ In this order; each only where it is configured or the checkpoint brings it. The
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,6 +71,12 @@ class Finish:
             return ScoreKind.NORMALIZED
         return ScoreKind.PROBABILITY if self.info.is_probability else ScoreKind.RAW_LOGIT
 
+    @property
+    def curve(self) -> Callable[[float], float] | None:
+        """From a margin to the probability that the first is preferred, where a curve was fitted."""
+        calibration = self._finishing.calibration
+        return calibration.probability if isinstance(calibration, Isotonic) else None
+
     def __call__(self, item: EngineItem, num_response_tokens: int) -> tuple[float, float]:
         """(raw, final) of an item that has a score."""
         assert item.score is not None
@@ -88,12 +94,6 @@ class Finish:
             case Affine() as affine:
                 score = affine.score(score)
         return raw, score - self._finishing.length_penalty * num_response_tokens
-
-
-def win_probability(finishing: Finishing, margin: float) -> float | None:
-    """That the response whose score is higher by `margin` is preferred, by a curve; None without one."""
-    calibration = finishing.calibration
-    return calibration.probability(margin) if isinstance(calibration, Isotonic) else None
 
 
 def check_steps(request: ScoreRequest, info: EngineInfo) -> None:

@@ -1,6 +1,7 @@
 """Best-of-N and pairwise comparison on top of Score."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -55,7 +56,15 @@ async def compare(service: ScoringService, request: ScoreRequest) -> Comparison:
             raise ItemFailed(item.failure.code.name, f"{name}: {item.failure.message}")
     assert a.score is not None and b.score is not None
     margin = a.score - b.score
-    return Comparison(a, b, margin, service.win_probability(request.model, margin), result)
+    return Comparison(a, b, margin, (result.curve or bradley_terry)(margin), result)
+
+
+def bradley_terry(margin: float) -> float:
+    """Probability that the first of two is preferred, 1 / (1 + exp(-margin)) (Bradley and Terry, 1952)."""
+    if margin >= 0:
+        return 1 / (1 + math.exp(-margin))
+    power = math.exp(margin)  # the same, where exp(-margin) would overflow
+    return power / (1 + power)
 
 
 @contextlib.contextmanager

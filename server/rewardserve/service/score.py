@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import math
 import time
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -11,7 +10,7 @@ from rewardserve.engine.base import EngineRequest, EngineResult
 from rewardserve.metrics import ModelMetrics
 from rewardserve.service.deadlines import Deadlines
 from rewardserve.service.ensemble import Ensemble, combine
-from rewardserve.service.finish import Finish, check_steps, win_probability
+from rewardserve.service.finish import Finish, check_steps
 from rewardserve.service.registry import LiveModel, Registry
 from rewardserve.text.encoder import EncodedItem, EncodedRequest
 from rewardserve.types import GroupScore, ItemScore, ScoreRequest, ScoreResult, Timings
@@ -47,12 +46,6 @@ class ScoringService:
         """By a model that is not served yet: nothing is admitted, counted or reported."""
         with model.used():
             return await self._score(model, request)
-
-    def win_probability(self, name: str, margin: float) -> float:
-        """That the response whose score is higher by `margin` is preferred: Bradley-Terry, or by a fitted curve."""
-        ensemble = self._registry.ensemble(name)
-        by_curve = None if ensemble is not None else win_probability(self._registry.get(name).finishing, margin)
-        return bradley_terry(margin) if by_curve is None else by_curve
 
     async def _score_together(self, ensemble: Ensemble, request: ScoreRequest) -> ScoreResult:
         parts = [asyncio.create_task(self.score(replace(request, model=name))) for name in ensemble.members]
@@ -100,7 +93,9 @@ def _assemble(
         GroupScore(group.id, tuple([_item(item, scored, finish) for item in items]))
         for group, items in zip(request.groups, encoded.items, strict=True)
     )
-    return ScoreResult(request.request_id, model, finish.info.version, groups, timings, finish.info.attributes)
+    return ScoreResult(
+        request.request_id, model, finish.info.version, groups, timings, finish.info.attributes, curve=finish.curve
+    )
 
 
 def _item(item: EncodedItem, scored: EngineResult, finish: Finish) -> ItemScore:
@@ -113,14 +108,6 @@ def _item(item: EncodedItem, scored: EngineResult, finish: Finish) -> ItemScore:
         return ItemScore(None, result.failure, *counts)
     raw, score = finish(result, item.num_response_tokens)
     return ItemScore(score, None, *counts, raw, finish.kind, result.steps, result.attributes, result.std)
-
-
-def bradley_terry(margin: float) -> float:
-    """Probability that the first of two is preferred, 1 / (1 + exp(-margin)) (Bradley and Terry, 1952)."""
-    if margin >= 0:
-        return 1 / (1 + math.exp(-margin))
-    power = math.exp(margin)  # the same, where exp(-margin) would overflow
-    return power / (1 + power)
 
 
 def observe(metrics: ModelMetrics, result: ScoreResult) -> None:
