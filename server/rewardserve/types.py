@@ -69,17 +69,14 @@ class ScoreKind(enum.IntEnum):
     RAW_LOGIT = 1
     PROBABILITY = 2
     NORMALIZED = 3
+    RATING = 4
 
 
 @dataclass(frozen=True, slots=True)
 class ItemFailure:
     code: ItemCode
     message: str
-
-    @property
-    def is_of_the_score(self) -> bool:
-        """Whether the model was computed, and what it gave is NaN or infinite. Engines say so at the message's end."""
-        return self.code is ItemCode.INTERNAL and self.message.endswith("not a number")
+    is_of_the_score: bool = False  # the model was computed; what it gave is NaN or infinite, or says nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +247,24 @@ class StepFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class VerdictFormat:
+    """What a judge that writes must end in: a number for each criterion. The score is their weighted sum."""
+
+    criteria: tuple[str, ...]
+    weights: tuple[float, ...]  # of the criteria
+    lowest: float  # that a criterion's number may be
+    highest: float
+    max_tokens: int  # that it may write, the verdict among them
+    pattern: str = ""  # regular expression with a group by each criterion's name; empty: a JSON object
+    words: tuple[tuple[str, float], ...] = ()  # that may stand for numbers
+
+
+@dataclass(frozen=True, slots=True)
 class JudgeFormat:
-    """How a language model is asked to judge; it is read where its answer would begin."""
+    """How a language model is asked to judge; it is read where its answer would begin, or writes it."""
 
     template: str  # of the user's turn, with {prompt} and {response}
+    verdict: VerdictFormat | None = None  # of one that writes
 
 
 @dataclass(frozen=True, slots=True)

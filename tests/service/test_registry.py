@@ -113,7 +113,9 @@ async def test_a_model_whose_forwards_fail_was_not_loaded(house, tools, code: It
 @pytest.mark.parametrize("score", ["nan", "inf", "-inf"])
 async def test_a_model_whose_score_is_no_number_is_served(house, tools, score: str) -> None:
     engine = house.engines.setdefault("m", tools.Engine())
-    engine.warm_up_failure = ItemFailure(ItemCode.INTERNAL, f"the model's score is {score}, not a number")
+    engine.warm_up_failure = ItemFailure(
+        ItemCode.INTERNAL, f"the model's score is {score}, not a number", is_of_the_score=True
+    )
     assert (await house.serve()).state is SERVING
 
 

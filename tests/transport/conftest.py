@@ -112,7 +112,7 @@ class WatchedEngine(FakeEngine):
 
     def _maybe_failed(self, response: bytes, item: EngineItem) -> EngineItem:
         if int.from_bytes(response[:4], "little") in self.fail_tokens:
-            return EngineItem(None, ItemFailure(ItemCode.INTERNAL, "the model's score is nan, not a number"))
+            return EngineItem(None, ItemFailure(ItemCode.INTERNAL, "the model's score is nan, not a number", True))
         return item
 
     async def stop(self) -> None:

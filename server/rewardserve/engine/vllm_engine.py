@@ -54,6 +54,7 @@ class ItemFailed(Exception):
 class Scored:
     score: float
     num_cached_tokens: int
+    attributes: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,8 +281,8 @@ class VllmLoop:
         group.num_cached = cached if group.num_cached is None else min(cached, group.num_cached)
         if not math.isfinite(scored.score):
             message = f"the model's score is {scored.score}, not a number"
-            return EngineItem(None, ItemFailure(ItemCode.INTERNAL, message))
-        return EngineItem(scored.score)
+            return EngineItem(None, ItemFailure(ItemCode.INTERNAL, message, is_of_the_score=True))
+        return EngineItem(scored.score, attributes=scored.attributes)
 
     def _refusal(self, ids: np.ndarray) -> ItemFailure | None:
         """What would end vLLM's process rather than an item. The front refuses the same, and says more about it."""

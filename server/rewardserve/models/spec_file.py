@@ -33,8 +33,18 @@ Answer: {response}
 Is the answer right? Say Yes or No.'''
 labels = ["Yes", "No"]    # each a single token; their probabilities are attributes
 values = [1.0, 0.0]       # the score is their mean, weighted by those
+
+[judge.verdict]           # instead of labels and values: it writes, and the last thing that it writes is its verdict
+criteria = ["correct", "clear"]   # each is given a number: {"correct": 7, "clear": 9}. They are attributes
+weights_of = [0.7, 0.3]   # of the criteria, in the score; without them it is their mean
+lowest = 1.0              # that a number may be
+highest = 10.0
+max_tokens = 1024         # that it may write
+pattern = ''              # of a verdict that is no JSON, a group by each criterion's name: 'Rating: (?P<correct>\\d+)'
+words = {}                # that may stand for numbers: {Yes = 1.0, No = 0.0}
 """
 
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -59,7 +69,7 @@ from rewardserve.models.families import (
 )
 from rewardserve.models.heads import Head, LinearHead, ModuleHead
 from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
-from rewardserve.types import JudgeFormat, StepFormat, StepStyle
+from rewardserve.types import JudgeFormat, StepFormat, StepStyle, VerdictFormat
 
 Refuse = Callable[[str, str], LoadFailed]  # the key, and what is wrong with it
 NAME = "rewardserve.toml"
@@ -99,10 +109,21 @@ class _Score(_Section):
     scale: float = Field(default=1.0, gt=0)
 
 
+class _Verdict(_Section):
+    criteria: tuple[str, ...] = Field(min_length=1)
+    weights_of: tuple[float, ...] = ()
+    lowest: float
+    highest: float
+    max_tokens: int = Field(default=1024, ge=1)
+    pattern: str = ""
+    words: dict[str, float] = {}
+
+
 class _Judge(_Section):
     template: str
-    labels: tuple[str, ...] = Field(min_length=2)
-    values: tuple[float, ...]
+    labels: tuple[str, ...] = ()
+    values: tuple[float, ...] = ()
+    verdict: _Verdict | None = None
 
 
 class _SpecFile(_Section):
@@ -179,6 +200,12 @@ class _Expected(nn.Module):
 def _judge(checkpoint: Checkpoint, told: _Judge, refuse: Refuse) -> Recipe:
     if told.template.count("{response}") != 1 or told.template.count("{prompt}") != 1:
         raise refuse("judge.template", "must have {prompt} and {response} once each")
+    if (told.verdict is None) == (not told.labels):
+        raise refuse("judge.labels", "or judge.verdict: give one of them")
+    if told.verdict is not None:
+        return _writing_judge(checkpoint, told, told.verdict, refuse)
+    if len(told.labels) < 2:
+        raise refuse("judge.labels", "must be two at least")
     if len(told.values) != len(told.labels):
         raise refuse("judge.values", f"must be as many as there are labels: {len(told.labels)}")
     file = checkpoint.text_folder / "tokenizer.json"
@@ -199,6 +226,46 @@ def _judge(checkpoint: Checkpoint, told: _Judge, refuse: Refuse) -> Recipe:
         attributes=told.labels,
         is_probability=sorted(told.values) == [0.0, 1.0],
         judge=JudgeFormat(told.template),
+    )
+
+
+def _writing_judge(checkpoint: Checkpoint, told: _Judge, verdict: _Verdict, refuse: Refuse) -> Recipe:
+    names = verdict.criteria
+    if told.values:
+        raise refuse("judge.values", "are of labels; leave them out")
+    if len(set(names)) < len(names):
+        raise refuse("judge.verdict.criteria", "has a name twice")
+    if verdict.weights_of and len(verdict.weights_of) != len(names):
+        raise refuse("judge.verdict.weights_of", f"must be as many as there are criteria: {len(names)}")
+    if not verdict.lowest < verdict.highest:
+        raise refuse("judge.verdict.lowest", f"is {verdict.lowest:g}, not less than highest, {verdict.highest:g}")
+    if verdict.pattern:
+        try:
+            groups = re.compile(verdict.pattern).groupindex
+        except re.error as error:
+            raise refuse("judge.verdict.pattern", f"is no regular expression: {error}") from error
+        if set(groups) != set(names):
+            raise refuse("judge.verdict.pattern", f"must have a group by each criterion's name, (?P<{names[0]}>...)")
+    if not (checkpoint.text_folder / "tokenizer.json").is_file():
+        raise refuse("judge.verdict", "cannot be read: there is no tokenizer.json")
+    lm_rows(checkpoint, (0,))  # for its error: what writes has a language model's head
+    return Recipe(
+        family="judge that writes",
+        head=None,
+        head_keys=keys_below(checkpoint, "lm_head"),
+        attributes=names,
+        judge=JudgeFormat(
+            told.template,
+            VerdictFormat(
+                criteria=names,
+                weights=verdict.weights_of or (1 / len(names),) * len(names),
+                lowest=verdict.lowest,
+                highest=verdict.highest,
+                max_tokens=verdict.max_tokens,
+                pattern=verdict.pattern,
+                words=tuple(verdict.words.items()),
+            ),
+        ),
     )
 
 

@@ -69,6 +69,8 @@ class Finish:
         """What the final scores mean."""
         if self._is_changed:
             return ScoreKind.NORMALIZED
+        if self.info.judge is not None and self.info.judge.verdict is not None:
+            return ScoreKind.RATING
         return ScoreKind.PROBABILITY if self.info.is_probability else ScoreKind.RAW_LOGIT
 
     @property

@@ -32,6 +32,7 @@ class ScoreKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     SCORE_KIND_RAW_LOGIT: _ClassVar[ScoreKind]
     SCORE_KIND_PROBABILITY: _ClassVar[ScoreKind]
     SCORE_KIND_NORMALIZED: _ClassVar[ScoreKind]
+    SCORE_KIND_RATING: _ClassVar[ScoreKind]
 OVERFLOW_ERROR: Overflow
 OVERFLOW_TRUNCATE_PROMPT_LEFT: Overflow
 OVERFLOW_TRUNCATE_RESPONSE_RIGHT: Overflow
@@ -45,6 +46,7 @@ SCORE_KIND_UNSPECIFIED: ScoreKind
 SCORE_KIND_RAW_LOGIT: ScoreKind
 SCORE_KIND_PROBABILITY: ScoreKind
 SCORE_KIND_NORMALIZED: ScoreKind
+SCORE_KIND_RATING: ScoreKind
 
 class ChatMessage(_message.Message):
     __slots__ = ("role", "content")

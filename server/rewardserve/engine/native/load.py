@@ -15,6 +15,7 @@ from rewardserve.engine.native.graphs import capture
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner, PaddedRunner, Runner
 from rewardserve.engine.native.speed_up import Subject, keep_freed_memory, speed_up
+from rewardserve.engine.vllm_options import HOW_TO_INSTALL
 from rewardserve.errors import LoadFailed
 from rewardserve.models import loader
 from rewardserve.models.backbone import NotPackable, check_packable
@@ -79,6 +80,8 @@ def load_runner(options: NativeOptions) -> Loaded:
     """Loads, checks and sizes everything. Raises LoadFailed with what to do about it."""
     spec = read_spec(options.source)
     recipe = spec.recipe
+    if recipe.judge is not None and recipe.judge.verdict is not None:
+        raise LoadFailed(f"{options.source}: a judge that writes its verdict is served by vLLM; {HOW_TO_INSTALL}")
     device = loader.choose_device(options.device)
     if options.quantize and options.dtype not in ("auto", "bfloat16"):
         raise LoadFailed(f"quantize = {options.quantize} runs in bfloat16, not {options.dtype}; leave one of them out")

@@ -366,7 +366,7 @@ class Scheduler:
             message = f"the model's score is {reading.score}, not a number"
             if math.isfinite(reading.score):
                 message = "an attribute of the model is not a number"
-            sequence.failure = ItemFailure(ItemCode.INTERNAL, message)
+            sequence.failure = ItemFailure(ItemCode.INTERNAL, message, is_of_the_score=True)
         sequence.features = {}
 
     def rollback(self) -> None:

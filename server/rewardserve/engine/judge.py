@@ -1,0 +1,94 @@
+"""What a judge wrote -> its verdict: read strictly, so that nothing is ever scored by a guess.
+
+The verdict is the last thing that the judge writes. Whatever came before is its own business.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from rewardserve.types import VerdictFormat
+
+VERDICT_CHARACTERS = 4000  # at the end of what was written; a verdict is looked for there
+SHOWN_CHARACTERS = 80
+FENCE = "```"
+
+
+class Unreadable(Exception):
+    """What was written ends in no verdict. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    score: float
+    criteria: tuple[float, ...]  # in the order of VerdictFormat.criteria
+
+
+def read_verdict(text: str, how: VerdictFormat) -> Verdict:
+    """Raises Unreadable for anything but one number in the range for each criterion, as the last thing in `text`."""
+    end = text[-VERDICT_CHARACTERS:].rstrip()
+    try:
+        found = _by_pattern(end, how.pattern) if how.pattern else _in_json(end)
+        if missing := [name for name in how.criteria if name not in found]:
+            raise Unreadable(f"no value for {', '.join(missing)}")
+        if unknown := sorted(found.keys() - set(how.criteria)):
+            raise Unreadable(f"no criterion is named {', '.join(unknown)}")
+        values = tuple(_number(name, found[name], how) for name in how.criteria)
+    except Unreadable as error:
+        raise Unreadable(f"{error}; what it wrote ends in {end[-SHOWN_CHARACTERS:]!r}") from None
+    return Verdict(math.fsum(weight * value for weight, value in zip(how.weights, values, strict=True)), values)
+
+
+def _in_json(end: str) -> Mapping[str, Any]:
+    """The flat object at the end, which may stand in a fence."""
+    end = end.removesuffix(FENCE).rstrip()
+    begin = end.rfind("{")
+    if begin < 0 or not end.endswith("}"):
+        raise Unreadable("it ends in no JSON object")
+    try:
+        found = json.loads(end[begin:], object_pairs_hook=_once_each, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"its JSON is malformed: {error}") from None
+    assert isinstance(found, dict)
+    return found
+
+
+def _once_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise Unreadable(f"{name} is there twice")
+        found[name] = value
+    return found
+
+
+def _no_number(name: str) -> NoReturn:
+    raise Unreadable(f"{name} is no number")
+
+
+def _by_pattern(end: str, pattern: str) -> Mapping[str, Any]:
+    match = re.search(rf"(?:{pattern})\Z", end)
+    if match is None:
+        raise Unreadable("it does not end as the pattern says")
+    return {name: value for name, value in match.groupdict().items() if value is not None}
+
+
+def _number(name: str, value: Any, how: VerdictFormat) -> float:
+    if isinstance(value, str):
+        words = dict(how.words)
+        if value in words:
+            return words[value]
+        if not how.pattern:  # JSON tells numbers from words by itself
+            raise Unreadable(f"{name} is {value!r}, not a number")
+        try:
+            value = float(value)
+        except ValueError:
+            raise Unreadable(f"{name} is {value!r}, not a number") from None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Unreadable(f"{name} is {value!r}, not a number")
+    if not how.lowest <= value <= how.highest:
+        raise Unreadable(f"{name} is {value:g}, not from {how.lowest:g} to {how.highest:g}")
+    return float(value)
