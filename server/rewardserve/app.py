@@ -6,9 +6,10 @@ import errno
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -22,6 +23,7 @@ from rewardserve.engine.choice import Wish, choose
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.process import EngineProcess
 from rewardserve.engine.replicas import Replicas
+from rewardserve.engine.shared import SharedEngine, sharing
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.metrics import Metrics
 from rewardserve.service.admission import Limits
@@ -83,13 +85,21 @@ def finishings(config: ServeConfig) -> dict[str, Finishing]:
     return made
 
 
-def threads_of(config: ServeConfig, name: str) -> int:
-    """Torch threads of a model's engine on a CPU; 0: as many as there are cores.
+def threads_of(config: ServeConfig, name: str, shared: Sequence[tuple[str, ...]] = ()) -> int:
+    """Torch threads of a model's engine on a CPU; 0: as many as there are cores. `shared`: names of one engine each.
 
     Members of an ensemble compute at the same time, so they share the cores: with more threads than cores those of one
     engine wait for those of another in the middle of every operation (seen: twenty times as slow).
     """
-    num_members = max((len(members) for _, members in config.ensembles.values() if name in members), default=1)
+    own = {name: number for number, names in enumerate(shared) for name in names}
+    num_members = max(
+        (
+            len({own.get(member, member) for member in members})
+            for _, members in config.ensembles.values()
+            if name in members
+        ),
+        default=1,
+    )
     if config.threads or num_members == 1:
         return config.threads
     return max(1, len(os.sched_getaffinity(0)) // num_members)
@@ -104,6 +114,7 @@ class App:
         self._health = Health()
         self._changes: set[asyncio.Task[None]] = set()
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
+        self._shared = [] if make_engine else self._share_backbones()
         limits = Limits(config.max_pairs_per_request, config.max_queued_requests, config.max_queued_tokens)
         self.registry = Registry(
             make_engine or self._make_engine, self.metrics, limits, self._executor, self._on_change, finishings(config)
@@ -181,7 +192,34 @@ class App:
         """An IPv6 address without its brackets, which gRPC needs and nobody else takes."""
         return self._config.host.removeprefix("[").removesuffix("]")
 
+    def _share_backbones(self) -> list[SharedEngine]:
+        config = self._config
+        of_vllm = config.engine == "vllm" or config.tensor_parallel > 1 or config.vllm_quantization
+        if of_vllm or not config.share_backbone:
+            return []
+
+        def make(names: Sequence[str], sources: Sequence[str]) -> EngineProcess | Replicas:
+            options = replace(native_options(config, sources[0], "auto"), beside=tuple(sources[1:]))
+            return self._on_devices(options, *names)
+
+        return [
+            SharedEngine(
+                {name: config.models[name] for name in names},
+                make=partial(make, names),
+                alone=lambda name: self._engine_alone(name, config.models[name], "auto"),
+            )
+            for names in sharing(config.models)
+        ]
+
     def _make_engine(self, name: str, source: str, dtype: str) -> Engine:
+        """Over the shared backbone, where the model is what it was at the start; a new version has its own."""
+        if source == self._config.models.get(name) and dtype == "auto":
+            for shared in self._shared:
+                if name in shared.members and not shared.members[name].is_running:
+                    return shared.members[name]
+        return self._engine_alone(name, source, dtype)
+
+    def _engine_alone(self, name: str, source: str, dtype: str) -> Engine:
         config = self._config
         wish = Wish(config.engine, config.tensor_parallel, config.vllm_quantization, config.path, config.quantize)
         return choose(
@@ -190,11 +228,13 @@ class App:
             vllm=lambda reason: self._on_devices(vllm_options(config, source, dtype, reason), name),
         )
 
-    def _on_devices(self, options: NativeOptions | VllmOptions, name: str) -> Engine:
-        config = self._config
+    def _on_devices(self, options: NativeOptions | VllmOptions, *names: str) -> EngineProcess | Replicas:
+        """`names` of the models that it is of."""
+        config, name = self._config, "+".join(names)
         devices = config.device.split(",")
         if len(devices) == 1:
-            return self._engine_process(replace(options, num_threads=threads_of(config, name)), name)
+            together = [tuple(shared.members) for shared in self._shared]
+            return self._engine_process(replace(options, num_threads=threads_of(config, names[0], together)), name)
         threads = config.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
         return Replicas(
             [

@@ -18,6 +18,7 @@ DEVICES = r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$"
 NATIVE_SWITCHES = {
     "--batch-invariant": "batch_invariant",
     "--cuda-graphs": "cuda_graphs",
+    "--share-backbone": "share_backbone",
     "--host-cache-mb": "host_cache_mb",
 }
 MAX_THREADS = 4096  # more is a slip of the finger, and ends in a crash of torch
@@ -88,6 +89,10 @@ class ServeConfig(Options):
     cuda_graphs: bool = Field(
         default=True,
         description="native engine: replay forwards of up to 2048 tokens as CUDA graphs, for models up to 5B",
+    )
+    share_backbone: bool = Field(
+        default=True,
+        description="native engine: models that are adapters of one base are loaded once, over one backbone",
     )
     quantize: Literal["", "int8", "fp8"] = Field(
         default="",

@@ -8,6 +8,7 @@ from rewardserve.engine.base import EngineRequest
 from rewardserve.engine.native.block_pool import BlockPool
 from rewardserve.engine.native.prefix_cache import PrefixCache
 from rewardserve.engine.native.scheduler import Scheduler
+from rewardserve.models.reads import Reader, ReadPlan
 from rewardserve.types import EncodedGroup, ItemCode, ItemFailure
 from toy_model import ToyModel, true_score
 
@@ -269,3 +270,56 @@ def test_a_block_that_is_filled_in_part_is_found_by_nobody() -> None:
         plan = queue.schedule()
     assert_scores_are_true(first, outcomes["a"])
     assert_scores_are_true(second, outcomes["b"])
+
+
+def sharing(trunks: tuple[int, ...], num_blocks: int = 64, tokens: int = 1000) -> Scheduler:
+    """Of several models over one backbone."""
+    readers = [Reader(ReadPlan())] * len(trunks)
+    return Scheduler(PrefixCache(BlockPool(num_blocks)), tokens, 100, Clock(), readers, trunks)
+
+
+def test_models_over_one_backbone_take_turns_and_a_forward_is_of_one_of_them() -> None:
+    queue = sharing((0, 1, 2))
+    for number in range(9):
+        queue.add(request(f"r{number}", group(100, 10, seed=number), variant=0 if number < 7 else number - 6))
+    plans = [plan for plan in iter(queue.schedule, None)]
+    assert [plan.variant for plan in plans] == [0, 1, 2]
+    assert [len(plan.chunks) for plan in plans] == [14, 2, 2]
+
+
+def test_a_higher_priority_comes_before_a_turn() -> None:
+    queue = sharing((0, 1, 2))
+    for variant in range(3):
+        queue.add(request(f"r{variant}", group(100, 10), variant=variant, priority=variant))
+    assert [plan.variant for plan in iter(queue.schedule, None)] == [2, 1, 0]
+
+
+@pytest.mark.parametrize(("trunks", "num_computed"), [((0, 0), 200), ((0, 1), 400)])
+def test_a_prompt_is_found_where_the_backbone_computes_the_same(trunks: tuple[int, ...], num_computed: int) -> None:
+    queue = sharing(trunks)
+    for variant in range(2):
+        queue.add(request(f"r{variant}", group(200, 10), variant=variant))
+    plans = [plan for plan in iter(queue.schedule, None)]
+    assert sum(plan.num_prompt_tokens for plan in plans) == num_computed
+    model = ToyModel(64, trunks)
+    for variant, plan in enumerate(plans):
+        queue.complete(plan, model.run(plan))
+        (outcome,) = queue.take_outcomes()
+        assert outcome.result.groups[0].items[0].score == true_score(ids(200) + ids(10, 1), variant)
+
+
+def test_one_model_does_not_take_the_blocks_that_another_waits_for() -> None:
+    """A long request of the second waits for blocks, while small ones of the first keep coming."""
+    queue, model = sharing((0, 1), num_blocks=6, tokens=130), ToyModel(6, (0, 1))
+    numbers = itertools.count()
+    for _ in range(3):
+        queue.add(request(f"small {next(numbers)}", group(100, 10, seed=next(numbers))))
+    queue.add(request("large", group(500, 10, seed=1000), variant=1))
+    for _ in range(10):
+        plan = queue.schedule()
+        if plan.variant == 1:
+            return
+        queue.complete(plan, model.run(plan))
+        for _ in queue.take_outcomes():
+            queue.add(request(f"small {next(numbers)}", group(100, 10, seed=next(numbers))))
+    raise AssertionError("it waited in vain")

@@ -46,7 +46,7 @@ READ_PLANS = {
 }
 
 
-def true_steps(plan: ReadPlan, tokens: bytes, named: tuple[int, ...]) -> list[float]:
+def true_steps(plan: ReadPlan, tokens: bytes, named: tuple[int, ...], variant: int) -> list[float]:
     """What is read of a sequence, position by position; empty if there is nothing to read."""
     ids = np.frombuffer(tokens, "<i4").tolist()
     if named:
@@ -59,7 +59,7 @@ def true_steps(plan: ReadPlan, tokens: bytes, named: tuple[int, ...]) -> list[fl
         wanted = list(plan.pattern.ids)
         starts = [i for i in range(len(ids)) if ids[i : i + len(wanted)] == wanted]
         positions = [start + plan.pattern.offset for start in starts]
-    return [true_score(tokens[: 4 * (position + 1)]) for position in positions]
+    return [true_score(tokens[: 4 * (position + 1)], variant) for position in positions]
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -71,28 +71,46 @@ class SchedulerMachine(RuleBasedStateMachine):
         chunks=st.integers(1, 20),
         cached=st.booleans(),
         host_slots=st.sampled_from([0, 1, 2, 5]),
-        read=st.sampled_from(sorted(READ_PLANS)),
+        read=st.lists(st.sampled_from(sorted(READ_PLANS)), min_size=1, max_size=4),
+        trunks=st.lists(st.booleans(), min_size=4, max_size=4),
     )
-    def start(self, num_blocks: int, tokens: int, chunks: int, cached: bool, host_slots: int, read: str) -> None:
-        self.read_plan = READ_PLANS[read]
+    def start(
+        self,
+        num_blocks: int,
+        tokens: int,
+        chunks: int,
+        cached: bool,
+        host_slots: int,
+        read: list[str],
+        trunks: list[bool],
+    ) -> None:
+        """`trunks`: whether a model's backbone computes what the first one's does."""
+        self.read_plans = [READ_PLANS[name] for name in read]
+        readers = [Reader(plan) for plan in self.read_plans]
+        trunk_of = [0 if variant == 0 or same else 1 for variant, same in zip(range(len(read)), trunks, strict=False)]
+        trunk_of = [trunk_of.index(trunk) for trunk in trunk_of]
         self.now = 0.0
         self.cache = PrefixCache(BlockPool(num_blocks), host_slots) if cached else None
-        self.scheduler = Scheduler(self.cache, tokens, chunks, lambda: self.now, Reader(self.read_plan))
-        self.model = ToyModel(num_blocks)
+        self.scheduler = Scheduler(self.cache, tokens, chunks, lambda: self.now, readers, trunk_of)
+        self.model = ToyModel(num_blocks, trunk_of)
         self.plans: list[BatchPlan] = []
         self.requests: dict[str, EngineRequest] = {}
         self.outcomes: dict[str, Outcome] = {}
-        self.failed_by_us: set[bytes] = set()
+        self.failed_by_us: set[tuple[int, bytes]] = set()
 
     @rule(
         members=st.lists(groups(), min_size=1, max_size=3),
         client=st.sampled_from("ab"),
         priority=st.integers(-1, 1),
         patience=st.none() | st.floats(0, 10),
+        variant=st.integers(0, 3),
     )
-    def add(self, members: list[EncodedGroup], client: str, priority: int, patience: float | None) -> None:
+    def add(
+        self, members: list[EncodedGroup], client: str, priority: int, patience: float | None, variant: int
+    ) -> None:
         deadline = None if patience is None else self.now + patience
-        request = EngineRequest(f"r{len(self.requests)}", tuple(members), priority, deadline, client)
+        variant %= len(self.read_plans)
+        request = EngineRequest(f"r{len(self.requests)}", tuple(members), priority, deadline, client, variant)
         self.requests[request.request_id] = request
         self.scheduler.add(request)
 
@@ -124,7 +142,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if fatal:
             for chunk in plan.chunks:
                 sequences = chunk.group.sequences if chunk.sequence is None else [chunk.sequence]
-                self.failed_by_us.update(chunk.group.prompt + s.tokens for s in sequences)
+                self.failed_by_us.update((plan.variant, chunk.group.prompt + s.tokens) for s in sequences)
             self.scheduler.fail(plan, ItemFailure(ItemCode.INTERNAL, "planned"))
 
     @precondition(lambda self: self.requests)
@@ -153,14 +171,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_scores(self, outcome: Outcome) -> None:
         request = self.requests[outcome.request_id]
+        read_plan = self.read_plans[request.variant]
         for encoded, scored in zip(request.groups, outcome.result.groups, strict=True):
             named = encoded.steps or [()] * len(encoded.responses)
             for response, where, item in zip(encoded.responses, named, scored.items, strict=True):
                 tokens = encoded.prompt + response
-                steps = true_steps(self.read_plan, tokens, where)
+                steps = true_steps(read_plan, tokens, where, request.variant)
                 if item.score is None:
-                    assert tokens in self.failed_by_us or not steps
-                elif where or self.read_plan.at is ReadAt.EVERY:
+                    assert (request.variant, tokens) in self.failed_by_us or not steps
+                elif where or read_plan.at is ReadAt.EVERY:
                     assert list(item.steps) == steps and item.score == min(steps)
                 else:
                     assert [item.score] == steps and not item.steps

@@ -1,55 +1,24 @@
 """A LoRA adapter with a head of its own scores as its base with the product added; what cannot be merged is refused."""
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from adapters import HIDDEN, RANK, adapter_of, merged_by_hand, save_adapter
 from checkpoints import VOCAB_SIZE, padded_scores, save_checkpoint
 from rewardserve.errors import LoadFailed
 from rewardserve.models.spec import read_spec
 from safetensors.torch import load_file, save_file
 from scoring import joined, native
 
-HIDDEN, RANK = 64, 4
 GROUPS = [([5, 6, 7] * 60, [[8] * 5, [9, 10, 11]]), ([3], [[4, 5]])]
-TARGETS = ("layers.0.self_attn.q_proj", "layers.2.mlp.up_proj", "layers.1.mlp.down_proj")
-
-
-def save_adapter(folder: Path, base: Path, tensors: dict[str, torch.Tensor], **config: Any) -> None:
-    folder.mkdir(exist_ok=True)
-    told = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": RANK, "lora_alpha": 8, **config}
-    (folder / "adapter_config.json").write_text(json.dumps(told))
-    save_file(tensors, folder / "adapter_model.safetensors")
-
-
-def adapter_of(base: dict[str, torch.Tensor], head: str = "base_model.model.score.weight") -> dict[str, torch.Tensor]:
-    torch.manual_seed(3)
-    tensors = {head: torch.randn(1, HIDDEN)}
-    for target in TARGETS:
-        out_size, in_size = base[f"model.{target}.weight"].shape
-        tensors[f"base_model.model.model.{target}.lora_A.weight"] = torch.randn(RANK, in_size) * 0.1
-        tensors[f"base_model.model.model.{target}.lora_B.weight"] = torch.randn(out_size, RANK) * 0.1
-    return tensors
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     save_checkpoint(tmp_path / "base")
     return tmp_path / "base"
-
-
-def merged_by_hand(base: Path, tensors: dict[str, torch.Tensor], scale: float, folder: Path) -> Path:
-    save_checkpoint(folder)
-    weights = load_file(base / "model.safetensors")
-    for target in TARGETS:
-        a, b = (tensors[f"base_model.model.model.{target}.lora_{x}.weight"] for x in "AB")
-        weights[f"model.{target}.weight"] = weights[f"model.{target}.weight"] + scale * (b @ a)
-    weights["score.weight"] = next(tensor for key, tensor in tensors.items() if "score" in key)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 Everything here is plain data, so that it may cross to another process (engine/process.py) as it is.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from rewardserve.types import EncodedGroup, ItemFailure, JudgeFormat, StepFormat, TextSpec
 
@@ -17,6 +17,7 @@ class EngineRequest:
     priority: int = 0
     deadline: float | None = None  # CLOCK_MONOTONIC, seconds
     client: str = ""
+    variant: int = 0  # of the models that share the engine's backbone
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +84,15 @@ class EngineInfo:
     steps: StepFormat | None = None  # how a process reward model is shown steps
     text: TextSpec | None = None  # None: the checkpoint has no tokenizer, only ids are scored
     text_missing_reason: str = ""
+    beside: "tuple[EngineInfo, ...]" = ()  # of the other models that share the backbone: variants 1, 2, ...
+
+    def saying(self, **facts: Any) -> "EngineInfo":
+        """With these, of every model that shares the backbone."""
+        return replace(self, beside=tuple(replace(info, **facts) for info in self.beside), **facts)
+
+    def of(self, variant: int) -> "EngineInfo":
+        """Of one of the models that share the backbone."""
+        return replace(self, beside=()) if variant == 0 else self.beside[variant - 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +106,7 @@ class BatchReport:
     compute_s: float
     queued_requests: int  # waiting in the scheduler when the batch ended
     queued_tokens: int
+    variant: int = 0
 
 
 @dataclass(slots=True)
@@ -126,3 +137,10 @@ class Engine(Protocol):
 
     async def stop(self) -> None:
         """Ends at once. What is still in flight is failed with Unavailable."""
+
+
+class SeveralModels(Engine, Protocol):
+    """An engine of several models over one backbone: its info has others beside it, requests name a variant."""
+
+    def restart_with(self, sources: Sequence[str]) -> None:
+        """What is loaded if it dies, in the order of the variants."""

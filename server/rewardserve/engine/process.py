@@ -138,6 +138,11 @@ class EngineProcess:
         self._options = replace(self._options, source=source)  # what a restart is to load
         return updated.info
 
+    def restart_with(self, sources: Sequence[str]) -> None:
+        """What is loaded if it dies: models over one backbone, in the order of their variants."""
+        assert isinstance(self._options, NativeOptions)
+        self._options = replace(self._options, source=sources[0], beside=tuple(sources[1:]))
+
     async def stop(self) -> None:
         for task in self._tasks:
             task.cancel()
@@ -207,7 +212,9 @@ class EngineProcess:
             if self._updating is not None and not self._updating.done():
                 self._updating.set_exception(EngineDied(f"{reason} while it took over other weights"))
             self._listener.on_down(reason)
-            self._fail_flights(EngineDied(f"{reason} twice with this request in flight"), at_attempt=2)
+            self._fail_flights(
+                EngineDied(f"{reason} twice with this request in flight"), lambda flight: flight.num_attempts >= 2
+            )
             if not await self._restart(reason):
                 return
 
@@ -233,8 +240,7 @@ class EngineProcess:
                 log.error("restart failed: %s", reason)
                 continue
             assert self._info is not None and before is not None
-            if self._info.version != before.version:
-                self._fail_flights(EngineDied(f"{reason}, and its checkpoint has changed since the request came"))
+            self._fail_changed(before, self._info, reason)
             self._listener.on_up(self._info)
             self._resubmit()
             return True
@@ -245,9 +251,18 @@ class EngineProcess:
             if self._child is not None:
                 self._child.send(self._encoder.encode(Score(flight.request)))
 
-    def _fail_flights(self, error: RewardServeError, at_attempt: int = 1) -> None:
+    def _fail_changed(self, before: EngineInfo, now: EngineInfo, reason: str) -> None:
+        """What is in flight to a model that came back as another version."""
+
+        def is_changed(flight: _InFlight) -> bool:
+            variant = flight.request.variant
+            return before.of(variant).version != now.of(variant).version
+
+        self._fail_flights(EngineDied(f"{reason}, and its checkpoint has changed since the request came"), is_changed)
+
+    def _fail_flights(self, error: RewardServeError, which: Callable[[_InFlight], bool] = lambda flight: True) -> None:
         for flight in self._flights.values():
-            if flight.num_attempts >= at_attempt and not flight.future.done():
+            if which(flight) and not flight.future.done():
                 flight.future.set_exception(error)
 
     async def _watch_for_stall(self) -> None:

@@ -10,8 +10,17 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
-from rewardserve.engine.base import BatchReport, Engine, EngineInfo, EngineListener, EngineRequest, EngineResult
+from rewardserve.engine.base import (
+    BatchReport,
+    Engine,
+    EngineInfo,
+    EngineListener,
+    EngineRequest,
+    EngineResult,
+    SeveralModels,
+)
 from rewardserve.errors import LoadFailed, Unavailable
 from rewardserve.types import EncodedGroup
 
@@ -80,6 +89,11 @@ class Replicas:
 
     async def update_weights(self, source: str) -> EngineInfo:
         raise LoadFailed(f"{source}: several engines behind one name cannot change their weights as one; use Swap")
+
+    def restart_with(self, sources: Sequence[str]) -> None:
+        """Its engines must be of several models each."""
+        for replica in self._replicas:
+            cast(SeveralModels, replica.engine).restart_with(sources)
 
     async def stop(self) -> None:
         await asyncio.gather(*(replica.engine.stop() for replica in self._replicas))
@@ -156,9 +170,9 @@ class Replicas:
     def _info(self) -> EngineInfo:
         """Of those that are up: what one of them says, with what all of them have."""
         infos = [r.info for r in self._replicas if r.up and r.info is not None]
-        return replace(
-            infos[0],
-            device=",".join(info.device for info in infos),
-            max_length=min(info.max_length for info in infos),
-            prefix_cache_tokens=sum(info.prefix_cache_tokens for info in infos),
-        )
+        together = {
+            "device": ",".join(info.device for info in infos),
+            "max_length": min(info.max_length for info in infos),
+            "prefix_cache_tokens": sum(info.prefix_cache_tokens for info in infos),
+        }
+        return infos[0].saying(**together)

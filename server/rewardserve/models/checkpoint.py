@@ -12,7 +12,8 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from rewardserve.errors import LoadFailed
-from rewardserve.models import adapter
+from rewardserve.models import adapter, adapter_config
+from rewardserve.models.adapter import Changes
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -46,18 +47,18 @@ class Checkpoint:
     raw_config: dict[str, Any]  # config.json as it stands
     config: PreTrainedConfig  # of the backbone
     where: dict[str, Path]  # file of each weight
-    adapted: dict[str, torch.Tensor] = field(default_factory=dict)  # what an adapter changes or adds
-    base: Path | None = None  # folder of the model that an adapter adapts
+    base: "Checkpoint | None" = None  # what an adapter adapts
+    changes: Changes = field(default_factory=Changes)  # of the base, by the adapter
 
     @property
     def text_folder(self) -> Path:
         """Where its tokenizer is: an adapter's folder may have none."""
         has_tokenizer = any(self.folder.glob("tokenizer*"))
-        return self.folder if has_tokenizer or self.base is None else self.base
+        return self.folder if has_tokenizer or self.base is None else self.base.text_folder
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        return (self.folder,) if self.base is None else (self.base, self.folder)
+        return (self.folder,) if self.base is None else (*self.base.folders, self.folder)
 
     @property
     def architecture(self) -> str:
@@ -75,8 +76,12 @@ class Checkpoint:
         return key in self.where
 
     def tensor(self, key: str) -> torch.Tensor:
-        if key in self.adapted:
-            return self.adapted[key]
+        """As an adapter makes it of its base's, where there is one."""
+        if key in self.changes.whole:
+            return self.changes.whole[key]
+        if self.base is not None:
+            tensor, delta = self.base.tensor(key), self.changes.deltas.get(key)
+            return tensor if delta is None else delta.merged_into(tensor)
         file = self.where[key]
         if file.suffix != ".safetensors":
             return self._pickled[file][key]
@@ -84,8 +89,10 @@ class Checkpoint:
             return tensors.get_tensor(key)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        if key in self.adapted:
-            return tuple(self.adapted[key].shape)
+        if key in self.changes.whole:
+            return tuple(self.changes.whole[key].shape)
+        if self.base is not None:
+            return self.base.shape(key)
         file = self.where[key]
         if file.suffix != ".safetensors":
             return tuple(self._pickled[file][key].shape)
@@ -98,6 +105,8 @@ class Checkpoint:
 
     def stored_dtype(self, besides: frozenset[str]) -> torch.dtype:
         """The precision of the backbone's first weight matrix; a head is often kept in another one."""
+        if self.base is not None:
+            return self.base.stored_dtype(besides)
         key = next((k for k in sorted(self.where) if k.endswith("weight") and k not in besides), None)
         if key is None:
             return torch.float32
@@ -136,7 +145,7 @@ def open_checkpoint(source: str, foreign_configs: dict[str, str]) -> Checkpoint:
     Raises LoadFailed, saying what is missing.
     """
     folder = resolve_folder(source)
-    if (folder / adapter.CONFIG).is_file():
+    if (folder / adapter_config.CONFIG).is_file():
         return _adapted(source, folder, foreign_configs)
     raw = _raw_config(folder)
     config = _config(folder, raw, foreign_configs)
@@ -147,21 +156,14 @@ def open_checkpoint(source: str, foreign_configs: dict[str, str]) -> Checkpoint:
 
 
 def _adapted(source: str, folder: Path, foreign_configs: dict[str, str]) -> Checkpoint:
-    config = adapter.read_adapter_config(folder)
-    base = open_checkpoint(adapter.base_of(folder, config), foreign_configs)
+    config = adapter_config.read_adapter_config(folder)
+    base = open_checkpoint(adapter_config.base_of(folder, config), foreign_configs)
     file = adapter.weights_of(folder)
     own = Checkpoint(source, folder, {}, base.config, dict.fromkeys(_keys(file), file))
     weights = {key: own.tensor(key) for key in own.where}
-    changed = adapter.merged(folder, config, weights, base.where.keys(), base.tensor)
-    return Checkpoint(
-        source,
-        folder,
-        base.raw_config,
-        base.config,
-        base.where | dict.fromkeys(changed, file),
-        base.adapted | changed,
-        base.folder,
-    )
+    changes = adapter.changes_of(folder, config, weights, base.where.keys(), base.shape)
+    where = base.where | dict.fromkeys(changes.keys, file)
+    return Checkpoint(source, folder, base.raw_config, base.config, where, base, changes)
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:

@@ -3,15 +3,21 @@
 import logging
 import math
 import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from rewardserve_kernels.linear.adapted import AdaptedLinear
+from torch import nn
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
 from rewardserve.models.checkpoint import first_line
+from rewardserve.models.heads import Head
 from rewardserve.models.reads import ReadAt
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec
@@ -47,10 +53,72 @@ def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dty
 
 def load(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RewardModel:
     """Raises LoadFailed if a weight of the backbone is missing: transformers would make one up."""
-    assert spec.recipe.head is not None
     module = _read_backbone(spec, dtype=dtype)
     module = module.to(device).eval().requires_grad_(False)
-    return RewardModel(Backbone(module), spec.recipe.head.to(device), takes_mean=spec.recipe.reads.at is ReadAt.MEAN)
+    return RewardModel(Backbone(module), [_head(spec, device)], takes_mean=spec.recipe.reads.at is ReadAt.MEAN)
+
+
+def load_sharing(specs: Sequence[ModelSpec], dtype: torch.dtype, device: torch.device) -> RewardModel:
+    """Adapters of one base, each with its own head, over one backbone. Raises LoadFailed if they cannot share it."""
+    first, base = specs[0], specs[0].checkpoint.base
+    for spec in specs:
+        if reason := _why_not_shared(spec, first):
+            raise LoadFailed(f"{spec.folder}: {reason}; --no-share-backbone loads each model by itself")
+    assert base is not None
+    module = _read_backbone(replace(first, checkpoint=base), dtype=dtype)
+    module = module.to(device).eval().requires_grad_(False)
+    chosen = torch.zeros(1, dtype=torch.int64, device=device)
+    deltas = [spec.checkpoint.changes.deltas for spec in specs]
+    for key in sorted(set().union(*deltas)):
+        adapters = [(found[key].down, found[key].up) if key in found else None for found in deltas]
+        _adapt(module, key, partial(AdaptedLinear, adapters=adapters, chosen=chosen))
+    heads = [_head(spec, device) for spec in specs]
+    return RewardModel(Backbone(module), heads, first.recipe.reads.at is ReadAt.MEAN, chosen)
+
+
+def _why_not_shared(spec: ModelSpec, first: ModelSpec) -> str | None:
+    checkpoint, base = spec.checkpoint, first.checkpoint.base
+    if base is None or checkpoint.base is None or checkpoint.base.folders != base.folders:
+        return "it adapts another model than those it would share its backbone with"
+    if whole := sorted(checkpoint.changes.whole.keys() - spec.recipe.head_keys):
+        return f"it has weights of its own besides its head: {', '.join(whole[:5])}"
+    if any(delta.transposed for delta in checkpoint.changes.deltas.values()):
+        return "its base's layers are stored transposed"
+    if (spec.recipe.reads.at is ReadAt.MEAN) != (first.recipe.reads.at is ReadAt.MEAN):
+        return "it is read otherwise than those it would share its backbone with"
+    return None if spec.recipe.convert is None else "its base's weights have other names here"
+
+
+def _adapt(module: PreTrainedModel, key: str, make: Callable[[nn.Linear], nn.Module]) -> None:
+    """Replaces the linear layer whose weight the checkpoint calls `key`."""
+    path = WRAPPERS.sub("", key.removeprefix(f"{module.base_model_prefix}.")).removesuffix(".weight")
+    parent_path, _, name = path.rpartition(".")
+    try:
+        parent = module.get_submodule(parent_path)
+        linear = getattr(parent, name)
+    except AttributeError as error:
+        raise LoadFailed(f"'{key}' is adapted, and the model has no '{path}'; --no-share-backbone merges it") from error
+    if type(linear) is not nn.Linear:
+        raise LoadFailed(f"'{key}' is adapted, and is no linear layer; --no-share-backbone merges it")
+    setattr(parent, name, make(linear))
+
+
+def _head(spec: ModelSpec, device: torch.device) -> Head:
+    assert spec.recipe.head is not None  # a judge that writes has none, and is not loaded here
+    return spec.recipe.head.to(device)
+
+
+def trunks_of(specs: Sequence[ModelSpec]) -> tuple[int, ...]:
+    """Of each model of `load_sharing`, the first one whose backbone computes exactly the same."""
+    return tuple(next(i for i, other in enumerate(specs) if _same_deltas(spec, other)) for spec in specs)
+
+
+def _same_deltas(one: ModelSpec, other: ModelSpec) -> bool:
+    own, others = one.checkpoint.changes.deltas, other.checkpoint.changes.deltas
+    return own.keys() == others.keys() and all(
+        torch.equal(delta.down, others[key].down) and torch.equal(delta.up, others[key].up)
+        for key, delta in own.items()
+    )
 
 
 def count_parameters(spec: ModelSpec) -> int:
@@ -105,7 +173,7 @@ def _renamed(spec: ModelSpec, empty: PreTrainedModel) -> dict[str, torch.Tensor]
     checkpoint, recipe = spec.checkpoint, spec.recipe
     if recipe.convert is not None:
         return recipe.convert(checkpoint)
-    if checkpoint.adapted:
+    if checkpoint.base is not None:
         return {key: checkpoint.tensor(key) for key in checkpoint.where if key not in recipe.head_keys}
     names = set(empty.state_dict())
     prefix = f"{empty.base_model_prefix}."

@@ -17,17 +17,33 @@ PoolHead = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | No
 class RewardModel:
     """Two ways to the same numbers: packs, and the padded Hugging Face forward they are checked against."""
 
-    def __init__(self, backbone: Backbone, head: Head, takes_mean: bool = False) -> None:
-        """With `takes_mean` the head reads the mean over all tokens instead of single ones."""
+    def __init__(
+        self, backbone: Backbone, heads: Sequence[Head], takes_mean: bool = False, adapter: torch.Tensor | None = None
+    ) -> None:
+        """With `takes_mean` a head reads the mean over all tokens instead of single ones.
+
+        Several `heads` are of several models with this backbone, or what adapters make of it: `adapter`, [1], says
+        which one (rewardserve_kernels.linear.adapted). The first one is in use at first.
+        """
         self.backbone = backbone
-        self.head = head
+        self.heads = tuple(heads)
+        self.head = heads[0]
         self.takes_mean = takes_mean
+        self._adapter = adapter
         self._pool_head: PoolHead | None = None
         self._norm: Norm | None = None
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.backbone.module.parameters()) + self.head.num_parameters
+        """Of all models with this backbone."""
+        own = sum(p.numel() for p in self.backbone.module.parameters())
+        return own + sum(head.num_parameters for head in self.heads)
+
+    def use(self, variant: int) -> None:
+        """What is computed from here on is of the model with this head, and with the adapter of the same number."""
+        self.head = self.heads[variant]
+        if self._adapter is not None:
+            self._adapter.fill_(variant)
 
     @torch.inference_mode()
     def features_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
@@ -57,8 +73,9 @@ class RewardModel:
         It is tried on a few rows first; if it fails or gives something else, all stays as it was, and the reason is
         returned.
         """
-        if not isinstance(self.head, LinearHead) or self.takes_mean:
+        if not all(isinstance(head, LinearHead) for head in self.heads) or self.takes_mean:
             return "it is for a linear head that reads single tokens"
+        assert isinstance(self.head, LinearHead)
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(5, self.head.weight.shape[1], generator=generator).to(self.head.weight.device)
         norm = self.backbone.leave_out_final_norm()

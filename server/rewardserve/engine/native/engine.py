@@ -167,7 +167,11 @@ class EngineLoop:
         runner = self._runner
         cache = PrefixCache(BlockPool(runner.num_blocks), runner.num_host_slots) if runner.num_blocks else None
         return Scheduler(
-            cache, self._loaded.max_batch_tokens, self._max_batch_sequences, reader=Reader(self._loaded.reads)
+            cache,
+            self._loaded.max_batch_tokens,
+            self._max_batch_sequences,
+            readers=[Reader(spec.recipe.reads) for spec in self._loaded.specs],
+            trunks=self._loaded.trunks,
         )
 
     def _guard(self, body: Callable[[], None]) -> Callable[[], None]:
@@ -291,6 +295,7 @@ class EngineLoop:
                 compute_s=compute_s,
                 queued_requests=self._depth[0],
                 queued_tokens=self._depth[1],
+                variant=plan.variant,
             )
             self._deliver()
             self._lock.notify_all()

@@ -63,6 +63,11 @@ class FairQueue(Generic[Work]):
             heapq.heappop(self._heap)
         return self._heap[0].work if self._heap else None
 
+    @property
+    def highest_priority(self) -> int | None:
+        """Of what is to be served next."""
+        return None if self.peek() is None else self._heap[0].priority
+
     def charge(self, work: Work, tokens: int) -> None:
         """`tokens` of an item were served, and there are more: it competes anew with what is left."""
         old = self._entries[id(work)]

@@ -3,7 +3,9 @@
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rewardserve_kernels.ragged import BLOCK_TOKENS
@@ -20,7 +22,7 @@ from rewardserve.errors import LoadFailed
 from rewardserve.models import loader
 from rewardserve.models.backbone import NotPackable, check_packable
 from rewardserve.models.kv_pool import HostBlocks, KVPool
-from rewardserve.models.reads import ReadAt, ReadPlan
+from rewardserve.models.reads import ReadAt
 from rewardserve.models.refresh import check_refresh, refresh
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec, read_spec
@@ -48,89 +50,66 @@ class Loaded:
     info: EngineInfo
     max_batch_tokens: int
     model: RewardModel
-    spec: ModelSpec
-
-    @property
-    def reads(self) -> ReadPlan:
-        return self.spec.recipe.reads
+    specs: tuple[ModelSpec, ...]  # of the models that share the backbone
+    trunks: tuple[int, ...] = (0,)  # of each, the first one whose backbone computes the same
 
     def refreshed(self, source: str) -> "Loaded":
         """The same model with the weights of another checkpoint of its shapes, in place.
 
         Raises LoadFailed, and nothing has changed, or anything else, and the model is not to be used any more.
         """
-        spec = read_spec(source)
-        check_refresh(self.model, spec, self.spec)
+        if len(self.specs) > 1:
+            raise LoadFailed(f"{source}: the model shares its backbone with others, which would change too; use Swap")
+        spec, (own,) = read_spec(source), self.specs
+        check_refresh(self.model, spec, own)
         with torch.inference_mode():
             refresh(self.model, spec)
-        quality = self.info.version.removeprefix(self.spec.version)
+        quality = self.info.version.removeprefix(own.version)
         info = dataclasses.replace(self.info, version=f"{spec.version}{quality}")
-        return dataclasses.replace(self, info=info, spec=spec)
+        return dataclasses.replace(self, info=info, specs=(spec,))
 
     def fall_back(self, reason: str) -> "Loaded":
         """The same model on the padded path."""
         log.error("falling back to the padded path: %s", reason)
         self.model.backbone.prepare_padded()
         runner = PaddedRunner(self.model, self.max_batch_tokens)
-        info = dataclasses.replace(self.info, path="padded", path_reason=reason, prefix_cache_tokens=0)
-        return dataclasses.replace(self, runner=runner, info=info)
+        return dataclasses.replace(self, runner=runner).saying(path="padded", path_reason=reason, prefix_cache_tokens=0)
+
+    def saying(self, **facts: Any) -> "Loaded":
+        """With these in the info of every model."""
+        return dataclasses.replace(self, info=self.info.saying(**facts))
 
 
 def load_runner(options: NativeOptions) -> Loaded:
     """Loads, checks and sizes everything. Raises LoadFailed with what to do about it."""
-    spec = read_spec(options.source)
-    recipe = spec.recipe
-    if recipe.judge is not None and recipe.judge.verdict is not None:
-        raise LoadFailed(f"{options.source}: a judge that writes its verdict is served by vLLM; {HOW_TO_INSTALL}")
+    specs = tuple(_read_specs(options))
     device = loader.choose_device(options.device)
     if options.quantize and options.dtype not in ("auto", "bfloat16"):
         raise LoadFailed(f"quantize = {options.quantize} runs in bfloat16, not {options.dtype}; leave one of them out")
-    dtype = torch.bfloat16 if options.quantize else loader.choose_dtype(options.dtype, spec, device)
+    dtype = torch.bfloat16 if options.quantize else loader.choose_dtype(options.dtype, specs[0], device)
     if device.type == "cpu":
         torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
         keep_freed_memory()
     elif options.batch_invariant:
         make_batch_invariant()
-    log.info("loading %s (%s) as %s on %s", options.source, spec.architecture, dtype, device)
-    model = loader.load(spec, dtype, device)
+    names = ", ".join(spec.checkpoint.source for spec in specs)
+    log.info("loading %s (%s) as %s on %s", names, specs[0].architecture, dtype, device)
+    shared = len(specs) > 1
+    model = loader.load_sharing(specs, dtype, device) if shared else loader.load(specs[0], dtype, device)
     max_batch_tokens = options.max_batch_tokens or (2048 if device.type == "cpu" else 8192)
-    max_length = min(options.max_length or spec.max_length, spec.max_length)
-    text, text_missing_reason = export_text(spec.checkpoint.text_folder, in_pairs=recipe.reads.at is ReadAt.FIRST)
+    infos = [_info(spec, options, model, dtype, device, shared) for spec in specs]
     padded = Loaded(
         PaddedRunner(model, max_batch_tokens),
-        EngineInfo(
-            version=f"{spec.version}-{options.quantize or DTYPE_NAMES[dtype]}",
-            architecture=spec.architecture,
-            path="padded",
-            path_reason="asked for",
-            dtype=options.quantize or str(dtype).removeprefix("torch."),
-            device=str(device),
-            num_parameters=model.num_parameters,
-            max_length=max_length,
-            vocab_size=spec.config.get_text_config().vocab_size,
-            canary_error=0.0,
-            prefix_cache_tokens=0,
-            bos_token_id=first_id(getattr(spec.config.get_text_config(), "bos_token_id", None)),
-            attributes=recipe.attributes,
-            is_probability=recipe.is_probability,
-            shift=0.0 if recipe.normalizer is None else recipe.normalizer.shift,
-            scale=1.0 if recipe.normalizer is None else recipe.normalizer.scale,
-            reads_single_states=recipe.reads.at is ReadAt.LAST,
-            pattern=() if recipe.reads.pattern is None else recipe.reads.pattern.ids,
-            appended=recipe.appended,
-            judge=recipe.judge,
-            steps=recipe.steps,
-            text=text,
-            text_missing_reason=text_missing_reason,
-        ),
+        dataclasses.replace(infos[0], beside=tuple(infos[1:])),
         max_batch_tokens,
         model,
-        spec,
+        specs,
+        loader.trunks_of(specs) if shared else (0,),
     )
     if options.path == "padded":
         return padded
     try:
-        return _pack(padded, spec, options, device, dtype)
+        return _pack(padded, options, device, dtype)
     except NotPackable as reason:
         if options.quantize:
             raise LoadFailed(
@@ -141,19 +120,77 @@ def load_runner(options: NativeOptions) -> Loaded:
         return padded.fall_back(str(reason))
 
 
+def _read_specs(options: NativeOptions) -> Iterator[ModelSpec]:
+    for source in (options.source, *options.beside):
+        spec = read_spec(source)
+        if spec.recipe.judge is not None and spec.recipe.judge.verdict is not None:
+            raise LoadFailed(f"{source}: a judge that writes its verdict is served by vLLM; {HOW_TO_INSTALL}")
+        yield spec
+
+
+def _info(
+    spec: ModelSpec,
+    options: NativeOptions,
+    model: RewardModel,
+    dtype: torch.dtype,
+    device: torch.device,
+    shared: bool,
+) -> EngineInfo:
+    """Of one model, on the padded path."""
+    recipe, text_config = spec.recipe, spec.config.get_text_config()
+    text, text_missing_reason = export_text(spec.checkpoint.text_folder, in_pairs=recipe.reads.at is ReadAt.FIRST)
+    # What LoRA adds to a product is rounded otherwise than what it adds to a weight: one version, one score.
+    adapted = "-adapted" if shared and spec.checkpoint.changes.deltas else ""
+    return EngineInfo(
+        version=f"{spec.version}-{options.quantize or DTYPE_NAMES[dtype]}{adapted}",
+        architecture=spec.architecture,
+        path="padded",
+        path_reason="asked for",
+        dtype=options.quantize or str(dtype).removeprefix("torch."),
+        device=str(device),
+        num_parameters=model.num_parameters,
+        max_length=min(options.max_length or spec.max_length, spec.max_length),
+        vocab_size=text_config.vocab_size,
+        canary_error=0.0,
+        prefix_cache_tokens=0,
+        bos_token_id=first_id(getattr(text_config, "bos_token_id", None)),
+        attributes=recipe.attributes,
+        is_probability=recipe.is_probability,
+        shift=0.0 if recipe.normalizer is None else recipe.normalizer.shift,
+        scale=1.0 if recipe.normalizer is None else recipe.normalizer.scale,
+        reads_single_states=recipe.reads.at is ReadAt.LAST,
+        pattern=() if recipe.reads.pattern is None else recipe.reads.pattern.ids,
+        appended=recipe.appended,
+        judge=recipe.judge,
+        steps=recipe.steps,
+        text=text,
+        text_missing_reason=text_missing_reason,
+    )
+
+
 def first_id(ids: int | list[int] | None) -> int | None:
     return ids[0] if isinstance(ids, list) else ids
 
 
-def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch.device, dtype: torch.dtype) -> Loaded:
+def _pack(padded: Loaded, options: NativeOptions, device: torch.device, dtype: torch.dtype) -> Loaded:
     """Moves a model from the padded to the packed path if its canary agrees. Raises NotPackable, LoadFailed."""
     tolerance = CANARY_TOLERANCE[dtype]
     check_packable(padded.model.backbone.config, padded.info.max_length)
-    canary = Canary(padded.model, spec)
+    canary, *others = [_canary(padded.model, spec, variant) for variant, spec in enumerate(padded.specs)]
+    padded.model.use(0)
     _find_packing(padded.model, canary, padded.info.max_length, tolerance)
     subject = Subject(padded.model, padded.info.num_parameters, canary, tolerance, padded.max_batch_tokens)
     speed_up(subject, options.compile, options.quantize)
     small_pool, error = canary.run(padded.model)  # as it will be served
+    for variant, other in enumerate(others, start=1):
+        padded.model.use(variant)
+        error = max(error, other.run(padded.model)[1])
+        if error > subject.tolerance:
+            raise LoadFailed(
+                f"{padded.specs[variant].folder}: over a shared backbone its hidden states differ by {error:.1e} from "
+                "the padded forward; --no-share-backbone loads each model by itself"
+            )
+    padded.model.use(0)
     num_blocks = _num_blocks(options, device, small_pool.bytes_per_block)
     pool = KVPool(num_blocks + (device.type != "cpu"))  # one to spare, for what a graph stores and nobody wants
     pool.allocate_like(small_pool)
@@ -161,21 +198,26 @@ def _pack(padded: Loaded, spec: ModelSpec, options: NativeOptions, device: torch
         pool.keep_sums(padded.model.backbone.config.hidden_size, device)
     graphs = None
     small = padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS and not padded.model.takes_mean
-    if device.type == "cuda" and options.cuda_graphs and small:
+    alone = len(padded.specs) == 1  # a graph has one model's head in it
+    if device.type == "cuda" and options.cuda_graphs and small and alone:
         graphs = capture(padded.model, pool, spare_block=num_blocks)
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:
         log.warning("max_length is %d, not %d: that is what the prefix cache holds", max_length, padded.info.max_length)
     host = _host_blocks(options, pool, small_pool.bytes_per_block)
-    info = dataclasses.replace(
-        padded.info,
+    packed = dataclasses.replace(padded, runner=PackedRunner(padded.model, pool, num_blocks, graphs, host))
+    return packed.saying(
         path="packed",
         path_reason="",
         max_length=max_length,
         canary_error=error,
         prefix_cache_tokens=num_blocks * BLOCK_TOKENS,
     )
-    return dataclasses.replace(padded, runner=PackedRunner(padded.model, pool, num_blocks, graphs, host), info=info)
+
+
+def _canary(model: RewardModel, spec: ModelSpec, variant: int) -> Canary:
+    model.use(variant)
+    return Canary(model, spec)
 
 
 def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance: float) -> None:

@@ -22,3 +22,4 @@ class NativeOptions:
     quantize: str = ""  # "int8", "fp8": 8-bit weights and activations; dtype is then that of what lies between
     path: str = "auto"  # auto, packed (refuse what is not), padded
     num_threads: int = 0  # of torch on a CPU; 0: as many as there are cores
+    beside: tuple[str, ...] = ()  # adapters of the same base as `source`, served over one backbone with it

@@ -26,9 +26,11 @@ _NOTHING: Kept = {}
 BLOCK_BYTES = 4 * BLOCK_TOKENS
 
 
-def block_keys(prompt: bytes) -> Iterator[Key]:
-    """Keys of the blocks of a prompt (little-endian int32 token ids), the partial last one included."""
-    key = b""
+def block_keys(prompt: bytes, key: Key = b"") -> Iterator[Key]:
+    """Keys of the blocks of a prompt (little-endian int32 token ids), the partial last one included.
+
+    Another `key` to begin with gives others: what is computed otherwise must not be found.
+    """
     for begin in range(0, len(prompt), BLOCK_BYTES):
         key = hashlib.blake2b(key + prompt[begin : begin + BLOCK_BYTES], digest_size=16).digest()
         yield key

@@ -70,12 +70,14 @@ class _OnGpu:
 class _Step:
     pack: Pack
     moves: tuple[Move, ...]
+    variant: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
     rows: list[torch.Tensor]  # int64 ids of whole sequences
     reads: list[tuple[int, ...]]  # of each
+    variant: int
 
 
 class PackedRunner:
@@ -98,13 +100,14 @@ class PackedRunner:
     def prepare(self, plan: BatchPlan) -> "_Step":
         backbone = self._model.backbone
         pack = build_pack(plan, backbone, backbone.device.type != "cpu", self._model.takes_mean)
-        return _Step(pack, plan.moves)
+        return _Step(pack, plan.moves, plan.variant)
 
     def launch(self, prepared: object) -> Launched:
         assert isinstance(prepared, _Step)
         for move in prepared.moves:
             assert self._host is not None
             (self._host.copy_out if move.out else self._host.copy_back)(move.block, move.slot)
+        self._model.use(prepared.variant)
         features = self._graphs.launch(prepared.pack) if self._graphs is not None else None
         if features is None:
             features = self._model.features_packed(prepared.pack, self._pool)
@@ -127,10 +130,11 @@ class PaddedRunner:
         self._rope_switch = rope_switch(model.backbone.config)
 
     def prepare(self, plan: BatchPlan) -> "_Rows":
-        return _Rows(build_rows(plan), [chunk.reads for chunk in plan.chunks])
+        return _Rows(build_rows(plan), [chunk.reads for chunk in plan.chunks], plan.variant)
 
     def launch(self, prepared: object) -> Launched:
         assert isinstance(prepared, _Rows)
+        self._model.use(prepared.variant)
         rows, reads = prepared.rows, prepared.reads
         features: list[list[list[float]]] = [[]] * len(rows)
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))

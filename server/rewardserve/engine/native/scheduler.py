@@ -1,16 +1,19 @@
 """Waiting groups -> the next forward, within a token budget. Integers and bytes only; loads no torch.
 
 A group's prompt is computed once, from the first block the prefix cache does not have; its responses follow, as many as
-the budget holds, each whole unless it is longer than a whole forward. Forwards run in the order they were scheduled, so
-a block may be given to new work as soon as the last forward that reads it is *scheduled*: whoever writes it runs later.
-That is why everything a group holds is released when its last chunk is scheduled. When a forward fails, it and all
-scheduled after it are rolled back as if they had never been.
+the budget holds, each whole unless it is longer than a whole forward. Where several models share the backbone a forward
+is of one of them; they take turns, and find each other's prompts if their backbones compute the same.
+
+Forwards run in the order they were scheduled, so a block may be given to new work as soon as the last forward that
+reads it is *scheduled*: whoever writes it runs later. That is why everything a group holds is released when its last
+chunk is scheduled. When a forward fails, it and all scheduled after it are rolled back as if they had never been.
 """
 
 import heapq
+import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
 
@@ -31,6 +34,17 @@ class _Job:
     received_at: float
     started_at: float | None = None
     num_unfinished: int = 0  # groups
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """One of the models that share the backbone."""
+
+    variant: int
+    queue: FairQueue[Group]
+    reader: Reader
+    key: bytes  # what keys of prompts begin with
+    key_of_kept: bytes  # of prompts that features are kept of, which are the head's
 
 
 @dataclass(slots=True)
@@ -67,17 +81,24 @@ class Scheduler:
         max_batch_tokens: int,
         max_batch_sequences: int,
         clock: Callable[[], float] = time.monotonic,
-        reader: Reader | None = None,
+        readers: Sequence_[Reader] = (Reader(ReadPlan()),),
+        trunks: Sequence_[int] = (0,),
     ) -> None:
-        """`reader` knows where the model is read; by default at each response's last token."""
+        """Of each model that shares the backbone: where it is read, by default at each response's last token; and the
+        number of the first one whose backbone computes the same.
+        """
         self._cache = cache
-        self._reader = reader or Reader(ReadPlan())
         self._max_tokens = max_batch_tokens
         self._max_chunks = max_batch_sequences
         self._token_limit = max_batch_tokens  # lower after a forward that failed
         self._chunk_limit = max_batch_sequences
         self._clock = clock
-        self._queue: FairQueue[Group] = FairQueue(quantum=max_batch_tokens)
+        self._lanes = [
+            _Lane(variant, FairQueue(max_batch_tokens), reader, _key(trunk), _key(trunk, variant))
+            for variant, (reader, trunk) in enumerate(zip(readers, trunks, strict=True))
+        ]
+        self._turn = 0  # whose forward is next, of those with the same priority
+        self._blocked: Group | None = None  # waits for blocks that others hold
         self._jobs: dict[str, _Job] = {}
         self._deadlines: list[tuple[float, str]] = []
         self._started: dict[int, Group] = {}  # by id: in the queue, holding or reserving blocks
@@ -102,10 +123,11 @@ class Scheduler:
                 self._enqueue(group)
 
     def _group(self, request: EngineRequest, encoded: EncodedGroup) -> Group:
-        keys = list(block_keys(encoded.prompt)) if self._cache else []
-        group = Group.from_encoded(request.request_id, encoded, keys, self._reader)
+        lane = self._lanes[request.variant]
+        group = Group.from_encoded(request.request_id, encoded, lane.reader, request.variant)
         if self._cache is not None:
-            group.find_kept(self._reader)
+            group.find_kept(lane.reader)
+            group.keys = list(block_keys(encoded.prompt, lane.key_of_kept if group.reads else lane.key))
         return group
 
     def cancel(self, request_id: str) -> None:
@@ -122,17 +144,20 @@ class Scheduler:
         """All requests in flight, in the order they came."""
         return [job.request for job in self._jobs.values()]
 
+    def _waiting_groups(self) -> Iterator[Group]:
+        return itertools.chain.from_iterable(lane.queue for lane in self._lanes)
+
     @property
     def num_waiting_groups(self) -> int:
-        return len(self._queue)
+        return sum(len(lane.queue) for lane in self._lanes)
 
     @property
     def num_waiting_requests(self) -> int:
-        return len({group.request_id for group in self._queue})
+        return len({group.request_id for group in self._waiting_groups()})
 
     @property
     def num_waiting_tokens(self) -> int:
-        return sum(group.num_tokens_left for group in self._queue)
+        return sum(group.num_tokens_left for group in self._waiting_groups())
 
     @property
     def idle(self) -> bool:
@@ -143,23 +168,43 @@ class Scheduler:
     def schedule(self) -> BatchPlan | None:
         """The next forward, or None if there is nothing to compute now."""
         self._drop_expired()
+        for lane in self._in_turn():
+            filling = self._fill(lane)
+            self._settle(filling)
+            if filling.chunks:
+                break
+        else:
+            return None
+        self._turn = lane.variant + 1
+        moves = self._cache.take_moves() if self._cache is not None else ()
+        plan = BatchPlan(
+            tuple(filling.chunks), tuple(filling.published), filling.num_cached_tokens, moves, lane.variant
+        )
+        self._outstanding.append(plan)
+        return plan
+
+    def _in_turn(self) -> list[_Lane]:
+        """Those with something to compute: the highest priority first, then whose turn it is."""
+        waiting = [(lane.queue.highest_priority, lane) for lane in self._lanes]
+        order = [
+            (-priority, (lane.variant - self._turn) % len(self._lanes), lane)
+            for priority, lane in waiting
+            if priority is not None
+        ]
+        return [lane for *_, lane in sorted(order, key=lambda entry: entry[:2])]
+
+    def _fill(self, lane: _Lane) -> _Filling:
         filling = _Filling(self._token_limit, self._chunk_limit)
-        while not filling.full and (group := self._next_group()) is not None:
+        while not filling.full and (group := self._next_group(lane)) is not None:
             tokens_before, chunks_before = filling.tokens_left, len(filling.chunks)
             done = self._serve(group, filling)
             if done:
                 self._retire(group, filling)
                 continue
             if len(filling.chunks) > chunks_before:
-                self._queue.charge(group, tokens_before - filling.tokens_left)
+                lane.queue.charge(group, tokens_before - filling.tokens_left)
             break  # it did not fit: the next forward begins with what is fair then
-        self._settle(filling)
-        if not filling.chunks:
-            return None
-        moves = self._cache.take_moves() if self._cache is not None else ()
-        plan = BatchPlan(tuple(filling.chunks), tuple(filling.published), filling.num_cached_tokens, moves)
-        self._outstanding.append(plan)
-        return plan
+        return filling
 
     def _settle(self, filling: _Filling) -> None:
         """The forward is planned: what it read last may be written by the next."""
@@ -171,28 +216,38 @@ class Scheduler:
                 group.num_reserved += num_blocks
                 self._reserved += num_blocks
 
-    def _next_group(self) -> Group | None:
+    def _next_group(self, lane: _Lane) -> Group | None:
         """What is fair next; but if there are no blocks to start it, what was started goes on to free some."""
-        group = self._queue.peek()
+        group = lane.queue.peek()
         if group is None or group.started or self._start(group):
             return group
-        return next(iter(self._started.values()), None)
+        return next((started for started in self._started.values() if started.variant == lane.variant), None)
 
     def _start(self, group: Group) -> bool:
         """Reserves the blocks the group needs at worst, so that groups under way can never block one another."""
         if self._cache is None:
             group.started = True
             return True
+        if self._is_behind_another(group):
+            return False
         need = _blocks_needed(group)
         if self._cache.num_available - self._reserved < need:
             assert self._started or self._cache.num_available < self._cache.pool.num_blocks, (
                 "pool too small for a group"
             )
+            self._blocked = group
             return False
         group.started, group.num_reserved, group.kept = True, need, {}
         self._reserved += need
         self._started[id(group)] = group
         return True
+
+    def _is_behind_another(self, group: Group) -> bool:
+        """Blocks that come free are for the one that waits for them, or another model would take them forever."""
+        blocked = self._blocked
+        if blocked is None or blocked.started or blocked not in self._lanes[blocked.variant].queue:
+            return False
+        return blocked.variant != group.variant
 
     def _serve(self, group: Group, filling: _Filling) -> bool:
         """Plans what fits of a started group. True if all of it is planned."""
@@ -311,7 +366,7 @@ class Scheduler:
 
     def _retire(self, group: Group, filling: _Filling) -> None:
         """All of a group is planned."""
-        self._queue.remove(group)
+        self._lanes[group.variant].queue.remove(group)
         filling.to_release += self._leave_started(group)
 
     def _leave_started(self, group: Group) -> list[int]:
@@ -359,7 +414,7 @@ class Scheduler:
         if group.dropped:
             return
         features = group.features_of(sequence) if self._cache else list(sequence.features.values())
-        reading = self._reader.fold(features, sequence.named)
+        reading = self._lanes[group.variant].reader.fold(features, sequence.named)
         if all(map(math.isfinite, (reading.score, *reading.attributes, *reading.steps))):
             sequence.reading = reading
         else:
@@ -384,7 +439,7 @@ class Scheduler:
             if not self._in_flight(group):
                 continue
             if group.waiting:
-                self._queue.remove(group)
+                self._lanes[group.variant].queue.remove(group)
             for sequence in group.sequences:
                 if sequence.status is Status.RUNNING:
                     sequence.status = Status.WAITING
@@ -436,12 +491,13 @@ class Scheduler:
 
     def _enqueue(self, group: Group) -> None:
         request = self._jobs[group.request_id].request
-        self._queue.add(group, request.client, group.num_tokens, request.priority)
+        self._lanes[group.variant].queue.add(group, request.client, group.num_tokens, request.priority)
 
     def _remove(self, group: Group) -> None:
         """Takes a group out of the queue, planned or not, and frees what it holds."""
-        if group in self._queue:
-            self._queue.remove(group)
+        queue = self._lanes[group.variant].queue
+        if group in queue:
+            queue.remove(group)
         if self._cache is not None:
             self._cache.release(self._leave_started(group))
 
@@ -470,12 +526,12 @@ class Scheduler:
 
     def check(self) -> None:
         """Asserts what must hold between calls: every block accounted for, every group where it belongs."""
-        in_queue = {id(group) for group in self._queue}
+        in_queue = {id(group) for group in self._waiting_groups()}
         for request_id, job in self._jobs.items():
             assert job.num_unfinished == sum(not group.finished for group in job.groups) > 0, request_id
             for group in job.groups:
                 assert bool(group.waiting) == (id(group) in in_queue), "a group waits outside the queue, or in vain"
-        assert all(group.request_id in self._jobs for group in self._queue), "a dropped group is still queued"
+        assert all(group.request_id in self._jobs for group in self._waiting_groups()), "a dropped group is queued"
         assert all(key in in_queue for key in self._started)
         if self._cache is None:
             return
@@ -495,6 +551,12 @@ def _item(sequence: Sequence) -> EngineItem:
     if reading is None:
         return EngineItem(None, sequence.failure)
     return EngineItem(reading.score, None, reading.attributes, reading.steps, reading.std)
+
+
+def _key(trunk: int, variant: int | None = None) -> bytes:
+    """Of the only model there is, what keys begin with is nothing."""
+    own = b"" if variant is None or variant == trunk else b"%d of " % variant
+    return own + (b"" if trunk == 0 else b"%d" % trunk)
 
 
 def _blocks_needed(group: Group) -> int:

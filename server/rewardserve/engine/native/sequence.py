@@ -47,7 +47,8 @@ class Group:
     request_id: str
     prompt: bytes
     sequences: list[Sequence]
-    keys: list[bytes]  # of the prompt's blocks
+    variant: int  # of those models that share the backbone
+    keys: list[bytes] = field(default_factory=list)  # of the prompt's blocks, where there is a cache
     reads: list[int] = field(default_factory=list)  # positions in the prompt whose features are kept, ascending
     kept: dict[int, Kept] = field(default_factory=dict)  # those features, by block
     blocks: list[int] = field(default_factory=list)  # held; the first `num_computed` prompt tokens lie in them
@@ -58,7 +59,7 @@ class Group:
     dropped: bool = False  # its request expired or was cancelled; forwards under way may still hold its chunks
 
     @classmethod
-    def from_encoded(cls, request_id: str, encoded: EncodedGroup, keys: list[bytes], reader: Reader) -> "Group":
+    def from_encoded(cls, request_id: str, encoded: EncodedGroup, reader: Reader, variant: int) -> "Group":
         sequences = [Sequence(index, tokens) for index, tokens in enumerate(encoded.responses)]
         for sequence, named in zip(sequences, encoded.steps or [()] * len(sequences), strict=True):
             try:
@@ -66,7 +67,7 @@ class Group:
             except NothingToRead as error:
                 sequence.status, sequence.failure = Status.FINISHED, error.failure
             sequence.named = bool(named)
-        return cls(request_id, encoded.prompt, sequences, keys)
+        return cls(request_id, encoded.prompt, sequences, variant)
 
     def find_kept(self, reader: Reader) -> None:
         """What of the prompt is read: what its blocks keep anyway, and what the sequences name."""
@@ -155,6 +156,7 @@ class BatchPlan:
     published: tuple[int, ...]  # blocks others may already rely on; retracted if the forward fails
     num_cached_tokens: int  # prompt tokens it need not compute
     moves: tuple[Move, ...] = ()  # in this order, before the forward
+    variant: int = 0  # which of those models that share the backbone it is of
 
     @property
     def num_tokens(self) -> int:

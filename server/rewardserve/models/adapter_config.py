@@ -1,0 +1,35 @@
+"""What a PEFT adapter's config says, and which model it adapts. Loads no torch: the front asks, too."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rewardserve.errors import LoadFailed
+
+CONFIG = "adapter_config.json"
+# Options of PEFT that change what a layer computes in a way that is not known here
+NOT_KNOWN = ("use_dora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "alpha_pattern")
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """Raises LoadFailed for what cannot be served."""
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LoadFailed(f"{path}: {error}") from error
+    kind = str(config.get("peft_type", "")).upper()
+    if kind != "LORA":
+        raise LoadFailed(f"{path}: peft_type is '{kind}'; LORA is what can be served, merge others first")
+    if asked := [name for name in NOT_KNOWN if config.get(name)]:
+        raise LoadFailed(f"{path}: {', '.join(asked)} cannot be merged here; merge it with PEFT first")
+    if not config.get("base_model_name_or_path"):
+        raise LoadFailed(f"{path}: base_model_name_or_path is missing; it names the model to adapt")
+    return config
+
+
+def base_of(folder: Path, config: dict[str, Any]) -> str:
+    """A path beside the adapter, any other path, or a hub name."""
+    base = str(config["base_model_name_or_path"])
+    beside = folder / base
+    return str(beside.resolve()) if beside.is_dir() else base
