@@ -33,14 +33,14 @@ DATA = HERE.parents[1] / "shared" / "data"
 MAX_LENGTH = 8192
 CACHE_BYTES = 2 << 30  # of keys and values, for whoever has such a cache
 
-# Groups of each workload: full and quick, on a CPU; a GPU does GPU_TIMES as many. In all, about 40 and 6 minutes on two
+# Groups of each workload: full and quick, on a CPU; a GPU does GPU_TIMES as many. In all, about 45 and 6 minutes on two
 # cores, most of them padded peers'.
 SIZES = {
     "best_of_16": (4, 1),
     "shared_system": (3, 2),
-    "pairs": (16, 4),
-    "grpo_64": (1, 1),
-    "ppo": (12, 3),
+    "pairs": (64, 4),
+    "grpo_64": (2, 1),
+    "ppo": (24, 3),
     "short_items": (5, 1),
 }
 QUICK_RESPONSES = 8  # of a group, at most

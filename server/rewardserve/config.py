@@ -69,7 +69,7 @@ class ServeConfig(Options):
     )
     max_length: int = Field(default=0, ge=0, description="longest prompt + response in tokens; 0: the checkpoint's own")
     max_batch_tokens: int = Field(
-        default=0, ge=0, description="token budget of one forward; 0: 2048 on a CPU, 8192 on a GPU"
+        default=0, ge=0, description="token budget of one forward; 0: 4096 on a CPU, 8192 on a GPU"
     )
     max_batch_sequences: int = Field(default=512, ge=1, description="most prompts and responses in one forward")
     prefix_cache_mb: int = Field(default=0, ge=0, description="memory for prompts' activations; 0: by what is free")

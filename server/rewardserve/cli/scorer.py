@@ -58,7 +58,7 @@ class ScoringOptions(Options):
     device: str = Field(default="auto", pattern=DEVICE, description="offline: auto, cpu, cuda or cuda:N")
     threads: int = Field(default=0, ge=0, le=MAX_THREADS, description="offline: torch threads on a CPU; 0: all cores")
     max_batch_tokens: int = Field(
-        default=0, ge=0, description="offline: token budget of one forward; 0: 2048 on a CPU, 8192 on a GPU"
+        default=0, ge=0, description="offline: token budget of one forward; 0: 4096 on a CPU, 8192 on a GPU"
     )
     overflow: Literal["error", "truncate-prompt-left", "truncate-response-right"] = Field(
         default="error", description="what to do with prompt + response longer than the model takes"

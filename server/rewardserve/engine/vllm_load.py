@@ -21,7 +21,7 @@ import torch
 
 from rewardserve.engine.base import EngineInfo
 from rewardserve.engine.judge import Unreadable, read_verdict
-from rewardserve.engine.native.load import DTYPE_NAMES, auto_cache_bytes, first_id
+from rewardserve.engine.native.load import DTYPE_NAMES, auto_cache_bytes, default_batch_tokens, first_id
 from rewardserve.engine.vllm_engine import ItemFailed, ModelGone, Scored, Step
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL, VllmOptions
 from rewardserve.engine.vllm_plugin import OWNER
@@ -233,7 +233,7 @@ def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: 
     if options.device != "auto" and not options.device.startswith(device):
         raise LoadFailed(f"device = {options.device}, but the vLLM that is installed is for {device}; {HOW_TO_INSTALL}")
     on_cpu = device == "cpu"
-    max_batch_tokens = options.max_batch_tokens or (2048 if on_cpu else 8192)
+    max_batch_tokens = options.max_batch_tokens or default_batch_tokens(on_cpu)
     cache_bytes = options.prefix_cache_bytes or (auto_cache_bytes() if on_cpu else 0)
     verdict, max_length = _verdict(spec), min(options.max_length or spec.max_length, spec.max_length)
     if verdict is not None and verdict.max_tokens >= max_length:

@@ -15,7 +15,7 @@ class VllmOptions:
     dtype: str = "auto"  # auto (as the native engine chooses), float32, bfloat16, float16
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...: it must be what the installed vLLM is built for
     max_length: int = 0  # tokens; 0: as the checkpoint says
-    max_batch_tokens: int = 0  # 0: 2048 on a CPU, 8192 on a GPU
+    max_batch_tokens: int = 0  # 0: 4096 on a CPU, 8192 on a GPU
     max_batch_sequences: int = 512
     prefix_cache_bytes: int = 0  # of all ranks together; 0: as native on a CPU, what vLLM finds free on a GPU
     compile: str = "auto"  # auto (from 50M parameters on), on, off

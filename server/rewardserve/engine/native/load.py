@@ -96,7 +96,7 @@ def load_runner(options: NativeOptions) -> Loaded:
     log.info("loading %s (%s) as %s on %s", names, specs[0].architecture, dtype, device)
     shared = len(specs) > 1
     model = loader.load_sharing(specs, dtype, device) if shared else loader.load(specs[0], dtype, device)
-    max_batch_tokens = options.max_batch_tokens or (2048 if device.type == "cpu" else 8192)
+    max_batch_tokens = options.max_batch_tokens or default_batch_tokens(device.type == "cpu")
     infos = [_info(spec, options, model, dtype, device, shared) for spec in specs]
     padded = Loaded(
         PaddedRunner(model, max_batch_tokens),
@@ -250,6 +250,13 @@ def _num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: i
         need = 4 * bytes_per_block
         raise LoadFailed(f"the prefix cache of {budget} bytes holds no request; give it at least {need} bytes")
     return min(num_blocks, MAX_BLOCKS)
+
+
+def default_batch_tokens(on_cpu: bool) -> int:
+    """On two cores of a CPU 4096 are 5 % ahead of 2048 where prompts are long, and level elsewhere; what waits for the
+    forward under way waits longer. A GPU's multiprocessors are all busy from 8192 on, for models of 0.6B to 14B.
+    """
+    return 4096 if on_cpu else 8192
 
 
 def auto_cache_bytes() -> int:

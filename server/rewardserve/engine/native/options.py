@@ -12,7 +12,7 @@ class NativeOptions:
     dtype: str = "auto"  # auto, float32, bfloat16, float16
     device: str = "auto"  # auto, cpu, cuda, cuda:1, ...
     max_length: int = 0  # tokens; 0: as the checkpoint says, as far as the prefix cache reaches
-    max_batch_tokens: int = 0  # 0: 2048 on a CPU, 8192 on a GPU
+    max_batch_tokens: int = 0  # 0: 4096 on a CPU, 8192 on a GPU
     max_batch_sequences: int = 512
     prefix_cache_bytes: int = 0  # 0: a tenth of free memory, 4 GiB at most, on a CPU; six tenths on a GPU
     host_cache_bytes: int = 0  # of prompts that left the prefix cache
