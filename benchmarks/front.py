@@ -39,8 +39,8 @@ import psutil
 import uvloop
 from rewardserve.app import App
 from rewardserve.config import ServeConfig
-from rewardserve.engine.base import Engine, EngineInfo
-from rewardserve.engine.fake import FakeEngine
+from rewardserve.engine.base import Engine
+from rewardserve.engine.fake import FakeEngine, fake_info
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.process import EngineProcess
 from rewardserve.v1 import scoring_pb2
@@ -54,19 +54,7 @@ NUM_CHANNELS = 2
 DEADLINE_S = 60.0
 DISTURBED_PERCENT = 10.0
 PACKAGES = ("grpcio", "protobuf", "uvloop", "pyzmq", "msgspec", "prometheus-client")
-INFO = EngineInfo(
-    version="bench",
-    architecture="Null",
-    path="packed",
-    path_reason="",
-    dtype="float32",
-    device="cpu",
-    num_parameters=0,
-    max_length=8192,
-    vocab_size=VOCAB_SIZE,
-    canary_error=0.0,
-    prefix_cache_tokens=0,
-)
+INFO = fake_info(version="bench", max_length=8192, vocab_size=VOCAB_SIZE)
 
 
 def main() -> None:
@@ -158,7 +146,7 @@ def _be_child(arguments: list[str]) -> None:
 
         def launch(self, prepared: object) -> Done:
             assert isinstance(prepared, BatchPlan)
-            return Done([0.5] * prepared.num_scored)
+            return Done([[0.5]] * prepared.num_reads)
 
     sys.argv = [sys.argv[0], *arguments]
     child.main(lambda options: Loaded(NullRunner(), INFO, 8192, None))  # type: ignore[arg-type]

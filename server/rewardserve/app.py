@@ -28,7 +28,8 @@ from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.metrics import Metrics
 from rewardserve.service.admission import Limits
 from rewardserve.service.finish import Finishing, read_calibration
-from rewardserve.service.registry import LiveModel, Registry
+from rewardserve.service.live_model import LiveModel
+from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
 from rewardserve.transport.grpc_server import MODELS, SCORING, DoorOptions, GrpcDoor
 from rewardserve.transport.health import Health

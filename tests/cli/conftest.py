@@ -14,7 +14,7 @@ from rewardserve.cli import eval as eval_
 from rewardserve.cli import health, models, rank, score
 from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine, EngineInfo
-from rewardserve.engine.fake import FakeEngine
+from rewardserve.engine.fake import FakeEngine, fake_info
 from rewardserve.engine.native.engine import NativeEngine
 from rewardserve.engine.native.options import NativeOptions
 
@@ -93,36 +93,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def fake_info(checkpoint: Path) -> EngineInfo:
+def toy_info(checkpoint: Path) -> EngineInfo:
     from rewardserve.models.text_export import export_text
 
-    return EngineInfo(
-        version="v1",
-        architecture="Qwen3ForSequenceClassification",
-        path="padded",
-        path_reason="the fake packs nothing",
-        dtype="float32",
-        device="cpu",
-        num_parameters=1,
-        max_length=MAX_LENGTH,
-        vocab_size=400,
-        canary_error=0.0,
-        prefix_cache_tokens=0,
-        text=export_text(checkpoint)[0],
-    )
+    text = export_text(checkpoint)[0]
+    told = {"architecture": "Qwen3ForSequenceClassification", "path": "padded", "path_reason": "the fake packs nothing"}
+    return fake_info(max_length=MAX_LENGTH, vocab_size=400, text=text, **told)
 
 
 @pytest.fixture(scope="session")
-def server(fake_info: EngineInfo) -> Iterator[Server]:
+def server(toy_info: EngineInfo) -> Iterator[Server]:
     """Serves one model, `toy`."""
-    with _serving(lambda *_: FakeEngine(fake_info), model=["toy=anywhere"]) as running:
+    with _serving(lambda *_: FakeEngine(toy_info), model=["toy=anywhere"]) as running:
         yield running
 
 
 @pytest.fixture
-def controlled_server(fake_info: EngineInfo) -> Iterator[Server]:
+def controlled_server(toy_info: EngineInfo) -> Iterator[Server]:
     """Serves `toy`, and lets clients load and unload."""
-    make_engine = lambda *_: FakeEngine(fake_info)  # noqa: E731
+    make_engine = lambda *_: FakeEngine(toy_info)  # noqa: E731
     with _serving(make_engine, model=["toy=anywhere"], allow_model_control=True) as running:
         yield running
 

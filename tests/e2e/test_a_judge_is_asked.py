@@ -59,6 +59,15 @@ def test_a_score_is_the_probability_of_the_label_and_labels_are_attributes(clien
     assert items[0].num_cached_tokens > 0
 
 
+def test_a_response_counts_its_own_tokens_and_not_those_of_the_question_about_it(client, judge) -> None:
+    """Which is what a length penalty goes by."""
+    _, _, tokenizer = judge
+    items = client.score([Group(QUESTION, ["It is 4.", "It is 4. " * 20])]).groups[0].items
+    for item, answer in zip(items, ("It is 4.", "It is 4. " * 20), strict=True):
+        assert abs(item.num_response_tokens - len(tokenizer.encode(answer))) <= 1  # tokens may span the border
+    assert items[0].num_prompt_tokens == items[1].num_prompt_tokens
+
+
 def test_a_conversation_is_shown_turn_by_turn_and_rank_goes_by_the_judge(client, judge) -> None:
     turns = [ChatMessage("user", "Hi."), ChatMessage("assistant", "Hello."), ChatMessage("user", "2 + 2?")]
     shown = "user: Hi.\n\nassistant: Hello.\n\nuser: 2 + 2?"

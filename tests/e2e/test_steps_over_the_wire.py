@@ -185,6 +185,7 @@ def test_an_outcome_model_is_read_at_the_ends_of_steps_too(client, outcome: Serv
         ("o1", TokenIds([1, 2]), "text", "groups[0].responses[0].text"),
         ("o1", [{"role": "user", "content": "x"}], "text", "groups[0].prompt.conversation"),
         ("prm", TokenIds([1, 2]), Steps(token_ids=TokenIds([3, 4]), ends=[2]), "groups[0].responses[0].step_ends"),
+        ("orm", TokenIds([1, 2]), Steps(token_ids=TokenIds([3, 4]), ends=[3]), "groups[0].responses[0].step_ends"),
     ],
 )
 def test_steps_that_cannot_be_heeded_are_refused_by_name(client, model: str, prompt, response, field: str) -> None:
@@ -196,3 +197,9 @@ def test_steps_that_cannot_be_heeded_are_refused_by_name(client, model: str, pro
 def test_a_text_without_a_step_fails_alone(client) -> None:
     items = client.score([Group(QUESTION, [" \n\n ", Steps(STEPS)])], model="prm").groups[0].items
     assert items[0].status.code is grpc.StatusCode.INVALID_ARGUMENT and items[1].ok
+
+
+def test_an_empty_step_is_named_by_its_number(client) -> None:
+    groups = [Group(QUESTION, [Steps([*STEPS, "  "]), Steps(STEPS)])]
+    items = client.score(groups, model="orm", steps=StepOptions("last")).groups[0].items
+    assert f"step {len(STEPS)} is empty" in items[0].status.message and items[1].ok

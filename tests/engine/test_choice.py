@@ -3,12 +3,12 @@
 import dataclasses
 
 import pytest
-from rewardserve.engine.base import EngineInfo, EngineListener
+from rewardserve.engine.base import EngineListener
 from rewardserve.engine.choice import NativeElseVllm, Wish, choose
-from rewardserve.engine.fake import FakeEngine
+from rewardserve.engine.fake import FakeEngine, fake_info
 from rewardserve.errors import LoadFailed
 
-INFO = EngineInfo("v", "A", "packed", "", "float32", "cpu", 1, 100, 1000, 0.0, 0)
+INFO = fake_info()
 
 
 class Refusing(FakeEngine):

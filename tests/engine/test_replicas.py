@@ -13,24 +13,13 @@ from rewardserve.engine.base import (
     EngineRequest,
     EngineResult,
 )
+from rewardserve.engine.fake import fake_info
 from rewardserve.engine.replicas import Replicas
 from rewardserve.errors import LoadFailed, Unavailable
 from rewardserve.types import EncodedGroup
 from scoring import pack
 
-INFO = EngineInfo(
-    version="v1",
-    architecture="Tiny",
-    path="packed",
-    path_reason="",
-    dtype="float32",
-    device="cuda:0",
-    num_parameters=1,
-    max_length=4096,
-    vocab_size=1000,
-    canary_error=0.0,
-    prefix_cache_tokens=1000,
-)
+INFO = fake_info(device="cuda:0", max_length=4096, prefix_cache_tokens=1000)
 
 
 @dataclass

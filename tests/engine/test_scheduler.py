@@ -323,3 +323,12 @@ def test_one_model_does_not_take_the_blocks_that_another_waits_for() -> None:
         for _ in queue.take_outcomes():
             queue.add(request(f"small {next(numbers)}", group(100, 10, seed=next(numbers))))
     raise AssertionError("it waited in vain")
+
+
+def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
+    queue, model = scheduler(), ToyModel(64)
+    for number in range(5000):
+        queue.add(request(f"r{number}", group(10, 5), deadline=1e9))
+        while (plan := queue.schedule()) is not None:
+            queue.complete(plan, model.run(plan))
+    assert queue.idle and len(queue._deadlines) < 2000

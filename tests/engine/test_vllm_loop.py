@@ -7,12 +7,13 @@ import threading
 import time
 
 import pytest
-from rewardserve.engine.base import EngineInfo, EngineRequest
+from rewardserve.engine.base import EngineRequest
+from rewardserve.engine.fake import fake_info
 from rewardserve.engine.vllm_engine import ItemFailed, ModelGone, Scored, Step, VllmLoop
 from rewardserve.types import EncodedGroup, ItemCode, ItemFailure
 from scoring import pack
 
-INFO = EngineInfo("v", "A", "vllm", "asked for", "float32", "cpu", 1, 100, 1000, 0.0, 0)
+INFO = fake_info(path="vllm", path_reason="asked for")
 WAIT_S = 20
 
 

@@ -9,8 +9,8 @@ import pytest
 from rewardserve.app import App
 from rewardserve.client import Group, TokenIds
 from rewardserve.config import ServeConfig
-from rewardserve.engine.base import EngineInfo, EngineRequest, EngineResult
-from rewardserve.engine.fake import FakeEngine
+from rewardserve.engine.base import EngineRequest, EngineResult
+from rewardserve.engine.fake import FakeEngine, fake_info
 from rewardserve.loadtest.loadgen import (
     Bounds,
     ClientSender,
@@ -23,21 +23,7 @@ from rewardserve.loadtest.loadgen import (
 )
 from rewardserve.loadtest.workloads import Workload
 
-INFO = EngineInfo(
-    version="v1",
-    architecture="FakeForSequenceClassification",
-    path="packed",
-    path_reason="",
-    dtype="float32",
-    device="cpu",
-    num_parameters=1,
-    max_length=64,
-    vocab_size=400,
-    canary_error=0.0,
-    prefix_cache_tokens=0,
-    text=None,
-    text_missing_reason="this fake has none",
-)
+INFO = fake_info(max_length=64, vocab_size=400)
 
 
 class HeldEngine(FakeEngine):

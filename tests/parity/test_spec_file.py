@@ -93,7 +93,12 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
         ('[head]\nkind = "lm_odds"\nids = [1]\n', "head.ids must be two"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nat = "every"\n', "read.pattern is missing"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nwhere = "last"\n', "read.where"),
-        ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nprobability_of = 1\n', "there are 1 outputs"),
+        ('[head]\nkind = "linear"\nweights = "mine"\nids = [1]\n', "head.ids does nothing with head.kind = 'linear'"),
+        ('[head]\nkind = "lm_odds"\nids = [1, 2]\nactivation = "sigmoid"\n', "head.activation does nothing"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[read]\npattern = [3]\n', "read.pattern does nothing"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[steps]\nstyle = "ends"\ntag = "x"\n', "steps.tag does nothing"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nprobability_of = 1\n', "with a single output"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nweights_of = [1.0]\n', "score.weights_of does nothing"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nscale = 0\n', "score.scale"),
     ],
 )

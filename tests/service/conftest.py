@@ -9,28 +9,17 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 from rewardserve.engine.base import EngineGroup, EngineInfo, EngineItem, EngineListener, EngineRequest, EngineResult
-from rewardserve.engine.fake import FakeEngine
+from rewardserve.engine.fake import FakeEngine, fake_info
 from rewardserve.errors import Unavailable
 from rewardserve.metrics import Metrics
 from rewardserve.service.admission import Limits
-from rewardserve.service.registry import LiveModel, ModelState, Registry
+from rewardserve.service.live_model import LiveModel, ModelState
+from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
 from rewardserve.types import ItemCode, ItemFailure, Overflow, PromptGroup, ScoreRequest, TokenIds
 
 VOCAB_SIZE = 1000
-INFO = EngineInfo(
-    version="v1",
-    architecture="Toy",
-    path="packed",
-    path_reason="",
-    dtype="float32",
-    device="cpu",
-    num_parameters=7,
-    max_length=100,
-    vocab_size=VOCAB_SIZE,
-    canary_error=0.0,
-    prefix_cache_tokens=0,
-)
+INFO = fake_info(architecture="Toy", vocab_size=VOCAB_SIZE)
 
 
 class Engine(FakeEngine):

@@ -5,25 +5,14 @@ from pathlib import Path
 
 import pytest
 from rewardserve.engine.base import EngineInfo, EngineItem
+from rewardserve.engine.fake import fake_info
 from rewardserve.errors import InvalidRequest, LoadFailed
 from rewardserve.evaluation import calibration_file
 from rewardserve.evaluation.calibration_file import Affine, Isotonic, Origin, Temperature
 from rewardserve.service.finish import Finish, Finishing, check_steps, read_calibration
 from rewardserve.types import JudgeFormat, ScoreKind, ScoreRequest, StepFormat, StepReduction
 
-INFO = EngineInfo(
-    version="v1",
-    architecture="A",
-    path="packed",
-    path_reason="",
-    dtype="float32",
-    device="cpu",
-    num_parameters=1,
-    max_length=10,
-    vocab_size=10,
-    canary_error=0.0,
-    prefix_cache_tokens=0,
-)
+INFO = fake_info()
 ORIGIN = Origin("m", "v1", "pairs.jsonl", 10, 5)
 
 

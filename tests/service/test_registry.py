@@ -5,7 +5,8 @@ import dataclasses
 
 import pytest
 from rewardserve.errors import Draining, InvalidRequest, LoadFailed, ModelExists, ModelNotFound, Unavailable
-from rewardserve.service.registry import ModelState
+from rewardserve.service.live_model import ModelState
+from rewardserve.service.swap import SwapPlan, rollback, swap
 from rewardserve.types import ItemCode, ItemFailure, Probe, TextSpec
 from tokenizers import Tokenizer, models
 
@@ -331,3 +332,13 @@ async def test_a_server_that_drains_admits_nothing_and_waits(house, tools) -> No
     await asyncio.gather(call, drain)
     await house.registry.stop()
     assert house.engines["m"].num_stops == 1
+
+
+async def test_a_rollback_to_a_kept_version_that_has_died_for_good_loads_it_anew(house, tools, monkeypatch) -> None:
+    monkeypatch.setattr(house.registry, "_make_engine", lambda name, source, dtype: tools.Engine())
+    old = await house.serve()
+    await swap(house.service, house.registry, SwapPlan("m", "/models/new", keep_previous=True), grace_s=1)
+    old.engine.listener.on_failed("died too often")
+    back = await rollback(house.registry, "m", grace_s=1)
+    assert back is not old and back.source == old.source and back.state is ModelState.SERVING
+    assert old.engine.num_stops == 1

@@ -14,7 +14,7 @@ from grpc_status import rpc_status
 from rewardserve.app import App
 from rewardserve.config import ServeConfig
 from rewardserve.engine.base import EngineGroup, EngineInfo, EngineItem, EngineRequest, EngineResult
-from rewardserve.engine.fake import FakeEngine
+from rewardserve.engine.fake import FakeEngine, fake_info
 from rewardserve.errors import RewardServeError
 from rewardserve.types import ItemCode, ItemFailure, TextSpec
 from rewardserve.v1 import models_pb2_grpc, scoring_pb2, scoring_pb2_grpc
@@ -44,22 +44,8 @@ def text_spec(template: str | None = TEMPLATE) -> TextSpec:
 
 
 def engine_info(text: TextSpec | None, **changes) -> EngineInfo:
-    values = {
-        "version": "v1",
-        "architecture": "FakeForSequenceClassification",
-        "path": "packed",
-        "path_reason": "",
-        "dtype": "float32",
-        "device": "cpu",
-        "num_parameters": 7,
-        "max_length": MAX_LENGTH,
-        "vocab_size": 256 + len(SPECIALS),
-        "canary_error": 0.0,
-        "prefix_cache_tokens": 0,
-        "text": text,
-        "text_missing_reason": "" if text else "this fake has none",
-    }
-    return EngineInfo(**(values | changes))
+    values = {"max_length": MAX_LENGTH, "vocab_size": 256 + len(SPECIALS), "text": text}
+    return fake_info(**(values | {"text_missing_reason": "" if text else "this fake has none"} | changes))
 
 
 class WatchedEngine(FakeEngine):

@@ -3,6 +3,7 @@
 import asyncio
 import time
 import zlib
+from typing import Any
 
 from rewardserve.engine.base import (
     BatchReport,
@@ -19,6 +20,24 @@ from rewardserve.errors import LoadFailed, Unavailable
 def fake_score(prompt: bytes, response: bytes) -> float:
     """A number in [-1, 1) that depends on every token."""
     return zlib.crc32(response, zlib.crc32(prompt)) / 2**31 - 1
+
+
+def fake_info(**changes: Any) -> EngineInfo:
+    """Of a model that is small and has nothing special, but for `changes`."""
+    told: dict[str, Any] = {
+        "version": "v1",
+        "architecture": "FakeForSequenceClassification",
+        "path": "packed",
+        "path_reason": "",
+        "dtype": "float32",
+        "device": "cpu",
+        "num_parameters": 7,
+        "max_length": 100,
+        "vocab_size": 1000,
+        "canary_error": 0.0,
+        "prefix_cache_tokens": 0,
+    }
+    return EngineInfo(**told | changes)
 
 
 class FakeEngine:

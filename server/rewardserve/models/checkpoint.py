@@ -17,6 +17,7 @@ from rewardserve.models.adapter import Changes
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SPEC_FILE = "rewardserve.toml"  # says how a model is scored, where its other files do not
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 VALUE_HEADS = (
     "value_head.safetensors",

@@ -5,8 +5,7 @@ a head that is guessed wrong gives scores all the same. Facts are from the model
 only assumed says so in `assumes`.
 """
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,15 @@ from torch import nn
 from rewardserve.errors import LoadFailed
 from rewardserve.models import heads
 from rewardserve.models.checkpoint import Checkpoint
+from rewardserve.models.head_parts import (
+    HEAD_NAMES,
+    head_prefix,
+    keys_below,
+    layers_below,
+    lm_rows,
+    odds_head,
+    scalar_head,
+)
 from rewardserve.models.heads import Head, LinearHead, ModuleHead
 from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
 from rewardserve.types import JudgeFormat, StepFormat, StepStyle
@@ -22,18 +30,6 @@ from rewardserve.types import JudgeFormat, StepFormat, StepStyle
 # model types that transformers does not know, and what they are but for the names of their parts
 FOREIGN_CONFIGS = {"internlm2": "llama", "gpt_neox_reward_model": "gpt_neox"}
 
-HEAD_NAMES = (
-    "score",
-    "classifier",
-    "v_head.summary",
-    "v_head",
-    "value_head",
-    "regression_head",
-    "score_head",
-    "rm_head",
-    "reward_head",
-    "out_proj",
-)
 HEAD_LIKE = (*HEAD_NAMES, "regression_layer", "gating", "lm_head")
 # ids of the published Llama 3 vocabulary: <|eot_id|>, <|start_header_id|>, "assistant", <|end_header_id|>, "\n\n"
 LLAMA3_ASSISTANT = (128009, 128006, 78191, 128007, 271)
@@ -121,75 +117,6 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
     )
 
 
-# -- the parts heads are made of -------------------------------------------------------------------------------------
-
-
-def head_prefix(checkpoint: Checkpoint) -> str | None:
-    """What the head's weights are called before `.weight` or `.0.weight`; None without one."""
-    names = (str(checkpoint.raw_config.get("value_head_prefix") or ""), *HEAD_NAMES)  # OpenRLHF says it in its config
-    for name in filter(None, names):
-        if checkpoint.has(f"{name}.weight") or checkpoint.has(f"{name}.0.weight"):
-            return name
-    return None
-
-
-def keys_below(checkpoint: Checkpoint, *prefixes: str) -> frozenset[str]:
-    return frozenset(key for key in checkpoint.where if key.startswith(tuple(f"{p}." for p in prefixes)))
-
-
-def layers_below(checkpoint: Checkpoint, prefix: str, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Numbered layers below `prefix`; where numbers are left out, or products follow one another, an activation is."""
-    tensors = checkpoint.tensors(prefix + ".")
-    numbers = sorted({int(match[1]) for key in tensors if (match := re.match(r"(\d+)\.", key))})
-    layers: list[nn.Module] = []
-    for number in numbers:
-        own = {k.removeprefix(f"{number}."): t for k, t in tensors.items() if k.startswith(f"{number}.")}
-        if "running_mean" in own:
-            if number - 1 not in numbers:
-                layers.append(activation())
-            layers.append(heads.batch_norm(own))
-            continue
-        if layers and not isinstance(layers[-1], nn.BatchNorm1d):
-            layers.append(activation())
-        layers.append(heads.linear(own["weight"], own.get("bias")))
-    return nn.Sequential(*layers)
-
-
-def scalar_head(checkpoint: Checkpoint, prefix: str, num_outputs: int = 1, last: nn.Module | None = None) -> Head:
-    """One product, or layers with ReLUs between. Raises LoadFailed for other shapes."""
-    hidden_size = checkpoint.hidden_size
-    if checkpoint.has(f"{prefix}.weight"):
-        weight = checkpoint.tensor(f"{prefix}.weight")
-        bias = checkpoint.tensor(f"{prefix}.bias") if checkpoint.has(f"{prefix}.bias") else None
-        _check_shape(checkpoint, f"{prefix}.weight", weight, (num_outputs, hidden_size))
-        if bias is not None:
-            _check_shape(checkpoint, f"{prefix}.bias", bias, (num_outputs,))
-        if last is None:
-            return LinearHead(weight, bias)
-        return ModuleHead(nn.Sequential(heads.linear(weight, bias), last), 1)
-    layers = layers_below(checkpoint, prefix)
-    products = [layer for layer in layers if isinstance(layer, nn.Linear)]
-    widths = [hidden_size, *(layer.out_features for layer in products[:-1])]
-    if [layer.in_features for layer in products] != widths or products[-1].out_features != num_outputs:
-        shapes = ", ".join(str(tuple(layer.weight.shape)) for layer in products)
-        raise LoadFailed(
-            f"{checkpoint.folder}: the head '{prefix}' has layers of shapes {shapes}; they do not take hidden states "
-            f"of size {hidden_size} to {num_outputs} output{'s' * (num_outputs > 1)}"
-        )
-    if last is not None:
-        return ModuleHead(nn.Sequential(layers, last), 1)
-    return ModuleHead(layers, num_outputs)
-
-
-def _check_shape(checkpoint: Checkpoint, key: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != wanted:
-        raise LoadFailed(
-            f"{checkpoint.folder}: the head '{key}' has shape {tuple(tensor.shape)}, not {wanted}: "
-            f"{'one output' if wanted[0] == 1 else f'{wanted[0]} outputs'} for hidden states of size "
-            f"{checkpoint.hidden_size} is what can be served"
-        )
-
-
 def _config_normalizer(checkpoint: Checkpoint) -> Normalizer | None:
     """`mean` and `std` as OpenRLHF writes them into a config, and applies them to a served reward."""
     mean, std = (checkpoint.raw_config.get(name) for name in ("mean", "std"))
@@ -200,27 +127,6 @@ def _config_normalizer(checkpoint: Checkpoint) -> Normalizer | None:
     if isinstance(mean, int | float) and isinstance(std, int | float) and std > 0 and (mean, std) != (0, 1):
         return Normalizer(float(mean), float(std))
     return None
-
-
-def lm_rows(checkpoint: Checkpoint, ids: Sequence[int]) -> torch.Tensor:
-    """Rows [ids, hidden_size] of the language model's head, which may be its embedding."""
-    names = ("lm_head.weight", "output.weight", "embed_out.weight", "model.embed_tokens.weight", "embed_tokens.weight")
-    key = next((name for name in names if checkpoint.has(name)), None)
-    if key is None:
-        raise LoadFailed(f"{checkpoint.folder}: none of {', '.join(names)}: no language model's head to read")
-    num_rows = checkpoint.shape(key)[0]
-    for wanted in ids:
-        if wanted >= num_rows:
-            raise LoadFailed(f"{checkpoint.folder}: token id {wanted} is outside of '{key}' with {num_rows} rows")
-    return checkpoint.tensor(key)[list(ids)]
-
-
-def odds_head(checkpoint: Checkpoint, yes: int, no: int) -> Head:
-    """Probability of one token against another, by softmax over the two."""
-    return ModuleHead(nn.Sequential(heads.linear(lm_rows(checkpoint, (yes, no))), heads.OddsOf(0)), 1)
-
-
-# -- families --------------------------------------------------------------------------------------------------------
 
 
 def _is(*architectures: str) -> Callable[[Checkpoint], bool]:

@@ -10,10 +10,9 @@ from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from rewardserve.errors import LoadFailed
-from rewardserve.models.checkpoint import Checkpoint, open_checkpoint
+from rewardserve.models.checkpoint import SPEC_FILE, Checkpoint, open_checkpoint
 from rewardserve.models.families import FOREIGN_CONFIGS, Recipe, recipe_of
 
-SPEC_FILE = "rewardserve.toml"
 TEXT_FILES = (
     "config.json",
     SPEC_FILE,

@@ -57,22 +57,14 @@ from torch import nn
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models import heads
-from rewardserve.models.checkpoint import Checkpoint
-from rewardserve.models.families import (
-    Normalizer,
-    Recipe,
-    keys_below,
-    layers_below,
-    lm_rows,
-    odds_head,
-    scalar_head,
-)
+from rewardserve.models.checkpoint import SPEC_FILE, Checkpoint
+from rewardserve.models.families import Normalizer, Recipe
+from rewardserve.models.head_parts import keys_below, layers_below, lm_rows, odds_head, scalar_head
 from rewardserve.models.heads import Head, LinearHead, ModuleHead
 from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
 from rewardserve.types import JudgeFormat, StepFormat, StepStyle, VerdictFormat
 
 Refuse = Callable[[str, str], LoadFailed]  # the key, and what is wrong with it
-NAME = "rewardserve.toml"
 
 
 class _Section(BaseModel):
@@ -126,6 +118,20 @@ class _Judge(_Section):
     verdict: _Verdict | None = None
 
 
+HEEDED_OF_KIND = {
+    "linear": {"kind", "weights", "outputs", "activation"},
+    "mlp": {"kind", "weights", "outputs", "activation"},
+    "lm_rows": {"kind", "ids", "activation"},
+    "lm_odds": {"kind", "ids"},
+}
+HEEDED_OF_STYLE = {
+    "ends": {"style", "separator"},
+    "apart": {"style", "separator", "tag"},
+    "tagged": {"style", "separator", "tag", "joint"},
+    "turns": {"style", "separator", "tag"},
+}
+
+
 class _SpecFile(_Section):
     head: _Head | None = None
     judge: _Judge | None = None
@@ -136,7 +142,7 @@ class _SpecFile(_Section):
 
 def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
     """Raises LoadFailed naming the key that is wrong."""
-    path = checkpoint.folder / NAME
+    path = checkpoint.folder / SPEC_FILE
     told = _read(path)
 
     def refuse(key: str, reason: str) -> LoadFailed:
@@ -148,11 +154,13 @@ def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
         if others := sorted(told.model_fields_set - {"judge"}):
             raise refuse(", ".join(others), "says nothing of a judge; leave it out")
         return _judge(checkpoint, told.judge, refuse)
+    assert told.head is not None
     head, num_outputs = _head(checkpoint, told.head, refuse)
+    _refuse_unheeded(told, told.head, num_outputs, refuse)
     if told.read.at == "every" and not told.read.pattern:
         raise refuse("read.pattern", "is missing; it is what every occurrence is of")
     return Recipe(
-        family=f"by {NAME}",
+        family=f"by {SPEC_FILE}",
         head=_scored(head, num_outputs, told, refuse),
         head_keys=keys_below(checkpoint, told.head.weights or "lm_head", "lm_head"),
         reads=ReadPlan(
@@ -172,6 +180,25 @@ def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
         if told.steps is None
         else StepFormat(StepStyle(told.steps.style), told.steps.separator, told.steps.tag, told.steps.joint),
     )
+
+
+def _refuse_unheeded(told: _SpecFile, head: _Head, num_outputs: int, refuse: Refuse) -> None:
+    """A key that does nothing is a mistake: who wrote it believes that it does something."""
+
+    def check(name: str, section: _Section | None, heeded: set[str], of: str) -> None:
+        if section is not None and (others := sorted(section.model_fields_set - heeded)):
+            raise refuse(", ".join(f"{name}.{key}" for key in others), f"does nothing {of}; leave it out")
+
+    check("head", head, HEEDED_OF_KIND[head.kind], f"with head.kind = {head.kind!r}")
+    if told.read.at != "every":
+        check("read", told.read, {"at", "append"}, f"with read.at = {told.read.at!r}")
+    if told.steps is not None:
+        check("steps", told.steps, HEEDED_OF_STYLE[told.steps.style], f"with steps.style = {told.steps.style!r}")
+    normalizer = {"shift", "scale"}
+    if num_outputs == 1:
+        check("score", told.score, normalizer, "with a single output")
+    elif told.score.probability_of is not None:
+        check("score", told.score, {"probability_of", *normalizer}, "with score.probability_of")
 
 
 def _read(path: Path) -> _SpecFile:

@@ -1,6 +1,5 @@
 """An ensemble's members to one score and its spread."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ class Members:
 
 def fold_members(scores: Sequence[float], aggregate: Aggregate) -> Members:
     """`scores` is not empty; all are finite."""
-    mean = math.fsum(scores) / len(scores)
-    std = math.sqrt(math.fsum((score - mean) ** 2 for score in scores) / len(scores))
+    mean, std = statistics.fmean(scores), statistics.pstdev(scores)
     match aggregate.how:
         case How.MEAN:
             score = mean

@@ -52,6 +52,8 @@ def _item(parts: Sequence[ItemScore], ensemble: Ensemble) -> ItemScore:
             failure = ItemFailure(part.failure.code, f"member '{name}': {part.failure.message}")
             return replace(first, score=None, raw=None, failure=failure, steps=(), attributes=(), std=None)
     scores = tuple(part.score for part in parts if part.score is not None)
+    raw_scores = tuple(part.raw for part in parts if part.raw is not None)
+    assert len(scores) == len(raw_scores) == len(parts), "what has not failed has both"
     folded = fold_members(scores, ensemble.aggregate)
     return ItemScore(
         folded.score,
@@ -63,5 +65,5 @@ def _item(parts: Sequence[ItemScore], ensemble: Ensemble) -> ItemScore:
         raw=folded.score,
         kind=first.kind,
         std=folded.std,
-        members=EnsembleScore(folded.mean, folded.min, scores, tuple(part.raw or 0.0 for part in parts)),
+        members=EnsembleScore(folded.mean, folded.min, scores, raw_scores),
     )

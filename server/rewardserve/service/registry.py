@@ -1,17 +1,14 @@
-"""Names -> live models: loading, states, restarts, unloading. Knows engines only by their protocol."""
+"""Names -> live models: loading, swapping, unloading, ensembles of them. Knows engines only by their protocol."""
 
 import asyncio
 import contextlib
-import enum
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry
 
-from rewardserve.engine.base import BatchReport, Engine, EngineInfo, EngineListener, EngineRequest
+from rewardserve.engine.base import Engine
 from rewardserve.errors import (
     Draining,
     InvalidRequest,
@@ -20,203 +17,15 @@ from rewardserve.errors import (
     ModelNotFound,
     RewardServeError,
     SwapRefused,
-    Unavailable,
 )
 from rewardserve.metrics import Metrics, ModelMetrics
-from rewardserve.service.admission import Admission, Limits
+from rewardserve.service.admission import Limits
 from rewardserve.service.ensemble import Ensemble
 from rewardserve.service.finish import Finishing
-from rewardserve.service.shadow import Shadow
-from rewardserve.text.encoder import EncodedRequest, Encoder, is_quickly_encoded
-from rewardserve.text.tokenizer import Tokenizer
-from rewardserve.types import Aggregate, EncodedGroup, ScoreRequest, is_model_name
+from rewardserve.service.live_model import LiveModel, ModelState, Previous
+from rewardserve.types import Aggregate, is_model_name
 
 log = logging.getLogger(__name__)
-
-
-class ModelState(enum.Enum):
-    LOADING = "loading"
-    SERVING = "serving"
-    RESTARTING = "restarting"
-    DRAINING = "draining"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True, slots=True)
-class Previous:
-    """What a swap replaced."""
-
-    source: str
-    dtype: str
-    kept: "LiveModel | None"  # still loaded
-
-
-class LiveModel:
-    """One model being served. Lives on the event loop."""
-
-    def __init__(self, name: str, source: str, engine: Engine, metrics: ModelMetrics, limits: Limits) -> None:
-        self.name = name
-        self.source = source
-        self.engine = engine
-        self.metrics = metrics
-        self.admission = Admission(limits, metrics)
-        self.state = ModelState.LOADING
-        self.message = ""
-        self.num_restarts = 0
-        self.info: EngineInfo | None = None
-        self.encoder: Encoder | None = None
-        self.dtype = "auto"  # as asked for
-        self.configured = Finishing()
-        self.finishing = Finishing()  # what of it is for the version that is served
-        self.shadow: Shadow | None = None  # of a swap under way
-        self.previous: Previous | None = None
-        self._num_users = 0
-        self._open = asyncio.Event()
-        self._open.set()
-
-    @property
-    def num_users(self) -> int:
-        """Requests that this version is scoring."""
-        return self._num_users
-
-    @contextlib.contextmanager
-    def used(self) -> Iterator[None]:
-        self._num_users += 1
-        try:
-            yield
-        finally:
-            self._num_users -= 1
-
-    async def opened(self) -> None:
-        """Returns at once, or when other weights are in place."""
-        if not self._open.is_set():
-            await self._open.wait()
-
-    @contextlib.contextmanager
-    def closed(self) -> Iterator[None]:
-        """Requests that are not being scored yet wait until the block is left."""
-        if not self._open.is_set():
-            raise SwapRefused(f"model '{self.name}' is taking over other weights already")
-        self._open.clear()
-        try:
-            yield
-        finally:
-            self._open.set()
-
-    def use_weights(self, info: EngineInfo) -> None:
-        self.info = info
-        self._describe(info)
-
-    def take_over(self, old: "LiveModel") -> None:
-        """From here on this version's numbers go where the old one's went, and count towards the same limits."""
-        assert self.info is not None
-        self.metrics, old.metrics = old.metrics, self.metrics
-        self.admission, old.admission = old.admission, self.admission
-        self._describe(self.info)
-        self.metrics.up.set(self.state is ModelState.SERVING)
-
-    async def start(self, executor: Executor, on_change: Callable[["LiveModel"], None]) -> None:
-        """Raises LoadFailed, or Unavailable if the engine died while loading."""
-
-        def set_state(state: ModelState, message: str = "") -> None:
-            if self.state is not ModelState.DRAINING:
-                self.state, self.message = state, message
-            self.metrics.up.set(self.state is ModelState.SERVING)
-            on_change(self)
-
-        def on_up(info: EngineInfo) -> None:
-            if self.state is ModelState.RESTARTING:
-                count_restart()
-            try:
-                self._use(info, self._tokenizer_for(info))
-            except LoadFailed as error:  # the checkpoint's files were changed while it was down
-                set_state(ModelState.FAILED, str(error))
-            else:
-                set_state(ModelState.SERVING, self.message)
-
-        def count_restart() -> None:
-            self.num_restarts += 1
-            self.metrics.restarts.inc()
-
-        listener = EngineListener(
-            on_batch=self._on_batch,
-            on_part_down=lambda reason: count_restart(),
-            on_down=lambda reason: set_state(ModelState.RESTARTING, reason),
-            on_up=on_up,
-            on_failed=lambda reason: set_state(ModelState.FAILED, reason),
-        )
-        info = await self.engine.start(listener)
-        tokenizer = None
-        if info.text is not None:
-            tokenizer = await asyncio.get_running_loop().run_in_executor(executor, Tokenizer, info.text)
-        self._use(info, tokenizer)
-        await self.warm_up()
-        set_state(ModelState.SERVING)
-
-    def _tokenizer_for(self, info: EngineInfo) -> Tokenizer | None:
-        """The one at hand if the text is the same as before, as it is after nearly every restart."""
-        if self.info is not None and self.encoder is not None and info.text == self.info.text:
-            return self.encoder.tokenizer
-        return None if info.text is None else Tokenizer(info.text)
-
-    async def warm_up(self) -> None:
-        """The first request should not pay for what the first forward sets up. Raises LoadFailed if none can succeed.
-
-        A score that is not finite does not say so: it may be these ids', and each item says it for itself.
-        """
-        assert self.info is not None
-        looked_for = b"".join(i.to_bytes(4, "little") for i in self.info.pattern)
-        group = EncodedGroup(prompt=bytes(4 * 8), responses=(looked_for + bytes(4 * 8),))
-        result = await self.engine.score(EngineRequest("warm-up", (group,)))
-        failure = result.groups[0].items[0].failure
-        if failure is not None and not failure.is_of_the_score:
-            raise LoadFailed(f"it was loaded, but cannot score: {failure.message}")
-
-    def _use(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
-        self.info = info
-        self.encoder = Encoder(
-            tokenizer,
-            info.vocab_size,
-            info.max_length,
-            info.text_missing_reason,
-            info.bos_token_id,
-            info.appended,
-            info.steps,
-            info.judge,
-        )
-        self._describe(info)
-
-    def _describe(self, info: EngineInfo) -> None:
-        self.finishing = self.configured.check(self.name, info)
-        self.admission.max_length = info.max_length
-        self.metrics.set_info(info.version, info.architecture, info.path, info.dtype)
-
-    def _on_batch(self, report: BatchReport) -> None:
-        self.admission.observe_rate(report.num_tokens, report.compute_s)
-        self.metrics.batch_tokens.observe(report.num_tokens)
-        self.metrics.batch_pairs.observe(report.num_pairs)
-        self.metrics.cache_hits.inc(report.num_cached_tokens)
-        self.metrics.cache_misses.inc(report.num_prompt_tokens)
-        self.metrics.queued_requests.set(report.queued_requests)
-        self.metrics.queued_tokens.set(report.queued_tokens)
-
-    def check_serving(self) -> None:
-        """Raises Unavailable if it cannot score now."""
-        if self.state is ModelState.DRAINING:
-            raise Draining(f"model '{self.name}' is being unloaded")
-        if self.state is not ModelState.SERVING:
-            raise Unavailable(f"model '{self.name}' is {self.state.value}: {self.message}".removesuffix(": "))
-
-    async def encode(self, request: ScoreRequest, executor: Executor) -> EncodedRequest:
-        """Text goes to `executor`, off the event loop; few token ids need less work than handing them over."""
-        assert self.encoder is not None
-        if is_quickly_encoded(request):
-            return self.encoder.encode(request)
-        abandoned = threading.Event()
-        try:
-            return await asyncio.get_running_loop().run_in_executor(executor, self.encoder.encode, request, abandoned)
-        finally:
-            abandoned.set()  # cancelled, by a caller who left or by the deadline: the thread does not hear of it
 
 
 class Registry:
@@ -279,13 +88,16 @@ class Registry:
 
     def add_ensemble(self, name: str, members: Sequence[str], aggregate: Aggregate) -> None:
         """Raises InvalidRequest or ModelExists. While a member is away the ensemble cannot score."""
-        if not is_model_name(name):
-            raise InvalidRequest("name", f"{name!r} must be letters, digits, '-', '_' and '.'")
-        if name in self._models or name in self._ensembles:
-            raise ModelExists(f"a model '{name}' is served already")
+        self._check_new(name)
         if len(set(members)) < max(2, len(members)):
             raise InvalidRequest("members", "an ensemble has two members at least")
         self._ensembles[name] = Ensemble(name, tuple(members), aggregate, ModelMetrics(self.metrics, name))
+
+    def _check_new(self, name: str) -> None:
+        if not is_model_name(name):
+            raise InvalidRequest("name", f"{name!r} must be letters, digits, '-', '_' and '.'")
+        if name in self._models or name in self._ensembles:
+            raise ModelExists(f"a model '{name}' is served already; unload it first")
 
     def metrics_of(self, name: str) -> ModelMetrics:
         """Raises ModelNotFound."""
@@ -302,8 +114,7 @@ class Registry:
             await new.start(self._executor, self._changed)
         except BaseException as error:
             await engine.stop()
-            if isinstance(error, RewardServeError) and not isinstance(error, LoadFailed):
-                raise LoadFailed(str(error)) from error
+            _raise_if_own(error)
             raise
         return new
 
@@ -368,10 +179,7 @@ class Registry:
 
     async def load(self, name: str, source: str, dtype: str = "auto") -> LiveModel:
         """Loads, checks and warms a model; it is served when this returns. Raises ModelExists or LoadFailed."""
-        if not is_model_name(name):
-            raise InvalidRequest("name", f"{name!r} must be letters, digits, '-', '_' and '.'")
-        if name in self._models or name in self._ensembles:
-            raise ModelExists(f"a model '{name}' is served already; unload it first")
+        self._check_new(name)
         engine = self._make_engine(name, source, dtype)
         model = LiveModel(name, source, engine, ModelMetrics(self.metrics, name), self._limits)
         model.dtype, model.configured = dtype, self._finishings.get(name, model.configured)
@@ -386,8 +194,7 @@ class Registry:
             model.state = ModelState.FAILED
             self._on_change(model)
             await engine.stop()
-            if isinstance(error, RewardServeError) and not isinstance(error, LoadFailed):
-                raise LoadFailed(str(error)) from error
+            _raise_if_own(error)
             raise
         assert model.info is not None
         log.info("serving %s: %s, version %s, %s", name, source, model.info.version, model.info.path)
@@ -432,3 +239,9 @@ async def _idle(model: LiveModel, grace_s: float | None) -> None:
         async with asyncio.timeout(grace_s):
             while model.num_users:
                 await asyncio.sleep(0.02)
+
+
+def _raise_if_own(error: BaseException) -> None:
+    """What of the project's own errors ends a load is LoadFailed to who asked for it."""
+    if isinstance(error, RewardServeError) and not isinstance(error, LoadFailed):
+        raise LoadFailed(str(error)) from error

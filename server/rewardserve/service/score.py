@@ -11,7 +11,8 @@ from rewardserve.metrics import ModelMetrics
 from rewardserve.service.deadlines import Deadlines
 from rewardserve.service.ensemble import Ensemble, combine
 from rewardserve.service.finish import Finish, check_steps
-from rewardserve.service.registry import LiveModel, Registry
+from rewardserve.service.live_model import LiveModel
+from rewardserve.service.registry import Registry
 from rewardserve.text.encoder import EncodedItem, EncodedRequest
 from rewardserve.types import GroupScore, ItemScore, ScoreRequest, ScoreResult, Timings
 

@@ -4,7 +4,8 @@ import logging
 from dataclasses import dataclass
 
 from rewardserve.errors import InvalidRequest, SwapRefused
-from rewardserve.service.registry import LiveModel, Registry
+from rewardserve.service.live_model import LiveModel, ModelState
+from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
 from rewardserve.service.shadow import Shadow, rank_correlation
 from rewardserve.types import Prompt, PromptGroup, Response, ScoreRequest
@@ -88,9 +89,12 @@ async def _roll_back(registry: Registry, name: str, grace_s: float) -> LiveModel
     previous = current.previous
     if previous is None:
         raise SwapRefused(f"model '{name}' was not swapped; there is nothing to go back to")
-    if previous.kept is not None:
-        previous.kept.check_serving()
-    back = previous.kept or await registry.load_beside(current, previous.source, previous.dtype)
+    kept = previous.kept
+    if kept is not None and kept.state is ModelState.FAILED:
+        kept = None  # its engine died for good; it is loaded anew
+    if kept is not None:
+        kept.check_serving()
+    back = kept or await registry.load_beside(current, previous.source, previous.dtype)
     await registry.flip(current, back, grace_s, keep_previous=previous.kept is not None)
     return back
 

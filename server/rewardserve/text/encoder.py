@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -123,9 +123,9 @@ class Encoder:
 
     def _encode_group(self, job: _Job, groups: Groups) -> tuple[EncodedItem, ...]:
         _check_wanted(job.abandoned)
-        if job.steps is not None:
-            for i, response in enumerate(job.group.responses):
-                check_ids(response, f"{job.field}.responses[{i}]", job.steps)
+        for i, response in enumerate(job.group.responses):
+            if job.steps is not None or isinstance(response, StepIds):
+                check_ids(response, f"{job.field}.responses[{i}]", job.steps or BY_END)
         prompt, wholes = self._after_ids(job) if isinstance(job.group.prompt, TokenIds) else self._after_text(job)
         placer = Placer(
             groups,
@@ -167,16 +167,24 @@ class Encoder:
         whole_text = self._whole_text(job)
         prompt = tokenizer.prompt(whole_text(None))
         by_end = job.steps is not None and job.steps.style is StepStyle.ENDS
+        num_after: int | None = None  # ids after a response, of a judge's question
 
         def encode(batch: list[tuple[int, str]]) -> list[Whole]:
+            nonlocal num_after
             is_first = prompt.ids is None
             if by_end and batch:
                 wholes = [tokenizer.encode_steps(prompt, text, ends[i]) for i, text in batch]
             else:
                 wholes = tokenizer.encode_after(prompt, [text for _, text in batch])
+            assert prompt.ids is not None
             if is_first:
                 self._check_range(prompt.ids, f"{job.field}.prompt")
-            return wholes
+            if self._judge is None:
+                return wholes
+            if num_after is None:
+                (question,) = tokenizer.encode_after(prompt, [whole_text("")])
+                num_after = len(question) - len(prompt.ids)
+            return [replace(whole, num_after=num_after) for whole in wholes]
 
         responses = [(i, r) for i, r in enumerate(job.group.responses) if isinstance(r, str | Steps)]
         ends: dict[int, tuple[int, ...]] = {}
@@ -209,6 +217,8 @@ class Encoder:
         found = find_ends(whole, min(begin, num_prompt), steps)
         if not steps:
             return ItemFailure(ItemCode.INVALID_ARGUMENT, EMPTY)
+        if empty := [number for number, step in enumerate(steps) if not step.strip()]:
+            return ItemFailure(ItemCode.INVALID_ARGUMENT, f"step {empty[0]} is empty: no token to read")
         if found is None:
             return ItemFailure(ItemCode.INVALID_ARGUMENT, "the model's chat template changes a step; send token_ids")
         return found

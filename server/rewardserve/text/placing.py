@@ -109,7 +109,8 @@ class Placer:
             whole = Whole(whole.border, np.append(whole.tail, np.int32(self._appended)), whole.steps)
         if len(whole) <= self._max_length:
             response = self._piece(0, shared, whole.border) + _bytes(whole.tail)
-            return self._add(self._piece(0, 0, shared), response, whole.border, False, whole.steps)
+            num_prompt = min(whole.border + whole.num_after, len(whole))
+            return self._add(self._piece(0, 0, shared), response, num_prompt, False, whole.steps)
         return self._truncate(whole)
 
     def _add(

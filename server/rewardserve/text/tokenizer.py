@@ -56,6 +56,7 @@ class Whole:
     border: int
     tail: Ids
     steps: tuple[int, ...] = ()  # positions of steps' last tokens, where they are not the model's to find
+    num_after: int = 0  # of the tail's ids, those after the response: what a judge is asked about it
 
     def __len__(self) -> int:
         return self.border + len(self.tail)

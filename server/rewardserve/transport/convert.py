@@ -9,8 +9,9 @@ from google.rpc import status_pb2
 
 from rewardserve.errors import InvalidRequest
 from rewardserve.service.ensemble import Ensemble, version_of
+from rewardserve.service.live_model import LiveModel, ModelState
 from rewardserve.service.rank import Comparison, Ranking
-from rewardserve.service.registry import LiveModel, ModelState, Registry
+from rewardserve.service.registry import Registry
 from rewardserve.service.swap import CanaryPair, SwapPlan, SwapReport
 from rewardserve.types import (
     Conversation,

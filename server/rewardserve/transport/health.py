@@ -2,7 +2,8 @@
 
 from grpc_health.v1 import health, health_pb2
 
-from rewardserve.service.registry import LiveModel, ModelState, Registry
+from rewardserve.service.live_model import LiveModel, ModelState
+from rewardserve.service.registry import Registry
 from rewardserve.transport.grpc_server import MODELS, SCORING
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

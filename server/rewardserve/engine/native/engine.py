@@ -170,7 +170,7 @@ class EngineLoop:
             cache,
             self._loaded.max_batch_tokens,
             self._max_batch_sequences,
-            readers=[Reader(spec.recipe.reads) for spec in self._loaded.specs],
+            readers=[Reader(plan) for plan in self._loaded.reads],
             trunks=self._loaded.trunks,
         )
 

@@ -22,7 +22,7 @@ from rewardserve.errors import LoadFailed
 from rewardserve.models import loader
 from rewardserve.models.backbone import NotPackable, check_packable
 from rewardserve.models.kv_pool import HostBlocks, KVPool
-from rewardserve.models.reads import ReadAt
+from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.refresh import check_refresh, refresh
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec, read_spec
@@ -50,8 +50,13 @@ class Loaded:
     info: EngineInfo
     max_batch_tokens: int
     model: RewardModel
-    specs: tuple[ModelSpec, ...]  # of the models that share the backbone
+    specs: tuple[ModelSpec, ...] = ()  # of the models that share the backbone; of a pretended one there is none
     trunks: tuple[int, ...] = (0,)  # of each, the first one whose backbone computes the same
+
+    @property
+    def reads(self) -> tuple[ReadPlan, ...]:
+        """Of each of the models."""
+        return tuple(spec.recipe.reads for spec in self.specs) or (ReadPlan(),)
 
     def refreshed(self, source: str) -> "Loaded":
         """The same model with the weights of another checkpoint of its shapes, in place.

@@ -26,6 +26,8 @@ from rewardserve.engine.native.sequence import BatchPlan, Chunk, Group, Sequence
 from rewardserve.models.reads import Features, Reader, ReadPlan
 from rewardserve.types import EncodedGroup, ItemCode, ItemFailure
 
+DEADLINES_KEPT = 1024  # of requests that have ended, at least, before they are looked through
+
 
 @dataclass(slots=True, eq=False)
 class _Job:
@@ -116,6 +118,8 @@ class Scheduler:
         self._jobs[request.request_id] = job
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+            if len(self._deadlines) > 2 * len(self._jobs) + DEADLINES_KEPT:
+                self._forget_deadlines()
         for group in groups:
             if group.finished:  # none of its responses has anything to read
                 self._finish_if_done(group)
@@ -515,6 +519,12 @@ class Scheduler:
             job = self._jobs.get(request_id)
             if job is not None and job.request.deadline is not None and job.request.deadline <= now:
                 self._drop(request_id, expired=True)
+
+    def _forget_deadlines(self) -> None:
+        """Of requests that have ended: those that are given hours would be remembered for hours."""
+        requests = [job.request for job in self._jobs.values()]
+        self._deadlines = [(r.deadline, r.request_id) for r in requests if r.deadline is not None]
+        heapq.heapify(self._deadlines)
 
     def forget_prompts(self) -> None:
         """What is cached was made by other weights. Nothing may be under way."""

@@ -1,0 +1,109 @@
+"""A checkpoint's weights -> the heads they are: by the names of their keys, and nothing else."""
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rewardserve.errors import LoadFailed
+from rewardserve.models import heads
+from rewardserve.models.checkpoint import Checkpoint
+from rewardserve.models.heads import Head, LinearHead, ModuleHead
+
+HEAD_NAMES = (
+    "score",
+    "classifier",
+    "v_head.summary",
+    "v_head",
+    "value_head",
+    "regression_head",
+    "score_head",
+    "rm_head",
+    "reward_head",
+    "out_proj",
+)
+
+
+def head_prefix(checkpoint: Checkpoint) -> str | None:
+    """What the head's weights are called before `.weight` or `.0.weight`; None without one."""
+    names = (str(checkpoint.raw_config.get("value_head_prefix") or ""), *HEAD_NAMES)  # OpenRLHF says it in its config
+    for name in filter(None, names):
+        if checkpoint.has(f"{name}.weight") or checkpoint.has(f"{name}.0.weight"):
+            return name
+    return None
+
+
+def keys_below(checkpoint: Checkpoint, *prefixes: str) -> frozenset[str]:
+    return frozenset(key for key in checkpoint.where if key.startswith(tuple(f"{p}." for p in prefixes)))
+
+
+def layers_below(checkpoint: Checkpoint, prefix: str, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Numbered layers below `prefix`; where numbers are left out, or products follow one another, an activation is."""
+    tensors = checkpoint.tensors(prefix + ".")
+    numbers = sorted({int(match[1]) for key in tensors if (match := re.match(r"(\d+)\.", key))})
+    layers: list[nn.Module] = []
+    for number in numbers:
+        own = {k.removeprefix(f"{number}."): t for k, t in tensors.items() if k.startswith(f"{number}.")}
+        if "running_mean" in own:
+            if number - 1 not in numbers:
+                layers.append(activation())
+            layers.append(heads.batch_norm(own))
+            continue
+        if layers and not isinstance(layers[-1], nn.BatchNorm1d):
+            layers.append(activation())
+        layers.append(heads.linear(own["weight"], own.get("bias")))
+    return nn.Sequential(*layers)
+
+
+def scalar_head(checkpoint: Checkpoint, prefix: str, num_outputs: int = 1, last: nn.Module | None = None) -> Head:
+    """One product, or layers with ReLUs between. Raises LoadFailed for other shapes."""
+    hidden_size = checkpoint.hidden_size
+    if checkpoint.has(f"{prefix}.weight"):
+        weight = checkpoint.tensor(f"{prefix}.weight")
+        bias = checkpoint.tensor(f"{prefix}.bias") if checkpoint.has(f"{prefix}.bias") else None
+        _check_shape(checkpoint, f"{prefix}.weight", weight, (num_outputs, hidden_size))
+        if bias is not None:
+            _check_shape(checkpoint, f"{prefix}.bias", bias, (num_outputs,))
+        if last is None:
+            return LinearHead(weight, bias)
+        return ModuleHead(nn.Sequential(heads.linear(weight, bias), last), 1)
+    layers = layers_below(checkpoint, prefix)
+    products = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    widths = [hidden_size, *(layer.out_features for layer in products[:-1])]
+    if [layer.in_features for layer in products] != widths or products[-1].out_features != num_outputs:
+        shapes = ", ".join(str(tuple(layer.weight.shape)) for layer in products)
+        raise LoadFailed(
+            f"{checkpoint.folder}: the head '{prefix}' has layers of shapes {shapes}; they do not take hidden states "
+            f"of size {hidden_size} to {num_outputs} output{'s' * (num_outputs > 1)}"
+        )
+    if last is not None:
+        return ModuleHead(nn.Sequential(layers, last), 1)
+    return ModuleHead(layers, num_outputs)
+
+
+def _check_shape(checkpoint: Checkpoint, key: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != wanted:
+        raise LoadFailed(
+            f"{checkpoint.folder}: the head '{key}' has shape {tuple(tensor.shape)}, not {wanted}: "
+            f"{'one output' if wanted[0] == 1 else f'{wanted[0]} outputs'} for hidden states of size "
+            f"{checkpoint.hidden_size} is what can be served"
+        )
+
+
+def lm_rows(checkpoint: Checkpoint, ids: Sequence[int]) -> torch.Tensor:
+    """Rows [ids, hidden_size] of the language model's head, which may be its embedding."""
+    names = ("lm_head.weight", "output.weight", "embed_out.weight", "model.embed_tokens.weight", "embed_tokens.weight")
+    key = next((name for name in names if checkpoint.has(name)), None)
+    if key is None:
+        raise LoadFailed(f"{checkpoint.folder}: none of {', '.join(names)}: no language model's head to read")
+    num_rows = checkpoint.shape(key)[0]
+    for wanted in ids:
+        if wanted >= num_rows:
+            raise LoadFailed(f"{checkpoint.folder}: token id {wanted} is outside of '{key}' with {num_rows} rows")
+    return checkpoint.tensor(key)[list(ids)]
+
+
+def odds_head(checkpoint: Checkpoint, yes: int, no: int) -> Head:
+    """Probability of one token against another, by softmax over the two."""
+    return ModuleHead(nn.Sequential(heads.linear(lm_rows(checkpoint, (yes, no))), heads.OddsOf(0)), 1)
