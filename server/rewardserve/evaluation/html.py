@@ -1,5 +1,6 @@
 """The report as one page that needs nothing else: no script, no font, no address of anything."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -20,6 +21,7 @@ td, th { padding: 0.25em 1em 0.25em 0; vertical-align: top; text-align: left }
 th { color: #666; font-weight: normal; border-bottom: 1px solid #ccc }
 td.n, th.n { text-align: right; white-space: nowrap }
 img { max-width: 100%; height: auto }
+code { white-space: nowrap; font: inherit }
 .band { color: #fff; border-radius: 3px; padding: 0 0.5em }
 .small { color: #666; font-size: 0.85em }
 """
@@ -59,7 +61,7 @@ def _verdicts(report: Report) -> str:
         marks = " / ".join(f"{mark:g}" for mark in each.marks)
         source = f'<br><span class="small">weak, usable, good from {marks}; {escape(each.source)}</span>'
         figures = [f"{each.value:.3f}", _range(each.low, each.high, 3)]
-        rows.append([escape(each.figure), *figures, band + unsure, escape(each.reason) + source])
+        rows.append([escape(each.figure), *figures, band + unsure, _with_options(each.reason) + source])
     return _table(["figure", "value#", "95 % interval#", "usual band", "why"], rows)
 
 
@@ -207,8 +209,13 @@ def _share_cells(each: Share) -> list[Cell]:
     return [f"{100 * each.value:.1f} %", _range(each.low, each.high, 1, 100), *counts]
 
 
+def _with_options(text: str) -> Cell:
+    """Options are not broken at their hyphens."""
+    return re.sub(r"--[a-z][a-z-]*", r"<code>\g<0></code>", escape(text))
+
+
 def _estimate(each: Estimate) -> Cell:
-    return f"{each.value:.3f}{_in_brackets(_range(each.low, each.high, 3))}"
+    return f"{each.value:z.3f}{_in_brackets(_range(each.low, each.high, 3))}"
 
 
 def _points(each: Estimate) -> Cell:
@@ -220,7 +227,7 @@ def _in_brackets(text: str) -> str:
 
 
 def _range(low: float | None, high: float | None, places: int, times: float = 1.0) -> Cell:
-    return "" if low is None or high is None else f"{times * low:.{places}f} to {times * high:.{places}f}"
+    return "" if low is None or high is None else f"{times * low:z.{places}f} to {times * high:z.{places}f}"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:

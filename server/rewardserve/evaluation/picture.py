@@ -64,7 +64,7 @@ def ranking(axes: "Axes", report: Report) -> None:
     _shares(axes, [(name, found, MODEL) for name, found in rows])
     axes.set(xlabel="pairs ranked as judged, %  (95 % interval)", title="Ranking accuracy")
     left = min(45.0, *(100 * found.low - 3 for _, found in rows))
-    axes.set_xlim(left, 101)
+    axes.set_xlim(left, 104)
 
 
 def calibration(axes: "Axes", report: Report) -> None:
@@ -124,7 +124,7 @@ def suites(axes: "Axes", report: Report) -> None:
     rows = [(each.name.replace("_", " "), each.untouched_wins, colours[each.kind]) for each in report.suites]
     _shares(axes, rows)
     axes.set(xlabel="untouched answer scores higher, %  (95 % interval)", title="Suites made from the best answers")
-    axes.set_xlim(-2, 102)
+    axes.set_xlim(-2, 104)
     names = {MODEL: "changed in looks only", BAD: "broken"}
     keys = [Line2D([], [], color=colour, marker="o", label=name) for colour, name in names.items()]
     axes.legend(handles=keys, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=8)
