@@ -234,7 +234,9 @@ class App:
         config, name = self._config, "+".join(names)
         devices = config.device.split(",")
         if len(devices) == 1:
-            together = [tuple(shared.members) for shared in self._shared]
+            together = [tuple(shared.members) for shared in self._shared if not shared.is_refused]
+            if len(names) == 1:  # not over a shared backbone, or not any more
+                together = [members for members in together if name not in members]
             return self._engine_process(replace(options, num_threads=threads_of(config, names[0], together)), name)
         threads = config.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
         return Replicas(

@@ -11,6 +11,9 @@ def is_model_name(name: str) -> bool:
     return any(map(str.isalnum, name)) and all(letter.isalnum() or letter in "-_." for letter in name)
 
 
+FINISHED = "-finished-"  # in a version whose scores are finished otherwise than the checkpoint says; a digest follows
+
+
 class Overflow(enum.IntEnum):
     """What to do with prompt + response longer than the model's max_length."""
 
@@ -257,6 +260,11 @@ class VerdictFormat:
     max_tokens: int  # that it may write, the verdict among them
     pattern: str = ""  # regular expression with a group by each criterion's name; empty: a JSON object
     words: tuple[tuple[str, float], ...] = ()  # that may stand for numbers
+
+
+def at_the_end(pattern: str) -> str:
+    """A regular expression of a text that ends in what `pattern` matches."""
+    return rf"(?:{pattern})\Z"
 
 
 @dataclass(frozen=True, slots=True)

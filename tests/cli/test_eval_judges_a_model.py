@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from rewardserve.cli import eval as eval_
+from rewardserve.cli.eval_rows import read_judged
 from rewardserve.evaluation import calibration_file
 from server_process import ServerProcess
 
@@ -149,3 +150,11 @@ def test_the_held_out_prompts_of_the_example_are_rows_of_ours(tmp_path):
     read, _ = read_judged(str(write(tmp_path / "in.jsonl", list(rows(demo_data.Split(prompts, pairs))))))
     found = [(each.domain, each.ratings, each.best) for each in read]
     assert found == [("helpful", (0.9, 0.1), 0), ("harmless", None, 0)]
+
+
+def test_a_label_below_one_half_turns_a_pair_round_and_one_half_is_no_pair(tmp_path) -> None:
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "label": label} for label in (1.0, 0.7, 0.5, 0.2)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged, _ = read_judged(str(tmp_path / "in.jsonl"))
+    assert [each.responses for each in judged] == [("a", "b"), ("a", "b"), ("a", "b"), ("b", "a")]
+    assert [each.ratings for each in judged] == [None, None, (0.0, 0.0), None]

@@ -1,5 +1,6 @@
 """Adapters of one base in one server: one engine for all; each is served, swapped and unloaded by itself."""
 
+import shutil
 import signal
 import urllib.request
 
@@ -96,6 +97,9 @@ def test_it_comes_back_after_a_death_without_those_that_have_left(serve, home, w
             assert scores(client, "c") == pytest.approx(wanted["c"], rel=1e-5, abs=1e-5)
         finally:
             (tmp_path / "a").rename(gone)
+        server.models.Load(models_pb2.LoadModelRequest(name="a", source=str(gone)), timeout=kit.ANTI_HANG_S)
+        check(client, wanted)  # in its place another is loaded now
+        server.models.Unload(models_pb2.UnloadModelRequest(name="a"), timeout=kit.ANTI_HANG_S)
         for name in ("b", "c"):
             server.models.Unload(models_pb2.UnloadModelRequest(name=name), timeout=kit.ANTI_HANG_S)
         kit.until(lambda: not server.engines())
@@ -163,3 +167,17 @@ def test_what_is_in_flight_to_a_model_that_is_unloaded_ends_with_it_and_with_no_
     assert calls["a"].code() is grpc.StatusCode.UNAVAILABLE and "'a' was unloaded" in calls["a"].details()
     server.engine().resume()
     assert calls["b"].code() is grpc.StatusCode.OK
+
+
+def test_a_folder_that_is_written_anew_is_read_anew_at_every_swap(start, home, wanted, tmp_path) -> None:
+    """As a trainer does that keeps its newest weights in one place."""
+    folder = tmp_path / "newest"
+    shutil.copytree(home / "a", folder)
+    server = start(f"--model=a={folder}", f"--model=b={home / 'b'}", "--allow-model-control").ready()
+    with RewardClient(server.target) as client:
+        for name in ("new", "c", "a"):
+            shutil.rmtree(folder)
+            shutil.copytree(home / name, folder)
+            client.swap_model("a", str(folder))
+            assert scores(client, "a") == pytest.approx(wanted[name], rel=1e-5, abs=1e-5)
+        assert scores(client, "b") == pytest.approx(wanted["b"], rel=1e-5, abs=1e-5)

@@ -332,3 +332,27 @@ def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
         while (plan := queue.schedule()) is not None:
             queue.complete(plan, model.run(plan))
     assert queue.idle and len(queue._deadlines) < 2000
+
+
+@pytest.mark.parametrize("priority", [0, 10])
+@pytest.mark.parametrize("length", [100, 300, 550, 600])
+def test_a_backlog_of_one_model_leaves_another_its_turns(length: int, priority: int) -> None:
+    """Also where a forward takes more blocks than there are, so that each ends with something that waits for blocks."""
+    queue, model = sharing((0, 1), num_blocks=8), ToyModel(8, (0, 1))
+    for number in range(60):
+        queue.add(request(f"backlog {number}", group(length, 10, seed=number)))
+    queue.complete((plan := queue.schedule()), model.run(plan))
+    queue.add(request("other", group(200, 10, seed=99), variant=1, priority=priority))
+    for _ in range(4):
+        plan = queue.schedule()
+        queue.complete(plan, model.run(plan))
+        if "other" in [outcome.request_id for outcome in queue.take_outcomes()]:
+            return
+    raise AssertionError("it waited in vain")
+
+
+def test_what_waits_is_counted_for_each_model() -> None:
+    queue = sharing((0, 1))
+    queue.add(request("a", group(100, 10, 20), variant=1))
+    assert (queue.num_waiting_requests(0), queue.num_waiting_tokens(0)) == (0, 0)
+    assert (queue.num_waiting_requests(1), queue.num_waiting_tokens(1)) == (1, 130)

@@ -39,8 +39,8 @@ def test_a_json_verdict_is_the_last_object_whatever_came_before(text: str) -> No
         ('{"correct": 8, clear: 4}', "malformed"),
         ('{"correct": ' + "[" * 3000 + "}", "malformed"),
         ('{"correct": 8}', "no value for clear"),
-        ('{"correct": 8, "clear": 4, "kind": 3}', "no criterion is named kind"),
-        ('{"correct": 8, "clear": 4, "correct": 9}', "correct is there twice"),
+        ('{"correct": 8, "clear": 4, "kind": 3}', "no criterion is named 'kind'"),
+        ('{"correct": 8, "clear": 4, "correct": 9}', "'correct' is there twice"),
         ('{"correct": "8", "clear": 4}', "correct is '8', not a number"),
         ('{"correct": true, "clear": 4}', "correct is True, not a number"),
         ('{"correct": null, "clear": 4}', "correct is None, not a number"),
@@ -48,12 +48,17 @@ def test_a_json_verdict_is_the_last_object_whatever_came_before(text: str) -> No
         ('{"correct": 1e999, "clear": 4}', "correct is inf, not from 1 to 10"),
         ('{"correct": 0.99, "clear": 4}', "correct is 0.99, not from 1 to 10"),
         ('{"correct": 8, "clear": 11}', "clear is 11, not from 1 to 10"),
+        ('{"correct": ' + "1" * 310 + ', "clear": 4}', r"correct is 1{40}, not from 1 to 10"),
+        (r'{"correct": 8, "clear": 4, "\ud800": 1}', r"no criterion is named '\\ud800'"),
+        (r'{"correct": 8, "\ud800": 4, "\ud800": 1}', "is there twice"),
+        (r'{"correct": "\udfff", "clear": 4}', "not a number"),
     ],
 )
 def test_anything_else_is_no_verdict_and_says_why(text: str, words: str) -> None:
     with pytest.raises(Unreadable, match=words) as caught:
         read_verdict(text, RUBRIC)
     assert repr(text[-SHOWN_CHARACTERS:]) in str(caught.value)
+    str(caught.value).encode()  # it must be possible to send
 
 
 def test_a_pattern_must_end_what_was_written() -> None:
@@ -62,7 +67,7 @@ def test_a_pattern_must_end_what_was_written() -> None:
         ("[[7]] or so", "as the pattern says"),
         ("[[seven]]", "score is 'seven', not a number"),
         ("[[nan]]", "score is nan, not from 1 to 10"),
-        ("[[11]]", "score is 11, not from 1 to 10"),
+        ("[[11]]", "score is 11.0, not from 1 to 10"),
     ):
         with pytest.raises(Unreadable, match=words):
             read_verdict(text, SINGLE)

@@ -4,6 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judged import pair, rated
 from rewardserve.evaluation.agreement import agreement, spearman
+from rewardserve.evaluation.best_of_n import best_of_n
+from rewardserve.evaluation.data import pairs_of
+from rewardserve.evaluation.length import length_bias
 from scipy import stats
 
 COLUMNS = st.lists(st.tuples(st.integers(-9, 9), st.integers(0, 4)), min_size=3, max_size=12)
@@ -42,3 +45,21 @@ def test_pairs_and_prompts_rated_all_alike_have_none():
 
 def test_two_columns_that_never_change_are_no_error():
     assert spearman(np.ones(4), np.arange(4.0)) == 0.0
+
+
+def test_rows_of_one_prompt_are_one_prompt_to_every_interval() -> None:
+    """Fifty rows of each of ten prompts tell no more of other prompts than ten do."""
+    rng = np.random.default_rng(0)
+    groups = []
+    for prompt in range(10):
+        right = prompt % 2 * 2 - 1  # all rows of a prompt agree, or all disagree
+        for _ in range(50):
+            lengths = (rng.permutation(4) + 1).tolist()
+            groups.append(rated(right * np.arange(4.0), np.arange(4.0), f"p{prompt}", lengths=lengths))
+    found, best = agreement(groups, 0), best_of_n(groups, 0)
+    length = length_bias(groups, pairs_of(groups), 0).score_with_characters
+    assert found is not None and best is not None
+    assert found.spearman.num_prompts == best.num_prompts == 10
+    assert found.spearman.high - found.spearman.low > 0.8
+    assert best.curve[-1].gain.high - best.curve[-1].gain.low > 0.8
+    assert length.num_prompts == 10

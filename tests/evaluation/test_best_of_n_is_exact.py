@@ -67,7 +67,7 @@ def test_a_perfect_model_gains_all_and_a_random_one_nothing():
 
 
 def test_every_n_is_of_the_same_prompts():
-    prompts = [rated(range(n), range(n), f"{n}") for n in (2, 4, 8, 8)]
+    prompts = [rated(range(n), range(n), f"{i}") for i, n in enumerate((2, 4, 8, 8))]
     found = best_of_n(prompts, seed=0)
     assert len(found.curve) == 8 and found.num_prompts == 2, "half of the prompts have 8"
     found = best_of_n([*prompts, rated(range(3), range(3), "3")], seed=0)

@@ -47,6 +47,8 @@ def test_what_is_not_said_is_what_one_would_expect(told) -> None:
         ("lowest = 10", "judge.verdict.lowest is 10, not less than highest, 10"),
         ("max_tokens = 0", "judge.verdict.max_tokens"),
         ("pattern = '(?P<correct>'", "judge.verdict.pattern is no regular expression"),
+        ("pattern = '(?i)(?P<correct>x)(?P<clear>x)'", "judge.verdict.pattern is no regular expression"),
+        ("words = {Yes = 11.0}", "judge.verdict.words.Yes is 11, not from lowest to highest"),
         ("pattern = '(?P<correct>x)'", "judge.verdict.pattern must have a group by each criterion's name"),
         ("samples = 3", "judge.verdict.samples"),
     ],

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VOCAB_SIZE
+from checkpoints import VOCAB_SIZE, save_checkpoint
 from rewardserve.errors import LoadFailed
 from rewardserve.models.heads import LinearHead
 from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertForSequenceClassification
 
 HIDDEN = 64
 
@@ -279,3 +280,46 @@ def test_the_index_decides_which_files_are_read(shards) -> None:
     assert "model.safetensors" not in [file.name for file in read_spec(str(shards.path)).weight_files]
     names = set(json.loads(shards.index.read_text())["weight_map"].values())
     assert {file.name for file in read_spec(str(shards.path)).weight_files} == names
+
+
+def test_an_encoder_whose_layers_before_the_classifier_are_not_known_is_refused(tmp_path) -> None:
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config.num_labels = 1
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(LoadFailed, match="BertForSequenceClassification computes before its classifier is not known"):
+        read_spec(str(tmp_path))
+
+
+def test_a_head_that_is_there_counts_for_more_than_a_name(tmp_path) -> None:
+    folder = tmp_path / "my-nemotron-reward-v1"
+    save_checkpoint(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_spec(str(folder)).recipe.family == "scalar head"
+
+
+def test_the_folders_that_a_language_model_lies_in_do_not_make_it_a_reward_model(tmp_path) -> None:
+    folder = tmp_path / "nemotron" / "reward" / "plain"
+    save_checkpoint(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    del weights["score.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadFailed, match="no scalar head"):
+        read_spec(str(folder))
+
+
+def test_a_layer_of_a_head_that_is_not_known_is_named(tmp_path) -> None:
+    save_checkpoint(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["score.weight"]
+    weights |= {
+        "score.0.weight": torch.zeros(64),
+        "score.0.bias": torch.zeros(64),
+        "score.1.weight": torch.zeros(1, 64),
+    }
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LoadFailed, match=r"score\.0\.weight \(64,\): no layer of a head that is known"):
+        read_spec(str(tmp_path))

@@ -1,16 +1,18 @@
 """A LoRA adapter with a head of its own scores as its base with the product added; what cannot be merged is refused."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from adapters import HIDDEN, RANK, adapter_of, merged_by_hand, save_adapter
-from checkpoints import VOCAB_SIZE, padded_scores, save_checkpoint
+from checkpoints import VOCAB_SIZE, padded_scores, padded_states, save_checkpoint
 from rewardserve.errors import LoadFailed
 from rewardserve.models.spec import read_spec
 from safetensors.torch import load_file, save_file
 from scoring import joined, native
+from torch.nn import functional as F
 
 GROUPS = [([5, 6, 7] * 60, [[8] * 5, [9, 10, 11]]), ([3], [[4, 5]])]
 
@@ -81,9 +83,80 @@ def test_what_cannot_be_merged_is_refused_by_name(base: Path, tmp_path: Path, co
     [
         "base_model.model.model.embed_tokens.lora_embedding_A",
         "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight",
+        "base_model.model.model.layers.9.mlp.up_proj.base_layer.bias",
     ],
 )
 def test_a_weight_that_fits_nowhere_is_refused_by_name(base: Path, tmp_path: Path, key: str) -> None:
     save_adapter(tmp_path / "adapter", base, {key: torch.zeros(RANK, HIDDEN)})
     with pytest.raises(LoadFailed, match=key.replace(".", r"\.")):
         read_spec(str(tmp_path / "adapter"))
+
+
+def of_head(prefix: str) -> dict[str, torch.Tensor]:
+    """An MLP as `rewardserve train --head mlp` makes it."""
+    shapes = {"0.weight": (16, HIDDEN), "0.bias": (16,), "2.weight": (1, 16), "2.bias": (1,)}
+    return {f"{prefix}.{name}": torch.randn(shape) for name, shape in shapes.items()}
+
+
+def mlp(h: torch.Tensor, t: dict[str, torch.Tensor], prefix: str) -> torch.Tensor:
+    hidden = F.relu(F.linear(h, t[f"{prefix}.0.weight"], t[f"{prefix}.0.bias"]))
+    return F.linear(hidden, t[f"{prefix}.2.weight"], t[f"{prefix}.2.bias"])[:, 0]
+
+
+async def test_an_adapters_own_head_takes_the_place_of_its_bases(base: Path, tmp_path: Path) -> None:
+    """Of another form, so that no key of one is a key of the other; and without the base's normaliser."""
+    config = json.loads((base / "config.json").read_text()) | {"mean": 3.0, "std": 2.0}
+    (base / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(1)
+    head = of_head("base_model.model.score.modules_to_save")
+    save_adapter(tmp_path / "adapter", base, head)
+    assert read_spec(str(base)).recipe.normalizer is not None
+    async with native(tmp_path / "adapter") as scorer:
+        got = await scorer.scores(GROUPS)
+        assert (scorer.info.shift, scorer.info.scale) == (0.0, 1.0)
+    states = padded_states(base, joined(GROUPS))
+    wanted = mlp(states, head, "base_model.model.score.modules_to_save")
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+async def test_a_value_head_beside_an_adapter_is_its_head(base: Path, tmp_path: Path) -> None:
+    """As LLaMA-Factory leaves it, over a language model and over a base that has a head."""
+    torch.manual_seed(2)
+    head = {"v_head.summary.weight": torch.randn(1, HIDDEN), "v_head.summary.bias": torch.randn(1)}
+    weights = load_file(base / "model.safetensors")
+    tensors = {key: value for key, value in adapter_of(weights).items() if "score" not in key}
+    save_adapter(tmp_path / "adapter", base, tensors)
+    save_file(head, tmp_path / "adapter" / "value_head.safetensors")
+    versions = set()
+    states = padded_states(
+        merged_by_hand(base, tensors | {"score": torch.zeros(1, HIDDEN)}, 8 / RANK, tmp_path / "m"), joined(GROUPS)
+    )
+    wanted = F.linear(states, head["v_head.summary.weight"], head["v_head.summary.bias"])[:, 0]
+    for has_head in (True, False):
+        if not has_head:
+            del weights["score.weight"]
+            save_file(weights | {"lm_head.weight": torch.randn(VOCAB_SIZE, HIDDEN)}, base / "model.safetensors")
+        async with native(tmp_path / "adapter") as scorer:
+            got = await scorer.scores(GROUPS)
+            versions.add(scorer.info.version)
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert len(versions) == 2
+
+
+async def test_biases_that_were_trained_beside_lora_are_taken_over(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base", "llama", attention_bias=True)
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    bias = "model.layers.1.self_attn.q_proj.bias"
+    trained = torch.randn(weights[bias].shape)
+    save_adapter(
+        tmp_path / "adapter",
+        tmp_path / "base",
+        {f"base_model.model.{bias.replace('.bias', '.base_layer.bias')}": trained},
+    )
+    save_checkpoint(tmp_path / "by-hand", "llama", attention_bias=True)
+    save_file(weights | {bias: trained}, tmp_path / "by-hand" / "model.safetensors", metadata={"format": "pt"})
+    wanted = padded_scores(tmp_path / "by-hand", joined(GROUPS), torch.float32)
+    plain = padded_scores(tmp_path / "base", joined(GROUPS), torch.float32)
+    async with native(tmp_path / "adapter") as scorer:
+        got = await scorer.scores(GROUPS)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max() and not torch.allclose(got, plain, rtol=1e-2)

@@ -87,3 +87,17 @@ def test_a_file_that_is_no_calibration_is_named(tmp_path: Path) -> None:
         read_calibration(tmp_path / "wrong.json")
     with pytest.raises(LoadFailed, match="--fit-calibration"):
         read_calibration(tmp_path / "nowhere.json")
+
+
+def test_scores_that_are_finished_otherwise_are_of_another_version() -> None:
+    def version(finishing: Finishing) -> str:
+        return Finish(INFO, finishing.check("m", INFO), StepReduction.MIN).version
+
+    one, other = Finishing(Temperature(2.0), ORIGIN), Finishing(Temperature(2.5), ORIGIN)
+    penalty = Finishing(length_penalty=0.1)
+    assert version(Finishing()) == "v1"
+    assert version(Finishing(Isotonic((0.0, 1.0), (0.5, 0.9)), ORIGIN)) == "v1"  # which is for Compare alone
+    assert len({version(each) for each in (Finishing(), one, other, penalty)}) == 4
+    assert version(one) == version(Finishing(Temperature(2.0), replace(ORIGIN, num_pairs=11)))
+    of_another = Finishing(Temperature(2.0), replace(ORIGIN, version="v0"))
+    assert version(of_another) == "v1"  # it is not applied

@@ -93,10 +93,21 @@ def padded_scores(folder: Path, rows: Sequence[Sequence[int]], dtype: torch.dtyp
     Loaded from the folder: `model.to(dtype)` would round the rotary frequencies too, which `from_pretrained` does not.
     """
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+    with torch.inference_mode():
+        return model.score(_last_states(model, rows))[:, 0].float()
+
+
+def padded_states(folder: Path, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Final hidden states of each row's last true token by plain padded Hugging Face, in fp32: [len(rows), hidden]."""
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    with torch.inference_mode():
+        return _last_states(model.eval(), rows)
+
+
+def _last_states(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = (torch.arange(ids.shape[1])[None] < lengths[:, None]).long()
-    with torch.inference_mode():
-        backbone = getattr(model, model.base_model_prefix)
-        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        return model.score(hidden[torch.arange(len(rows)), lengths - 1])[:, 0].float()
+    backbone = getattr(model, model.base_model_prefix)
+    hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return hidden[torch.arange(len(rows)), lengths - 1]

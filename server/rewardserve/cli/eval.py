@@ -22,6 +22,7 @@ from pydantic_settings import CliPositionalArg
 from rewardserve.cli.running import complain, guarded
 from rewardserve.cli.scorer import Scorer, ScoringOptions, open_scorer
 from rewardserve.options import ConfigError, Repeated, load_options
+from rewardserve.types import FINISHED
 
 if TYPE_CHECKING:  # they need scipy, of the extra `eval`; so they are imported when that is known to be there
     from rewardserve.cli.eval_scores import Plan, Scores
@@ -98,6 +99,11 @@ async def _eval(options: EvalOptions) -> int:
     folder = _make_folder(options.output)
     plan = _plan(options, judged)
     async with open_scorer(options) as scorer:
+        if options.fit_calibration and FINISHED in scorer.version:
+            raise ConfigError(
+                f"--fit-calibration: scores of '{scorer.name}' are finished where it is served (calibration, penalty, "
+                "weights), and what is fitted to them would take its place; serve it without, or give --model"
+            )
         scores = await eval_scores.score_plan(plan, scorer, folder, options.input, options.resume)
     for status, example in scores.examples.items():
         complain("eval", f"failed: {scores.failures[status]} x {status}: {example}{_advice(status)}")

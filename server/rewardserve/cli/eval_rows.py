@@ -14,6 +14,7 @@ from rewardserve.evaluation.data import NO_DOMAIN, Judged
 from rewardserve.options import ConfigError
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+TIE = 0.5  # of a label
 JUDGEMENTS = ("responses", "chosen")
 
 
@@ -28,6 +29,7 @@ class _JudgedIn(pydantic.BaseModel):
     chosen: str | None = None
     rejected: str | None = None
     margin: Finite | None = None
+    label: Annotated[float, Field(ge=0, le=1)] | None = None  # how sure it is that `chosen` is; below 0.5 it is not
     domain: NonEmpty[str] | None = None
 
 
@@ -70,7 +72,12 @@ def _judged(number: int, row: _JudgedIn) -> Judged:
             raise ValueError("rejected: is missing, and chosen is there")
         if row.ratings is not None:
             raise ValueError("ratings: go with responses; chosen and rejected have none")
-        return Judged(number, prompt, (str(row.chosen), row.rejected), None, domain, row.margin)
+        pair = (str(row.chosen), row.rejected)
+        if row.label is not None and row.label <= TIE:
+            if row.label == TIE:
+                return Judged(number, prompt, pair, (0.0, 0.0), domain)
+            pair = pair[::-1]
+        return Judged(number, prompt, pair, None, domain, row.margin)
     responses, ratings = row.responses or [], row.ratings
     if ratings is None:
         raise ValueError("ratings: is missing; a number for each of the responses, or give chosen and rejected")

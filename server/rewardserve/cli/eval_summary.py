@@ -68,8 +68,8 @@ def _lines(report: Report) -> Iterator[Line]:
     if report.best_of_n and len(report.best_of_n.curve) > 1:
         yield from _best_of_n(report)
     if report.disagreement:
-        yield "AUROC of disagreement / margin", f"{report.disagreement.auroc:.3f}", "", ""
-        yield "  of the std alone", f"{report.disagreement.auroc_of_std:.3f}", "", ""
+        yield "AUROC of disagreement (std)", f"{report.disagreement.auroc_of_std:.3f}", "", ""
+        yield "  of the std over the margin", f"{report.disagreement.auroc:.3f}", "", ""
         yield "  of the margin alone", f"{report.disagreement.auroc_of_small_margin:.3f}", "", ""
 
 

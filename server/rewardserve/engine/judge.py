@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from rewardserve.types import VerdictFormat
+from rewardserve.types import VerdictFormat, at_the_end
 
 VERDICT_CHARACTERS = 4000  # at the end of what was written; a verdict is looked for there
 SHOWN_CHARACTERS = 80
@@ -35,7 +35,7 @@ def read_verdict(text: str, how: VerdictFormat) -> Verdict:
         if missing := [name for name in how.criteria if name not in found]:
             raise Unreadable(f"no value for {', '.join(missing)}")
         if unknown := sorted(found.keys() - set(how.criteria)):
-            raise Unreadable(f"no criterion is named {', '.join(unknown)}")
+            raise Unreadable(f"no criterion is named {', '.join(map(repr, unknown))}")
         values = tuple(_number(name, found[name], how) for name in how.criteria)
     except Unreadable as error:
         raise Unreadable(f"{error}; what it wrote ends in {end[-SHOWN_CHARACTERS:]!r}") from None
@@ -60,7 +60,7 @@ def _once_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise Unreadable(f"{name} is there twice")
+            raise Unreadable(f"{name!r} is there twice")
         found[name] = value
     return found
 
@@ -70,7 +70,7 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _by_pattern(end: str, pattern: str) -> Mapping[str, Any]:
-    match = re.search(rf"(?:{pattern})\Z", end)
+    match = re.search(at_the_end(pattern), end)
     if match is None:
         raise Unreadable("it does not end as the pattern says")
     return {name: value for name, value in match.groupdict().items() if value is not None}
@@ -90,5 +90,5 @@ def _number(name: str, value: Any, how: VerdictFormat) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unreadable(f"{name} is {value!r}, not a number")
     if not how.lowest <= value <= how.highest:
-        raise Unreadable(f"{name} is {value:g}, not from {how.lowest:g} to {how.highest:g}")
+        raise Unreadable(f"{name} is {value!r:.40}, not from {how.lowest:g} to {how.highest:g}")
     return float(value)

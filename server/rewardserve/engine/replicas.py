@@ -47,6 +47,8 @@ class Replicas:
         self._replicas = [_Replica(engine, number) for number, engine in enumerate(engines)]
         self._seen: OrderedDict[int, int] = OrderedDict()  # hash of a prompt -> number of the engine it went to last
         self._listener = EngineListener()
+        self._sources: Sequence[str] = ()  # where they are of several models: what was loaded at first
+        self._replaced: set[int] = set()  # models in whose places others are loaded now, for nobody
 
     async def start(self, listener: EngineListener) -> EngineInfo:
         """Loads all at a time. Raises what the first failure raises; nothing is running then."""
@@ -92,6 +94,8 @@ class Replicas:
 
     def restart_with(self, sources: Sequence[str]) -> None:
         """Its engines must be of several models each."""
+        self._sources = self._sources or sources
+        self._replaced = {variant for variant, source in enumerate(sources) if source != self._sources[variant]}
         for replica in self._replicas:
             cast(SeveralModels, replica.engine).restart_with(sources)
 
@@ -153,12 +157,16 @@ class Replicas:
 
     def _on_up(self, replica: _Replica, info: EngineInfo) -> None:
         others = [r.info for r in self._replicas if r is not replica and r.up and r.info is not None]
-        if any(other.version != info.version for other in others):
+        if any(self._versions(other) != self._versions(info) for other in others):
             log.error("engine %d came back with another version and is left out: reload the model", replica.number)
             replica.failed = True
             return
         replica.info, replica.up = info, True
         self._listener.on_up(self._info())
+
+    def _versions(self, info: EngineInfo) -> list[str]:
+        """Of the models that somebody may ask for."""
+        return [info.of(i).version for i in range(1 + len(info.beside)) if i not in self._replaced]
 
     def _on_failed(self, replica: _Replica, reason: str) -> None:
         replica.up, replica.failed = False, True

@@ -54,29 +54,33 @@ class SharedEngine:
         self._info: EngineInfo | None = None
         self._refusal = ""  # why the backbone cannot be shared
         self._listeners: dict[int, EngineListener] = {}  # of the members that run
+        self._left: set[int] = set()  # members that have stopped: in their places others may be loaded
+        self._has_failed = False  # for good
         self.members = {name: Member(self, name, variant) for variant, name in enumerate(sources)}
 
     async def join(self, variant: int, listener: EngineListener) -> EngineInfo:
-        """Raises LoadFailed if the backbone cannot be shared."""
+        """Raises LoadFailed if the backbone cannot be shared.
+
+        Nor can it by one that has left, for whom it was loaded may be another or older than what lies in its folder.
+        """
         async with self._lock:
-            if self._refusal:
-                raise LoadFailed(self._refusal)
+            if self._refusal or variant in self._left or self._has_failed:
+                raise LoadFailed(self._refusal or "the shared engine is not what it was")
             if self._engine is None:
                 await self._start()
             self._listeners[variant] = listener
-            self._tell_what_to_load()
             assert self._info is not None
             return self._info.of(variant)
 
     async def _start(self) -> None:
-        engine = self._make(self._sources)
+        engine = self._make(self._sources_to_load())
         try:
             self._info = await engine.start(
                 EngineListener(
                     on_batch=self._on_batch,
                     on_down=lambda reason: self._tell(lambda listener: listener.on_down(reason)),
                     on_part_down=lambda reason: self._tell(lambda listener: listener.on_part_down(reason)),
-                    on_failed=lambda reason: self._tell(lambda listener: listener.on_failed(reason)),
+                    on_failed=self._on_failed,
                     on_up=self._on_up,
                 )
             )
@@ -96,22 +100,25 @@ class SharedEngine:
     async def leave(self, variant: int) -> None:
         async with self._lock:
             self._listeners.pop(variant, None)
-            if self._listeners:
-                self._tell_what_to_load()
+            self._left.add(variant)
+            if self._listeners and self._engine is not None:
+                self._engine.restart_with(self._sources_to_load())
             elif self._engine is not None:
                 engine, self._engine = self._engine, None
                 await engine.stop()
 
+    @property
+    def is_refused(self) -> bool:
+        """Each of the members is loaded by itself."""
+        return bool(self._refusal)
+
     def alone(self, name: str) -> Engine:
         return self._alone(name)
 
-    def _tell_what_to_load(self) -> None:
+    def _sources_to_load(self) -> list[str]:
         """Of a member that has left, the folder may be gone: another takes its place, for nobody."""
-        assert self._engine is not None
-        other = self._sources[min(self._listeners)]
-        self._engine.restart_with(
-            [source if variant in self._listeners else other for variant, source in enumerate(self._sources)]
-        )
+        other = next((s for variant, s in enumerate(self._sources) if variant not in self._left), self._sources[0])
+        return [other if variant in self._left else source for variant, source in enumerate(self._sources)]
 
     def _on_batch(self, report: BatchReport) -> None:
         if report.variant in self._listeners:
@@ -121,6 +128,10 @@ class SharedEngine:
         self._info = info
         for variant, listener in list(self._listeners.items()):
             listener.on_up(info.of(variant))
+
+    def _on_failed(self, reason: str) -> None:
+        self._has_failed = True
+        self._tell(lambda listener: listener.on_failed(reason))
 
     def _tell(self, tell: Callable[[EngineListener], None]) -> None:
         for listener in list(self._listeners.values()):
@@ -147,6 +158,8 @@ class Member:
     async def score(self, request: EngineRequest) -> EngineResult:
         if self._own is not None:
             return await self._own.score(request)
+        if not self.is_running:
+            raise Unavailable(f"model '{self._name}' was unloaded")
         # Ids are told apart by models that know nothing of each other.
         request = replace(request, variant=self._variant, request_id=f"{self._variant}/{request.request_id}")
         call = asyncio.ensure_future(self._shared.score(request))

@@ -259,11 +259,15 @@ class VllmLoop:
         finally:
             self._num_items_out -= 1
             self._num_tokens_out -= cost
-        group.items[index] = item
-        group.num_unfinished -= 1
-        if group.num_unfinished == 0:
-            self._finish(group)
-        self._feed()
+        try:
+            group.items[index] = item
+            group.num_unfinished -= 1
+            if group.num_unfinished == 0:
+                self._finish(group)
+            self._feed()
+        except Exception as error:  # an answer that cannot be sent: its caller would wait forever
+            log.critical("what became of a request cannot be told", exc_info=True)
+            self._die(f"{type(error).__name__}: {error}")
 
     async def _score(self, group: _Group, index: int) -> EngineItem:
         ids = np.frombuffer(group.encoded.prompt + group.encoded.responses[index], "<i4")

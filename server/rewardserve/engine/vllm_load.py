@@ -127,6 +127,8 @@ class WritingJudge(VllmModel):
         output = await self._last_of(self._llm.generate(tokens_input(token_ids), greedy, item_id, priority=-priority))
         written = output.outputs[0]
         try:
+            if written.finish_reason not in ("stop", "length"):  # it was cut off: what is there may end in a verdict
+                raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"vLLM ended it: {written.finish_reason}"))
             if written.finish_reason == "length":
                 raise Unreadable(f"it came to no end within max_tokens = {self._verdict.max_tokens}")
             verdict = read_verdict(self._tokenizer.decode(list(written.token_ids)), self._verdict)
@@ -283,7 +285,9 @@ def _ends(spec: ModelSpec, tokenizer: tokenizers.Tokenizer) -> list[int]:
     ends = {*found} if isinstance(found, list) else {found}
     with contextlib.suppress(OSError, ValueError):
         named = json.loads((spec.checkpoint.text_folder / "tokenizer_config.json").read_text()).get("eos_token")
-        ends.add(tokenizer.token_to_id(named["content"] if isinstance(named, dict) else str(named)))
+        named = named["content"] if isinstance(named, dict) else named
+        if named is not None:
+            ends.add(tokenizer.token_to_id(str(named)))
     return sorted(end for end in ends if end is not None)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from rewardserve.evaluation.data import Floats, ScoredPrompt
-from rewardserve.evaluation.intervals import Estimate, mean
+from rewardserve.evaluation.intervals import Estimate, mean, of_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ def agreement(prompts: Sequence[ScoredPrompt], seed: int) -> Agreement | None:
     if not rated:
         return None
     per_prompt = [(spearman(each.scores, each.ratings), _kendall(each.scores, each.ratings)) for each in rated]
-    spearmans, kendalls = np.array(per_prompt).T
+    spearmans, kendalls = of_prompts(np.array(per_prompt), [each.prompt for each in rated]).T
     scores, ratings = (np.concatenate([getattr(each, name) for each in rated]) for name in ("scores", "ratings"))
     found = mean(spearmans, seed), mean(kendalls, seed)
     assert found[0] is not None and found[1] is not None

@@ -7,7 +7,7 @@ import numpy as np
 from scipy.special import gammaln
 
 from rewardserve.evaluation.data import Floats, ScoredPrompt
-from rewardserve.evaluation.intervals import Estimate, ends, resamples
+from rewardserve.evaluation.intervals import Estimate, ends, of_prompts, resamples
 
 MAX_N = 64
 
@@ -41,15 +41,16 @@ def best_of_n(prompts: Sequence[ScoredPrompt], seed: int) -> BestOfN | None:
     sizes = sorted((len(prompt.responses) for prompt in rated), reverse=True)
     largest = min(sizes[(len(sizes) - 1) // 2], MAX_N)
     rated = [prompt for prompt in rated if len(prompt.responses) >= largest]
-    by_score = np.array([expected_best(prompt.scores, prompt.ratings, largest) for prompt in rated])
-    by_rating = np.array([expected_best(prompt.ratings, prompt.ratings, largest) for prompt in rated])
-    random = np.array([prompt.ratings.mean() for prompt in rated])
+    names = [prompt.prompt for prompt in rated]
+    by_score = of_prompts(np.array([expected_best(each.scores, each.ratings, largest) for each in rated]), names)
+    by_rating = of_prompts(np.array([expected_best(each.ratings, each.ratings, largest) for each in rated]), names)
+    random = of_prompts(np.array([each.ratings.mean() for each in rated]), names)
     gains = by_score - random[:, None]
     curve = tuple(
         BestOf(n + 1, float(by_score[:, n].mean()), float(random.mean()), float(by_rating[:, n].mean()), gain)
         for n, gain in enumerate(_estimates(gains, seed))
     )
-    return BestOfN(curve, len(rated), _share(gains[:, -1], by_rating[:, -1] - random, seed))
+    return BestOfN(curve, len(gains), _share(gains[:, -1], by_rating[:, -1] - random, seed))
 
 
 def expected_best(scores: Floats, ratings: Floats, largest: int) -> Floats:

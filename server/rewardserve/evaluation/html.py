@@ -171,9 +171,10 @@ def _disagreement(report: Report) -> Iterator[str]:
     found = report.disagreement
     assert found is not None
     yield (
-        f"<p>A wrong pair has the larger disagreement for its margin than a right one in {100 * found.auroc:.1f} % of "
-        f"cases, the larger disagreement in {100 * found.auroc_of_std:.1f} %, and the smaller margin in "
-        f"{100 * found.auroc_of_small_margin:.1f} %; 50 % is chance.</p>"
+        f"<p>A wrong pair has the larger std than a right one in {100 * found.auroc_of_std:.1f} % of cases, the larger "
+        f"std for its margin in {100 * found.auroc:.1f} %, and the smaller margin in "
+        f"{100 * found.auroc_of_small_margin:.1f} %; 50 % is chance. Only what the second has beyond the third is the "
+        "members' doing: a std that is always the same has the third.</p>"
     )
     yield _shares({f"{100 * each.share_of_pairs:.0f} % of the pairs": each.accuracy for each in found.curve})
 

@@ -1,6 +1,6 @@
 """How sure a figure is. Pairs of one prompt are not independent, so prompts are what is counted and drawn."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +102,15 @@ def ends(values: Floats) -> tuple[Floats, Floats]:
     """The percentile interval of bootstrap values [num_resamples, ...]; a value that is NaN is left out."""
     low, high = np.nanquantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high
+
+
+def of_prompts(values: Floats, prompts: Sequence[str]) -> Floats:
+    """Means over the rows of each prompt: [num_prompts, ...] of [num_rows, ...]. A prompt may have several rows."""
+    _, places = np.unique(np.array(prompts), return_inverse=True)
+    sums = np.zeros((places.max() + 1, *values.shape[1:]))
+    np.add.at(sums, places, values)
+    counts = np.bincount(places).astype(float)
+    return sums / counts.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def mean(values: Floats, seed: int) -> Estimate | None:

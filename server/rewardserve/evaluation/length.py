@@ -1,6 +1,6 @@
 """How much of a ranking is length: whether the model likes what is long, and what it can do beyond that."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from rewardserve.evaluation.agreement import spearman, varies
 from rewardserve.evaluation.data import Floats, Pairs, ScoredPrompt, number_prompts
-from rewardserve.evaluation.intervals import Estimate, Share, ends, mean, per_prompt, resamples, share, wins
+from rewardserve.evaluation.intervals import Estimate, Share, ends, mean, of_prompts, per_prompt, resamples, share, wins
 
 ALIKE = 0.1  # lengths that differ by at most this share of the longer one
 NUM_STEPS = 8  # of the curve, each of as many responses
@@ -52,9 +52,9 @@ def length_bias(prompts: Sequence[ScoredPrompt], pairs: Pairs, seed: int) -> Len
     left = share(pairs.margin - slope * _doublings_between(pairs), pairs.prompt)
     assert by_length is not None and left is not None, "no pair"
     return LengthBias(
-        mean(np.array(list(_correlations(prompts, "num_characters"))), seed),
-        mean(np.array(list(_correlations(prompts, "num_tokens"))), seed),
-        mean(np.array(list(_rating_correlations(prompts))), seed),
+        _mean(_correlations(prompts, "num_characters"), seed),
+        _mean(_correlations(prompts, "num_tokens"), seed),
+        _mean(_rating_correlations(prompts), seed),
         by_length,
         share(pairs.margin[longer], pairs.prompt[longer]),
         share(pairs.margin[shorter], pairs.prompt[shorter]),
@@ -66,17 +66,26 @@ def length_bias(prompts: Sequence[ScoredPrompt], pairs: Pairs, seed: int) -> Len
     )
 
 
-def _correlations(prompts: Sequence[ScoredPrompt], length: str) -> Iterator[float]:
+def _mean(found: Iterable[tuple[str, float]], seed: int) -> Estimate | None:
+    """Over prompts, of what was found in each of their rows."""
+    names, values = [], []
+    for name, value in found:
+        names.append(name)
+        values.append(value)
+    return mean(of_prompts(np.array(values), names), seed) if names else None
+
+
+def _correlations(prompts: Sequence[ScoredPrompt], length: str) -> Iterator[tuple[str, float]]:
     for prompt in prompts:
         lengths = np.array([getattr(response, length) for response in prompt.responses], dtype=float)
         if varies(lengths):
-            yield spearman(prompt.scores, lengths)
+            yield prompt.prompt, spearman(prompt.scores, lengths)
 
 
-def _rating_correlations(prompts: Sequence[ScoredPrompt]) -> Iterator[float]:
+def _rating_correlations(prompts: Sequence[ScoredPrompt]) -> Iterator[tuple[str, float]]:
     for prompt in prompts:
         if prompt.is_rated and varies(prompt.ratings) and varies(lengths := _characters(prompt)):
-            yield spearman(prompt.ratings, lengths)
+            yield prompt.prompt, spearman(prompt.ratings, lengths)
 
 
 def _characters(prompt: ScoredPrompt) -> Floats:

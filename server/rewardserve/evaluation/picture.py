@@ -137,8 +137,8 @@ def disagreement(axes: "Axes", report: Report) -> None:
     axes.plot(kept, [100 * each.accuracy.value for each in curve], "o-", color=MODEL)
     lows, highs = ([100 * getattr(each.accuracy, end) for each in curve] for end in ("low", "high"))
     axes.fill_between(kept, lows, highs, color=MODEL, alpha=0.15, linewidth=0)
-    axes.set(xlabel="pairs kept, those the members agree about best first, %", ylabel="accuracy on them, %")
-    axes.set(title=f"Disagreement tells errors: AUROC {report.disagreement.auroc:.2f}")
+    axes.set(xlabel="pairs kept, those with the smallest std for their margin first, %", ylabel="accuracy on them, %")
+    axes.set(title=f"Does disagreement tell errors? AUROC of the std {report.disagreement.auroc_of_std:.2f}")
     axes.grid(True, alpha=0.25)
 
 

@@ -75,6 +75,9 @@ def changes_of(
         elif ".lora_" in name:
             if not name.endswith(".lora_B.weight"):
                 raise LoadFailed(f"{folder}: '{key}' is of a kind that is not merged here; merge it with PEFT first")
-        elif "original_module" not in name:  # what was trained whole: modules_to_save
+        elif "original_module" not in name:  # what was trained whole: modules_to_save, and biases
+            name = name.replace(".base_layer.", ".")
+            if "layers." in name and re.sub(r"\.modules_to_save(\.default)?\.", ".", name) not in base_keys:
+                raise LoadFailed(f"{folder}: '{key}' is of no layer that the base model has")
             changes.whole[re.sub(r"\.modules_to_save(\.default)?\.", ".", name)] = tensor
     return changes

@@ -23,6 +23,19 @@ VALUE_HEADS = (
     "value_head.safetensors",
     "value_head.bin",
 )  # of TRL and LLaMA-Factory, beside a language model
+# What a head is called before `.weight` or `.0.weight`; where there are several, the first of these
+HEAD_NAMES = (
+    "score",
+    "classifier",
+    "v_head.summary",
+    "v_head",
+    "value_head",
+    "regression_head",
+    "score_head",
+    "rm_head",
+    "reward_head",
+    "out_proj",
+)
 PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.jinja", "*.model", "*.txt", "*.toml"]
 
 
@@ -163,8 +176,19 @@ def _adapted(source: str, folder: Path, foreign_configs: dict[str, str]) -> Chec
     own = Checkpoint(source, folder, {}, base.config, dict.fromkeys(_keys(file), file))
     weights = {key: own.tensor(key) for key in own.where}
     changes = adapter.changes_of(folder, config, weights, base.where.keys(), base.shape)
-    where = base.where | dict.fromkeys(changes.keys, file)
-    return Checkpoint(source, folder, base.raw_config, base.config, where, base, changes)
+    where = dict.fromkeys(changes.keys, file)
+    for beside in [folder / name for name in VALUE_HEADS if (folder / name).is_file()][:1]:
+        head = Checkpoint(source, folder, {}, base.config, dict.fromkeys(_keys(beside), beside))
+        changes.whole.update({key: head.tensor(key) for key in head.where})
+        where |= head.where
+    kept = base.where
+    if any(map(_is_of_head, changes.whole)):  # which takes the place of the base's own
+        kept = {key: file for key, file in base.where.items() if not _is_of_head(key)}
+    return Checkpoint(source, folder, base.raw_config, base.config, kept | where, base, changes)
+
+
+def _is_of_head(key: str) -> bool:
+    return key.partition(".")[0] in {name.partition(".")[0] for name in HEAD_NAMES}
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models import heads
@@ -108,6 +109,11 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
     for family in FAMILIES:
         if family.recognizes(checkpoint):
             return family.build(checkpoint)
+    if _is_encoder(checkpoint) and head_prefix(checkpoint) is not None:
+        raise LoadFailed(
+            f"{checkpoint.folder}: what a {checkpoint.architecture} computes before its classifier is not known here. "
+            "Say in rewardserve.toml beside config.json how it is scored (docs/models.md)"
+        )
     keys = checkpoint.where
     found = [key for key in keys if any(part in key for part in HEAD_LIKE)] or list(keys)[-5:]
     raise LoadFailed(
@@ -118,7 +124,12 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
 
 
 def _config_normalizer(checkpoint: Checkpoint) -> Normalizer | None:
-    """`mean` and `std` as OpenRLHF writes them into a config, and applies them to a served reward."""
+    """`mean` and `std` as OpenRLHF writes them into a config, and applies them to a served reward.
+
+    An adapter's own head gives other scores than those they were measured on.
+    """
+    if any(key.startswith(f"{head_prefix(checkpoint)}.") for key in checkpoint.changes.whole):
+        return None
     mean, std = (checkpoint.raw_config.get(name) for name in ("mean", "std"))
     if isinstance(mean, list):
         mean = mean[0] if len(mean) == 1 else None
@@ -137,8 +148,10 @@ def _named(*parts: str) -> Callable[[Checkpoint], bool]:
     """A language model that only its name tells to be a reward model."""
 
     def recognizes(checkpoint: Checkpoint) -> bool:
-        names = f"{checkpoint.source} {checkpoint.raw_config.get('_name_or_path', '')}".lower()
-        return checkpoint.architecture.endswith("ForCausalLM") and all(part in names for part in parts)
+        told = (checkpoint.source, str(checkpoint.raw_config.get("_name_or_path", "")))
+        names = [name.rstrip("/").rpartition("/")[2].lower() for name in told]  # not of the folders it lies in
+        is_plain = checkpoint.architecture.endswith("ForCausalLM") and head_prefix(checkpoint) is None
+        return is_plain and any(all(part in name for part in parts) for name in names)
 
     return recognizes
 
@@ -388,7 +401,13 @@ def _oasst_pythia(checkpoint: Checkpoint) -> Recipe:
 
 
 def _has_head(checkpoint: Checkpoint) -> bool:
-    return head_prefix(checkpoint) is not None
+    """Of a decoder. Classes of encoders put layers of their own before what they call the classifier."""
+    return head_prefix(checkpoint) is not None and not _is_encoder(checkpoint)
+
+
+def _is_encoder(checkpoint: Checkpoint) -> bool:
+    config = checkpoint.config
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
 
 
 FAMILIES: tuple[Family, ...] = (

@@ -8,21 +8,8 @@ from torch import nn
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models import heads
-from rewardserve.models.checkpoint import Checkpoint
+from rewardserve.models.checkpoint import HEAD_NAMES, Checkpoint
 from rewardserve.models.heads import Head, LinearHead, ModuleHead
-
-HEAD_NAMES = (
-    "score",
-    "classifier",
-    "v_head.summary",
-    "v_head",
-    "value_head",
-    "regression_head",
-    "score_head",
-    "rm_head",
-    "reward_head",
-    "out_proj",
-)
 
 
 def head_prefix(checkpoint: Checkpoint) -> str | None:
@@ -50,6 +37,9 @@ def layers_below(checkpoint: Checkpoint, prefix: str, activation: type[nn.Module
                 layers.append(activation())
             layers.append(heads.batch_norm(own))
             continue
+        if own.get("weight") is None or own["weight"].dim() != 2:
+            keys = ", ".join(f"{prefix}.{number}.{key} {tuple(tensor.shape)}" for key, tensor in sorted(own.items()))
+            raise LoadFailed(f"{checkpoint.folder}: {keys}: no layer of a head that is known")
         if layers and not isinstance(layers[-1], nn.BatchNorm1d):
             layers.append(activation())
         layers.append(heads.linear(own["weight"], own.get("bias")))

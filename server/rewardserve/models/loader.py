@@ -1,5 +1,6 @@
 """Checkpoint -> reward model on a device."""
 
+import copy
 import logging
 import math
 import re
@@ -105,7 +106,7 @@ def _adapt(module: PreTrainedModel, key: str, make: Callable[[nn.Linear], nn.Mod
 
 def _head(spec: ModelSpec, device: torch.device) -> Head:
     assert spec.recipe.head is not None  # a judge that writes has none, and is not loaded here
-    return spec.recipe.head.to(device)
+    return copy.deepcopy(spec.recipe.head).to(device)  # a tensor of a file may be the file, which others may write to
 
 
 def trunks_of(specs: Sequence[ModelSpec]) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ from rewardserve.models.families import Normalizer, Recipe
 from rewardserve.models.head_parts import keys_below, layers_below, lm_rows, odds_head, scalar_head
 from rewardserve.models.heads import Head, LinearHead, ModuleHead
 from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
-from rewardserve.types import JudgeFormat, StepFormat, StepStyle, VerdictFormat
+from rewardserve.types import JudgeFormat, StepFormat, StepStyle, VerdictFormat, at_the_end
 
 Refuse = Callable[[str, str], LoadFailed]  # the key, and what is wrong with it
 
@@ -194,6 +194,8 @@ def _refuse_unheeded(told: _SpecFile, head: _Head, num_outputs: int, refuse: Ref
         check("read", told.read, {"at", "append"}, f"with read.at = {told.read.at!r}")
     if told.steps is not None:
         check("steps", told.steps, HEEDED_OF_STYLE[told.steps.style], f"with steps.style = {told.steps.style!r}")
+    if told.read.at == "every" and num_outputs > 1 and told.score.probability_of is None:
+        raise refuse("head.outputs", "are several, and a step has one score: give score.probability_of")
     normalizer = {"shift", "scale"}
     if num_outputs == 1:
         check("score", told.score, normalizer, "with a single output")
@@ -266,9 +268,12 @@ def _writing_judge(checkpoint: Checkpoint, told: _Judge, verdict: _Verdict, refu
         raise refuse("judge.verdict.weights_of", f"must be as many as there are criteria: {len(names)}")
     if not verdict.lowest < verdict.highest:
         raise refuse("judge.verdict.lowest", f"is {verdict.lowest:g}, not less than highest, {verdict.highest:g}")
+    for word, value in verdict.words.items():
+        if not verdict.lowest <= value <= verdict.highest:
+            raise refuse(f"judge.verdict.words.{word}", f"is {value:g}, not from lowest to highest")
     if verdict.pattern:
         try:
-            groups = re.compile(verdict.pattern).groupindex
+            groups = re.compile(at_the_end(verdict.pattern)).groupindex
         except re.error as error:
             raise refuse("judge.verdict.pattern", f"is no regular expression: {error}") from error
         if set(groups) != set(names):

@@ -62,7 +62,7 @@ def _item(parts: Sequence[ItemScore], ensemble: Ensemble) -> ItemScore:
         max(part.num_response_tokens for part in parts),
         min(part.num_cached_tokens for part in parts),
         any(part.truncated for part in parts),
-        raw=folded.score,
+        raw=fold_members(raw_scores, ensemble.aggregate).score,
         kind=first.kind,
         std=folded.std,
         members=EnsembleScore(folded.mean, folded.min, scores, raw_scores),

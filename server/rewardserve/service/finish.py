@@ -3,6 +3,7 @@
 In this order; each only where it is configured or the checkpoint brings it. The raw score stays in the reply.
 """
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from rewardserve.errors import InvalidRequest, LoadFailed
 from rewardserve.evaluation import calibration_file
 from rewardserve.evaluation.calibration_file import Affine, BadCalibration, Calibration, Isotonic, Origin, Temperature
 from rewardserve.postprocess.reduce import reduce_steps
-from rewardserve.types import ScoreKind, ScoreRequest, StepReduction
+from rewardserve.types import FINISHED, ScoreKind, ScoreRequest, StepReduction
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,15 @@ class Finishing:
     origin: Origin | None = None  # of the calibration
     length_penalty: float = 0.0  # taken off for each token of the response
     weights: Mapping[str, float] = field(default_factory=dict)  # of attributes, instead of the model's own score
+
+    @property
+    def mark(self) -> str:
+        """What it adds to a version: equal versions give equal scores."""
+        changing = None if isinstance(self.calibration, Isotonic) else self.calibration
+        told = (changing, self.length_penalty, sorted(self.weights.items()))
+        if told == (None, 0.0, []):
+            return ""
+        return FINISHED + hashlib.blake2b(repr(told).encode(), digest_size=4).hexdigest()
 
     def check(self, name: str, info: EngineInfo) -> "Finishing":
         """What of it is for this version. Raises LoadFailed for attributes that the model does not have."""
@@ -63,6 +73,10 @@ class Finish:
         self._is_normalized = (info.shift, info.scale) != (0.0, 1.0) and not self._weights
         self._is_calibrated = isinstance(finishing.calibration, Temperature | Affine)
         self._is_changed = self._is_normalized or self._is_calibrated or bool(self._weights or finishing.length_penalty)
+
+    @property
+    def version(self) -> str:
+        return self.info.version + self._finishing.mark
 
     @property
     def kind(self) -> ScoreKind:

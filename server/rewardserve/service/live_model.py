@@ -60,6 +60,11 @@ class LiveModel:
         self._open.set()
 
     @property
+    def version(self) -> str:
+        """What its scores say they are of; empty before it is loaded."""
+        return "" if self.info is None else self.info.version + self.finishing.mark
+
+    @property
     def num_users(self) -> int:
         """Requests that this version is scoring."""
         return self._num_users
@@ -174,7 +179,7 @@ class LiveModel:
     def _describe(self, info: EngineInfo) -> None:
         self.finishing = self.configured.check(self.name, info)
         self.admission.max_length = info.max_length
-        self.metrics.set_info(info.version, info.architecture, info.path, info.dtype)
+        self.metrics.set_info(self.version, info.architecture, info.path, info.dtype)
 
     def _on_batch(self, report: BatchReport) -> None:
         self.admission.observe_rate(report.num_tokens, report.compute_s)

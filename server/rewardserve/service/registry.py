@@ -145,7 +145,7 @@ class Registry:
                 model.use_weights(await model.engine.update_weights(model.source))
                 raise
             model.source = source
-        log.info("%s has new weights: %s, version %s", name, source, info.version)
+        log.info("%s has new weights: %s, version %s", name, source, model.version)
         return model
 
     async def flip(self, old: LiveModel, new: LiveModel, grace_s: float, keep_previous: bool) -> None:
@@ -197,7 +197,7 @@ class Registry:
             _raise_if_own(error)
             raise
         assert model.info is not None
-        log.info("serving %s: %s, version %s, %s", name, source, model.info.version, model.info.path)
+        log.info("serving %s: %s, version %s, %s", name, source, model.version, model.info.path)
         return model
 
     async def unload(self, name: str, grace_s: float) -> None:

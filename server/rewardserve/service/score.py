@@ -7,6 +7,7 @@ from concurrent.futures import Executor
 from dataclasses import replace
 
 from rewardserve.engine.base import EngineRequest, EngineResult
+from rewardserve.errors import InvalidRequest
 from rewardserve.metrics import ModelMetrics
 from rewardserve.service.deadlines import Deadlines
 from rewardserve.service.ensemble import Ensemble, combine
@@ -31,6 +32,10 @@ class ScoringService:
         """Scores every response, or raises a RewardServeError; failures of single responses are among the items."""
         ensemble = self._registry.ensemble(request.model)
         if ensemble is not None:
+            if request.by_step:
+                raise InvalidRequest(
+                    "options.granularity", f"'{ensemble.name}' is an ensemble; its members score steps"
+                )
             return await self._score_together(ensemble, request)
         model = self._registry.serving(request.model)
         metrics = model.metrics
@@ -95,7 +100,7 @@ def _assemble(
         for group, items in zip(request.groups, encoded.items, strict=True)
     )
     return ScoreResult(
-        request.request_id, model, finish.info.version, groups, timings, finish.info.attributes, curve=finish.curve
+        request.request_id, model, finish.version, groups, timings, finish.info.attributes, curve=finish.curve
     )
 
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 import random
+import statistics
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ class Shadow:
         self._tasks: set[asyncio.Task[None]] = set()
         self._done = asyncio.Event()
         self.num_requests = self.num_failed = 0
-        self.pairs: list[tuple[float, float]] = []  # (score as answered, score to come)
+        self.groups: list[list[tuple[float, float]]] = []  # of each: (score as answered, score to come)
 
     def offer(self, request: ScoreRequest, answered: ScoreResult) -> None:
         """A request that was answered; the answer has been given, nobody waits for this."""
@@ -51,14 +52,27 @@ class Shadow:
             self.num_failed += 1
         else:
             for ours, theirs in zip(answered.groups, result.groups, strict=True):
+                pairs: list[tuple[float, float]] = []
+                self.groups.append(pairs)
                 for old, new in zip(ours.items, theirs.items, strict=True):
                     if old.score is not None and new.score is not None:
-                        self.pairs.append((old.score, new.score))
+                        pairs.append((old.score, new.score))
                     elif old.score is not None:
                         self.num_failed += 1
         self.num_requests += 1
         if self.num_requests >= self._target:
             self._done.set()
+
+
+def mean_rank_correlation(groups: Sequence[Sequence[tuple[float, float]]]) -> float | None:
+    """Within groups, and the mean of that: scores rank responses to one prompt. Between prompts they differ anyway, and
+    two models would agree in that who disagree about every response. Of single responses only, there is none but that
+    of all together. None if it is not defined.
+    """
+    within = [found for pairs in groups if (found := rank_correlation(pairs)) is not None]
+    if within or any(len(pairs) > 1 for pairs in groups):
+        return statistics.fmean(within) if within else None
+    return rank_correlation([pair for pairs in groups for pair in pairs])
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:

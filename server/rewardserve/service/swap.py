@@ -7,7 +7,7 @@ from rewardserve.errors import InvalidRequest, SwapRefused
 from rewardserve.service.live_model import LiveModel, ModelState
 from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
-from rewardserve.service.shadow import Shadow, rank_correlation
+from rewardserve.service.shadow import Shadow, mean_rank_correlation
 from rewardserve.types import Prompt, PromptGroup, Response, ScoreRequest
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ async def swap(service: ScoringService, registry: Registry, plan: SwapPlan, grac
 
 async def _swap(service: ScoringService, registry: Registry, plan: SwapPlan, grace_s: float) -> SwapReport:
     old = registry.serving(plan.name)
-    assert old.info is not None
+    previous_version = old.version
     new = await registry.load_beside(old, plan.source, plan.dtype)
     try:
         num_right = await _try_canaries(service, new, plan)
@@ -66,15 +66,15 @@ async def _swap(service: ScoringService, registry: Registry, plan: SwapPlan, gra
     except BaseException:
         await new.engine.stop()
         raise
-    log.info("swapping %s: version %s to %s", plan.name, old.info.version, new.info.version if new.info else "")
+    log.info("swapping %s: version %s to %s", plan.name, previous_version, new.version)
     await registry.flip(old, new, grace_s, plan.keep_previous)
     return SwapReport(
         new,
-        old.info.version,
+        previous_version,
         num_right,
         shadow.num_requests,
         shadow.num_failed,
-        rank_correlation(shadow.pairs),
+        mean_rank_correlation(shadow.groups),
     )
 
 
@@ -140,8 +140,8 @@ async def _shadowed(service: ScoringService, old: LiveModel, new: LiveModel, pla
         await shadow.wait(plan.shadow_timeout_s)
     finally:
         old.shadow = None
-    wanted, found = plan.min_rank_correlation, rank_correlation(shadow.pairs)
+    wanted, found = plan.min_rank_correlation, mean_rank_correlation(shadow.groups)
     if wanted is not None and (found is None or found < wanted):
-        told = "no pair was compared" if found is None else f"it is {found:.3f} over {len(shadow.pairs)} pairs"
+        told = "no order was compared" if found is None else f"it is {found:.3f} over {len(shadow.groups)} groups"
         raise SwapRefused(f"rank correlation with the old version: {told}, {wanted:g} was asked for")
     return shadow

@@ -32,6 +32,9 @@ def save_model(
     model.to(dtype)
     model.score.float()
     model.config.get_text_config().pad_token_id = config.get_text_config().pad_token_id  # it was another for a while
+    for name in ("mean", "std"):  # of the base's scores; a head that was trained gives others
+        if hasattr(model.config, name):
+            delattr(model.config, name)
     model.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)

@@ -247,7 +247,7 @@ def model(live: LiveModel) -> models_pb2.Model:
     )
     info = live.info
     if info is not None:
-        message.version, message.architecture = info.version, info.architecture
+        message.version, message.architecture = live.version, info.architecture
         message.path, message.path_reason = PATHS[info.path], info.path_reason
         message.dtype, message.device = info.dtype, info.device
         message.num_parameters, message.max_length = info.num_parameters, info.max_length
@@ -275,7 +275,7 @@ def ensemble(served: Ensemble, registry: Registry) -> models_pb2.Model:
         message.state, message.message = STATES[away[0].state], f"member '{away[0].name}': {away[0].message}"
     else:
         message.state = models_pb2.MODEL_STATE_SERVING
-        versions = [(name, live.info.version) for name in served.members if (live := members[name]).info is not None]
+        versions = [(name, members[name].version) for name in served.members]
         message.version = version_of(served, versions)
         each = [model(members[name]) for name in served.members]
         message.max_length = min(member.max_length for member in each)  # what every member can score

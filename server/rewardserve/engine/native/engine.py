@@ -89,7 +89,8 @@ class EngineLoop:
         self._epoch = 0
         self._stopping = False
         self._checked_at = 0.0
-        self._depth, self._depth_at = (0, 0), 0.0  # requests and tokens waiting, and when they were counted
+        # Of each model: requests and tokens waiting, and when they were counted.
+        self._depths: dict[int, tuple[int, int, float]] = {}
         self._ahead: queue.Queue[_Prepared | _Refresh | None] = queue.Queue(maxsize=1)
         self._finished_at = 0.0  # perf_counter() when the scores of the last forward were read
         self._threads = [
@@ -286,27 +287,29 @@ class EngineLoop:
     def _complete(self, plan: BatchPlan, features: list[list[float]], compute_s: float) -> None:
         with self._lock:
             self._scheduler.complete(plan, features)
-            self._measure_depth()
+            depth = self._measured_depth(plan.variant)
             report = BatchReport(
                 num_tokens=plan.num_tokens,
                 num_pairs=plan.num_scored,
                 num_prompt_tokens=plan.num_prompt_tokens,
                 num_cached_tokens=plan.num_cached_tokens,
                 compute_s=compute_s,
-                queued_requests=self._depth[0],
-                queued_tokens=self._depth[1],
+                queued_requests=depth[0],
+                queued_tokens=depth[1],
                 variant=plan.variant,
             )
             self._deliver()
             self._lock.notify_all()
         self._on_batch(report)
 
-    def _measure_depth(self) -> None:
-        """Goes through the whole queue: after every forward while it is short, else a few times a second."""
-        now = time.monotonic()
-        if self._scheduler.num_waiting_groups < 100 or now - self._depth_at > 0.1:
-            self._depth = (self._scheduler.num_waiting_requests, self._scheduler.num_waiting_tokens)
-            self._depth_at = now
+    def _measured_depth(self, variant: int) -> tuple[int, int]:
+        """Goes through a model's whole queue: after every forward while it is short, else a few times a second."""
+        now, scheduler = time.monotonic(), self._scheduler
+        requests, tokens, counted_at = self._depths.get(variant, (0, 0, 0.0))
+        if scheduler.num_waiting_groups(variant) < 100 or now - counted_at > 0.1:
+            requests, tokens = scheduler.num_waiting_requests(variant), scheduler.num_waiting_tokens(variant)
+            self._depths[variant] = (requests, tokens, now)
+        return requests, tokens
 
     def _recover(self, plan: BatchPlan, error: Exception) -> None:
         """Splits what failed; fails it if it is down to one item."""

@@ -151,17 +151,14 @@ class Scheduler:
     def _waiting_groups(self) -> Iterator[Group]:
         return itertools.chain.from_iterable(lane.queue for lane in self._lanes)
 
-    @property
-    def num_waiting_groups(self) -> int:
-        return sum(len(lane.queue) for lane in self._lanes)
+    def num_waiting_groups(self, variant: int = 0) -> int:
+        return len(self._lanes[variant].queue)
 
-    @property
-    def num_waiting_requests(self) -> int:
-        return len({group.request_id for group in self._waiting_groups()})
+    def num_waiting_requests(self, variant: int = 0) -> int:
+        return len({group.request_id for group in self._lanes[variant].queue})
 
-    @property
-    def num_waiting_tokens(self) -> int:
-        return sum(group.num_tokens_left for group in self._waiting_groups())
+    def num_waiting_tokens(self, variant: int = 0) -> int:
+        return sum(group.num_tokens_left for group in self._lanes[variant].queue)
 
     @property
     def idle(self) -> bool:
@@ -177,6 +174,7 @@ class Scheduler:
             self._settle(filling)
             if filling.chunks:
                 break
+            self._note_blocked(lane)
         else:
             return None
         self._turn = lane.variant + 1
@@ -239,19 +237,30 @@ class Scheduler:
             assert self._started or self._cache.num_available < self._cache.pool.num_blocks, (
                 "pool too small for a group"
             )
-            self._blocked = group
             return False
         group.started, group.num_reserved, group.kept = True, need, {}
         self._reserved += need
         self._started[id(group)] = group
         return True
 
+    def _note_blocked(self, lane: _Lane) -> None:
+        """It was this one's turn, and there were no blocks to begin anything with."""
+        group = lane.queue.peek()
+        if group is not None and not group.started and not self._is_waiting(self._blocked):
+            self._blocked = group
+
+    def _is_waiting(self, blocked: Group | None) -> bool:
+        return blocked is not None and not blocked.started and blocked in self._lanes[blocked.variant].queue
+
     def _is_behind_another(self, group: Group) -> bool:
         """Blocks that come free are for the one that waits for them, or another model would take them forever."""
         blocked = self._blocked
-        if blocked is None or blocked.started or blocked not in self._lanes[blocked.variant].queue:
+        if blocked is None or not self._is_waiting(blocked) or blocked.variant == group.variant:
             return False
-        return blocked.variant != group.variant
+        return self._priority(group) <= self._priority(blocked)
+
+    def _priority(self, group: Group) -> int:
+        return self._jobs[group.request_id].request.priority
 
     def _serve(self, group: Group, filling: _Filling) -> bool:
         """Plans what fits of a started group. True if all of it is planned."""
