@@ -1,6 +1,7 @@
 """Several engines serve as one: groups stay with the one that holds their prompt, and one that dies is done without."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -49,6 +50,9 @@ class Held:
 
     async def stop(self) -> None:
         self.stopped = True
+
+    def restart_with(self, sources: Sequence[str]) -> None:
+        self.sources = sources
 
     @property
     def prompts(self) -> list[int]:
@@ -143,6 +147,21 @@ async def test_an_engine_that_comes_back_with_another_checkpoint_is_left_out() -
     b.listener.on_up(replace(INFO, version="v2"))
     await sent(replicas, *(request(str(i), group(100 + i)) for i in range(4)))
     assert b.prompts == []
+
+
+async def test_of_models_over_one_backbone_those_that_are_served_must_be_the_same_when_one_comes_back() -> None:
+    """In the place of a model that was unloaded another is loaded: that is nobody's."""
+    shared = replace(INFO, beside=(replace(INFO, version="w1"),))
+    first, second = Held(shared), Held(shared)
+    replicas = await started(first, second)
+    replicas.restart_with(["a", "b"])
+    replicas.restart_with(["b", "b"])
+    for version, is_same in (("w1", True), ("w2", False)):
+        assert first.listener is not None
+        first.listener.on_down("it died")
+        own = replace(INFO, version=version)
+        first.listener.on_up(replace(own, beside=(own,)))
+        assert replicas._replicas[0].up is is_same
 
 
 async def test_what_all_have_is_told_as_of_one() -> None:
