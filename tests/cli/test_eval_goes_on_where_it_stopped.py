@@ -24,7 +24,7 @@ def accuracy(folder) -> dict:
 
 
 def test_after_ctrl_c_what_is_scored_stays_and_the_rest_is_scored(cli, server, rows_file, tmp_path):
-    num_rows, folder = 1500, tmp_path / "out"
+    num_rows, folder = 4000, tmp_path / "out"
     source = rows_file(*rows(num_rows))
     command = [sys.executable, "-m", "rewardserve", "eval", str(source), "--window=4", "--no-suites", server.endpoint]
     process = subprocess.Popen(

@@ -85,12 +85,11 @@ class EvalOptions(ScoringOptions):
 
 
 def run(arguments: Sequence[str]) -> int:
-    return guarded("eval", lambda: asyncio.run(_eval(load_options(EvalOptions, "eval", arguments))))
+    return guarded("eval", lambda: _eval(load_options(EvalOptions, "eval", arguments)))
 
 
-async def _eval(options: EvalOptions) -> int:
+def _eval(options: EvalOptions) -> int:
     options.check()
-    from rewardserve.cli import eval_scores
     from rewardserve.cli.eval_rows import read_judged
     from rewardserve.cli.eval_summary import show
 
@@ -98,13 +97,8 @@ async def _eval(options: EvalOptions) -> int:
     _check_domains(options, judged)
     folder = _make_folder(options.output)
     plan = _plan(options, judged)
-    async with open_scorer(options) as scorer:
-        if options.fit_calibration and FINISHED in scorer.version:
-            raise ConfigError(
-                f"--fit-calibration: scores of '{scorer.name}' are finished where it is served (calibration, penalty, "
-                "weights), and what is fitted to them would take its place; serve it without, or give --model"
-            )
-        scores = await eval_scores.score_plan(plan, scorer, folder, options.input, options.resume)
+    # What follows waits for nothing, so it is no part of it: an interrupt would be put off to the next wait, for ever.
+    scorer, scores = asyncio.run(_scored(options, plan, folder))
     for status, example in scores.examples.items():
         complain("eval", f"failed: {scores.failures[status]} x {status}: {example}{_advice(status)}")
     prompts = plan.prompts(scores)
@@ -115,6 +109,19 @@ async def _eval(options: EvalOptions) -> int:
     show(report)
     _write(options, report, folder, prompts)
     return 1 if options.strict and scores.num_failed else 0
+
+
+async def _scored(options: EvalOptions, plan: "Plan", folder: Path) -> "tuple[Scorer, Scores]":
+    """The scorer is closed by then; it still says what it was."""
+    from rewardserve.cli import eval_scores
+
+    async with open_scorer(options) as scorer:
+        if options.fit_calibration and FINISHED in scorer.version:
+            raise ConfigError(
+                f"--fit-calibration: scores of '{scorer.name}' are finished where it is served (calibration, penalty, "
+                "weights), and what is fitted to them would take its place; serve it without, or give --model"
+            )
+        return scorer, await eval_scores.score_plan(plan, scorer, folder, options.input, options.resume)
 
 
 def _check_domains(options: EvalOptions, judged: "Sequence[Judged]") -> None:
