@@ -102,7 +102,7 @@ async def same_alone_and_together(checkpoint: Path) -> None:
     "shape",
     [
         {"hidden_size": 1024, "intermediate_size": 3072},
-        {"hidden_size": 2048, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 16},
+        {"hidden_size": 2048, "intermediate_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 16},
     ],
     ids=["the widths of Qwen3-0.6B", "as many key heads as heads"],
 )
