@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection
 
 from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine
-from rewardserve.engine.choice import Wish, choose
+from rewardserve.engine.choice import Wish, choose, reason_for_vllm
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.process import EngineProcess
 from rewardserve.engine.replicas import Replicas
@@ -193,10 +193,14 @@ class App:
         """An IPv6 address without its brackets, which gRPC needs and nobody else takes."""
         return self._config.host.removeprefix("[").removesuffix("]")
 
+    @property
+    def _wish(self) -> Wish:
+        config = self._config
+        return Wish(config.engine, config.tensor_parallel, config.vllm_quantization, config.path, config.quantize)
+
     def _share_backbones(self) -> list[SharedEngine]:
         config = self._config
-        of_vllm = config.engine == "vllm" or config.tensor_parallel > 1 or config.vllm_quantization
-        if of_vllm or not config.share_backbone:
+        if not config.share_backbone or reason_for_vllm(self._wish):
             return []
 
         def make(names: Sequence[str], sources: Sequence[str]) -> EngineProcess | Replicas:
@@ -222,9 +226,8 @@ class App:
 
     def _engine_alone(self, name: str, source: str, dtype: str) -> Engine:
         config = self._config
-        wish = Wish(config.engine, config.tensor_parallel, config.vllm_quantization, config.path, config.quantize)
         return choose(
-            wish,
+            self._wish,
             native=lambda: self._on_devices(native_options(config, source, dtype), name),
             vllm=lambda reason: self._on_devices(vllm_options(config, source, dtype, reason), name),
         )

@@ -101,3 +101,10 @@ def test_scores_that_are_finished_otherwise_are_of_another_version() -> None:
     assert version(one) == version(Finishing(Temperature(2.0), replace(ORIGIN, num_pairs=11)))
     of_another = Finishing(Temperature(2.0), replace(ORIGIN, version="v0"))
     assert version(of_another) == "v1"  # it is not applied
+
+
+@pytest.mark.parametrize(("fitted", "served"), [("v1-bf16", "v1-bf16-adapted"), ("v1-bf16-adapted", "v1-bf16")])
+def test_a_calibration_is_for_an_adapter_however_it_is_applied(fitted: str, served: str) -> None:
+    finishing = Finishing(Temperature(2.0), replace(ORIGIN, version=fitted))
+    assert finished(EngineItem(1.0), finishing, replace(INFO, version=served))[1] == 0.5
+    assert finished(EngineItem(1.0), finishing, replace(INFO, version="v1-int8"))[1] == 1.0

@@ -12,9 +12,9 @@ from pydantic import Field
 from rewardserve.cli.rows import BadRow, NonEmpty, Turn, explain, one_of, open_input
 from rewardserve.evaluation.data import NO_DOMAIN, Judged
 from rewardserve.options import ConfigError
+from rewardserve.training.rows import TIE
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-TIE = 0.5  # of a label
 JUDGEMENTS = ("responses", "chosen")
 
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from rewardserve.types import EncodedGroup, ItemFailure, JudgeFormat, StepFormat, TextSpec
 
+ADAPTED = "-adapted"  # ends a version whose adapter is added to products over a shared backbone, not to weights
+
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:

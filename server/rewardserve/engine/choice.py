@@ -28,15 +28,22 @@ class Wish:
 
 def choose(wish: Wish, native: Callable[[], Engine], vllm: Callable[[str], Engine]) -> Engine:
     """`vllm` is given the reason for it, which is shown with the model."""
-    if wish.engine == "vllm":
-        return vllm("asked for")
+    if reason := reason_for_vllm(wish):
+        return vllm(reason)
     if wish.engine == "native" or wish.quantize or wish.path != "auto":
         return native()
-    if wish.tensor_parallel > 1:
-        return vllm(f"tensor_parallel = {wish.tensor_parallel}")
-    if wish.vllm_quantization:
-        return vllm(f"vllm_quantization = {wish.vllm_quantization}")
     return NativeElseVllm(native(), vllm)
+
+
+def reason_for_vllm(wish: Wish) -> str:
+    """Why it must be vLLM; empty where the native engine is tried first, or is what must be."""
+    if wish.engine == "vllm":
+        return "asked for"
+    if wish.engine == "native" or wish.quantize or wish.path != "auto":
+        return ""
+    if wish.tensor_parallel > 1:
+        return f"tensor_parallel = {wish.tensor_parallel}"
+    return f"vllm_quantization = {wish.vllm_quantization}" if wish.vllm_quantization else ""
 
 
 def is_vllm_installed() -> bool:

@@ -48,7 +48,7 @@ class SharedEngine:
     ) -> None:
         """`sources` by name; `make` one engine of all of them, `alone` one of a single name."""
         self._sources = list(sources.values())
-        self._make, self._alone = make, alone
+        self._make, self.alone = make, alone
         self._lock = asyncio.Lock()
         self._engine: SeveralModels | None = None
         self._info: EngineInfo | None = None
@@ -111,9 +111,6 @@ class SharedEngine:
     def is_refused(self) -> bool:
         """Each of the members is loaded by itself."""
         return bool(self._refusal)
-
-    def alone(self, name: str) -> Engine:
-        return self._alone(name)
 
     def _sources_to_load(self) -> list[str]:
         """Of a member that has left, the folder may be gone: another takes its place, for nobody."""

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from rewardserve.evaluation.data import Floats, ScoredPrompt
-from rewardserve.evaluation.intervals import Estimate, mean, of_prompts
+from rewardserve.evaluation.data import Floats, ScoredPrompt, number_prompts
+from rewardserve.evaluation.intervals import Estimate, mean, means_per_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,8 @@ def agreement(prompts: Sequence[ScoredPrompt], seed: int) -> Agreement | None:
     rated = [prompt for prompt in prompts if prompt.is_rated and varies(prompt.ratings)]
     if not rated:
         return None
-    per_prompt = [(spearman(each.scores, each.ratings), _kendall(each.scores, each.ratings)) for each in rated]
-    spearmans, kendalls = of_prompts(np.array(per_prompt), [each.prompt for each in rated]).T
+    of_rows = [(spearman(each.scores, each.ratings), _kendall(each.scores, each.ratings)) for each in rated]
+    spearmans, kendalls = means_per_prompt(np.array(of_rows), number_prompts(rated)).T
     scores, ratings = (np.concatenate([getattr(each, name) for each in rated]) for name in ("scores", "ratings"))
     found = mean(spearmans, seed), mean(kendalls, seed)
     assert found[0] is not None and found[1] is not None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaln
 
-from rewardserve.evaluation.data import Floats, ScoredPrompt
-from rewardserve.evaluation.intervals import Estimate, ends, of_prompts, resamples
+from rewardserve.evaluation.data import Floats, ScoredPrompt, number_prompts
+from rewardserve.evaluation.intervals import Estimate, ends, means_per_prompt, resamples
 
 MAX_N = 64
 
@@ -41,10 +41,11 @@ def best_of_n(prompts: Sequence[ScoredPrompt], seed: int) -> BestOfN | None:
     sizes = sorted((len(prompt.responses) for prompt in rated), reverse=True)
     largest = min(sizes[(len(sizes) - 1) // 2], MAX_N)
     rated = [prompt for prompt in rated if len(prompt.responses) >= largest]
-    names = [prompt.prompt for prompt in rated]
-    by_score = of_prompts(np.array([expected_best(each.scores, each.ratings, largest) for each in rated]), names)
-    by_rating = of_prompts(np.array([expected_best(each.ratings, each.ratings, largest) for each in rated]), names)
-    random = of_prompts(np.array([each.ratings.mean() for each in rated]), names)
+    numbers = number_prompts(rated)
+    by_score = np.array([expected_best(each.scores, each.ratings, largest) for each in rated])
+    by_rating = np.array([expected_best(each.ratings, each.ratings, largest) for each in rated])
+    random = np.array([each.ratings.mean() for each in rated])
+    by_score, by_rating, random = (means_per_prompt(figure, numbers) for figure in (by_score, by_rating, random))
     gains = by_score - random[:, None]
     curve = tuple(
         BestOf(n + 1, float(by_score[:, n].mean()), float(random.mean()), float(by_rating[:, n].mean()), gain)

@@ -56,10 +56,19 @@ def share(margins: Floats, prompts: NDArray[np.int64]) -> Share | None:
     return Share(value, low, high, len(margins), len(counts), int(np.count_nonzero(margins == 0)))
 
 
-def per_prompt(values: Floats, prompts: NDArray[np.int64]) -> tuple[Floats, Floats]:
-    """Sums and numbers of the values of each prompt, both [num_prompts]."""
+def per_prompt(values: Floats, prompts: Sequence[int] | NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Of values [num_rows, ...] the sums [num_prompts, ...] over the rows of each prompt, and how many these are."""
     _, places = np.unique(prompts, return_inverse=True)
-    return np.bincount(places, values), np.bincount(places).astype(float)
+    counts = np.bincount(places).astype(float)
+    sums = np.zeros((len(counts), *values.shape[1:]))
+    np.add.at(sums, places, values)
+    return sums, counts
+
+
+def means_per_prompt(values: Floats, prompts: Sequence[int]) -> Floats:
+    """[num_prompts, ...] of [num_rows, ...]: a prompt may have several rows."""
+    sums, counts = per_prompt(values, prompts)
+    return (sums.T / counts).T
 
 
 def _effective_number(won: Floats, counts: Floats) -> float:
@@ -102,15 +111,6 @@ def ends(values: Floats) -> tuple[Floats, Floats]:
     """The percentile interval of bootstrap values [num_resamples, ...]; a value that is NaN is left out."""
     low, high = np.nanquantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     return low, high
-
-
-def of_prompts(values: Floats, prompts: Sequence[str]) -> Floats:
-    """Means over the rows of each prompt: [num_prompts, ...] of [num_rows, ...]. A prompt may have several rows."""
-    _, places = np.unique(np.array(prompts), return_inverse=True)
-    sums = np.zeros((places.max() + 1, *values.shape[1:]))
-    np.add.at(sums, places, values)
-    counts = np.bincount(places).astype(float)
-    return sums / counts.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def mean(values: Floats, seed: int) -> Estimate | None:

@@ -8,7 +8,17 @@ from numpy.typing import NDArray
 
 from rewardserve.evaluation.agreement import spearman, varies
 from rewardserve.evaluation.data import Floats, Pairs, ScoredPrompt, number_prompts
-from rewardserve.evaluation.intervals import Estimate, Share, ends, mean, of_prompts, per_prompt, resamples, share, wins
+from rewardserve.evaluation.intervals import (
+    Estimate,
+    Share,
+    ends,
+    mean,
+    means_per_prompt,
+    per_prompt,
+    resamples,
+    share,
+    wins,
+)
 
 ALIKE = 0.1  # lengths that differ by at most this share of the longer one
 NUM_STEPS = 8  # of the curve, each of as many responses
@@ -66,26 +76,26 @@ def length_bias(prompts: Sequence[ScoredPrompt], pairs: Pairs, seed: int) -> Len
     )
 
 
-def _mean(found: Iterable[tuple[str, float]], seed: int) -> Estimate | None:
+def _mean(found: Iterable[tuple[ScoredPrompt, float]], seed: int) -> Estimate | None:
     """Over prompts, of what was found in each of their rows."""
-    names, values = [], []
-    for name, value in found:
-        names.append(name)
-        values.append(value)
-    return mean(of_prompts(np.array(values), names), seed) if names else None
+    rows = list(found)
+    if not rows:
+        return None
+    numbers = number_prompts([row for row, _ in rows])
+    return mean(means_per_prompt(np.array([value for _, value in rows]), numbers), seed)
 
 
-def _correlations(prompts: Sequence[ScoredPrompt], length: str) -> Iterator[tuple[str, float]]:
+def _correlations(prompts: Sequence[ScoredPrompt], length: str) -> Iterator[tuple[ScoredPrompt, float]]:
     for prompt in prompts:
         lengths = np.array([getattr(response, length) for response in prompt.responses], dtype=float)
         if varies(lengths):
-            yield prompt.prompt, spearman(prompt.scores, lengths)
+            yield prompt, spearman(prompt.scores, lengths)
 
 
-def _rating_correlations(prompts: Sequence[ScoredPrompt]) -> Iterator[tuple[str, float]]:
+def _rating_correlations(prompts: Sequence[ScoredPrompt]) -> Iterator[tuple[ScoredPrompt, float]]:
     for prompt in prompts:
         if prompt.is_rated and varies(prompt.ratings) and varies(lengths := _characters(prompt)):
-            yield prompt.prompt, spearman(prompt.ratings, lengths)
+            yield prompt, spearman(prompt.ratings, lengths)
 
 
 def _characters(prompt: ScoredPrompt) -> Floats:

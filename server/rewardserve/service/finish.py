@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rewardserve.engine.base import EngineInfo, EngineItem
+from rewardserve.engine.base import ADAPTED, EngineInfo, EngineItem
 from rewardserve.errors import InvalidRequest, LoadFailed
 from rewardserve.evaluation import calibration_file
 from rewardserve.evaluation.calibration_file import Affine, BadCalibration, Calibration, Isotonic, Origin, Temperature
@@ -29,21 +29,21 @@ class Finishing:
     length_penalty: float = 0.0  # taken off for each token of the response
     weights: Mapping[str, float] = field(default_factory=dict)  # of attributes, instead of the model's own score
 
-    @property
-    def mark(self) -> str:
-        """What it adds to a version: equal versions give equal scores."""
+    def version_of(self, info: EngineInfo) -> str:
+        """What scores of it, finished like this, are of: equal versions give equal scores."""
         changing = None if isinstance(self.calibration, Isotonic) else self.calibration
         told = (changing, self.length_penalty, sorted(self.weights.items()))
         if told == (None, 0.0, []):
-            return ""
-        return FINISHED + hashlib.blake2b(repr(told).encode(), digest_size=4).hexdigest()
+            return info.version
+        return info.version + FINISHED + hashlib.blake2b(repr(told).encode(), digest_size=4).hexdigest()
 
     def check(self, name: str, info: EngineInfo) -> "Finishing":
         """What of it is for this version. Raises LoadFailed for attributes that the model does not have."""
         if unknown := sorted(set(self.weights) - set(info.attributes)):
             known = ", ".join(info.attributes) or "none"
             raise LoadFailed(f"--attribute-weights of '{name}': no attribute {', '.join(unknown)}; it has {known}")
-        if self.origin is not None and self.origin.version != info.version:
+        # How an adapter is applied changes the rounding of scores, and no curve that was fitted to them.
+        if self.origin is not None and self.origin.version.removesuffix(ADAPTED) != info.version.removesuffix(ADAPTED):
             log.warning(
                 "%s is served uncalibrated: the calibration was fitted to version %s, and this is %s",
                 *(name, self.origin.version, info.version),
@@ -76,7 +76,7 @@ class Finish:
 
     @property
     def version(self) -> str:
-        return self.info.version + self._finishing.mark
+        return self._finishing.version_of(self.info)
 
     @property
     def kind(self) -> ScoreKind:

@@ -62,7 +62,7 @@ class LiveModel:
     @property
     def version(self) -> str:
         """What its scores say they are of; empty before it is loaded."""
-        return "" if self.info is None else self.info.version + self.finishing.mark
+        return "" if self.info is None else self.finishing.version_of(self.info)
 
     @property
     def num_users(self) -> int:

@@ -16,7 +16,7 @@ from rewardserve.types import Conversation, Message, PlainText
 
 GZIP = b"\x1f\x8b"  # RFC 1952, section 2.3.1
 PROMPTS = ("prompt", "messages")
-TIE = 0.5
+TIE = 0.5  # of a label
 
 
 class BadRow(ConfigError):

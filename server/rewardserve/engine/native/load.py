@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 
-from rewardserve.engine.base import EngineInfo
+from rewardserve.engine.base import ADAPTED, EngineInfo
 from rewardserve.engine.native.canary import Canary
 from rewardserve.engine.native.gpu import make_batch_invariant
 from rewardserve.engine.native.graphs import capture
@@ -145,7 +145,7 @@ def _info(
     recipe, text_config = spec.recipe, spec.config.get_text_config()
     text, text_missing_reason = export_text(spec.checkpoint.text_folder, in_pairs=recipe.reads.at is ReadAt.FIRST)
     # What LoRA adds to a product is rounded otherwise than what it adds to a weight: one version, one score.
-    adapted = "-adapted" if shared and spec.checkpoint.changes.deltas else ""
+    adapted = ADAPTED if shared and spec.checkpoint.changes.deltas else ""
     return EngineInfo(
         version=f"{spec.version}-{options.quantize or DTYPE_NAMES[dtype]}{adapted}",
         architecture=spec.architecture,
