@@ -3,6 +3,7 @@
 Asked once a round, so that it has seen the same machine as everyone; each answer is a median, the best one counts.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rewardserve_kernels.cpu_code import CannotBuild
+from rewardserve_kernels.linear import avx512
+from torch import nn
 from work import ModelShape
 
 from peers.protocol import Groups, Job, OneProcess, Scores, serve
@@ -29,7 +33,7 @@ class Machine(OneProcess):
 
     @torch.inference_mode()
     def rates(self) -> dict[str, float]:
-        """FLOP/s of each linear, the best over the numbers of rows, with plain and with prepacked weights."""
+        """FLOP/s of each linear, the best over the numbers of rows and the ways: the library's and, on a CPU, ours."""
         sizes = set(self._shape.linears.values())
         rates = {size: self._rate(*size) for size in sizes}
         return {name: rates[size] for name, size in self._shape.linears.items()}
@@ -67,6 +71,12 @@ def _products(x: torch.Tensor, weight: torch.Tensor) -> list[Product]:
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
         ways.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+        with contextlib.suppress(CannotBuild):
+            avx512.load()
+            linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            built = avx512.Avx512Linear(linear)
+            ways.append(lambda: built(x))
     return ways
 
 

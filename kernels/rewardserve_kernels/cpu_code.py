@@ -11,7 +11,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+HEADERS = Path(__file__).parent
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", f"-I{HEADERS}")
 BUILD_TIMEOUT_S = 120
 
 
@@ -38,7 +39,8 @@ def load(source: Path) -> ctypes.CDLL:
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     version = _run([*compiler, "--version"])
-    key = hashlib.sha256("\0".join([source.read_text(), version, *FLAGS, *sorted(cpu_flags())]).encode())
+    texts = [file.read_text() for file in (source, *sorted(HEADERS.glob("*.h")))]
+    key = hashlib.sha256("\0".join([*texts, version, *FLAGS, *sorted(cpu_flags())]).encode())
     folder = _folder()
     library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
     if not library.exists():

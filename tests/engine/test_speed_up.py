@@ -12,8 +12,20 @@ from checkpoints import padded_scores, save_checkpoint
 from rewardserve.engine.native import speed_up
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
+from rewardserve_kernels.cpu_code import CannotBuild
+from rewardserve_kernels.linear import avx512
+from rewardserve_kernels.linear.avx512 import Avx512GatedMLP, Avx512Linear
 from rewardserve_kernels.linear.fp8 import Fp8Linear
+from rewardserve_kernels.linear.prepacked import PrepackedLinear
+from safetensors.torch import load_file, save_file
 from scoring import IdGroup, joined, native
+from torch import nn
+
+try:
+    avx512.load()
+    not_built = ""
+except CannotBuild as failure:
+    not_built = str(failure)
 
 SUPPORT = Path(__file__).parents[1] / "support"
 GROUPS: list[IdGroup] = [(list(range(5, 155)), [list(range(10, 10 + n)) for n in (7, 40, 1, 90)])]
@@ -133,3 +145,45 @@ async def test_int8_refuses_another_precision_beside_it(checkpoint: Path) -> Non
     with pytest.raises(LoadFailed, match="quantize = int8 runs in bfloat16, not float32"):
         async with native(checkpoint, quantize="int8", dtype="float32"):
             pass
+
+
+@pytest.mark.skipif(bool(not_built), reason=not_built)
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "gpt_neox"])
+async def test_a_bf16_model_runs_on_products_built_for_this_cpu_and_keeps_their_precision(
+    tmp_path: Path, family: str
+) -> None:
+    """In every layer; those with torch's LayerNorm too, which does not take hidden states in fp32 as it is."""
+    save_checkpoint(tmp_path, family, torch.bfloat16)
+    async with native(tmp_path) as scorer:
+        backbone = scorer.engine._loop._loaded.model.backbone
+        assert backbone.residual_in_fp32
+        for layer in backbone.decoder_layers:
+            kinds = {type(module) for module in layer.modules()}
+            assert Avx512Linear in kinds and nn.Linear not in kinds and PrepackedLinear not in kinds
+            assert (Avx512GatedMLP in kinds) == (family != "gpt_neox")
+
+
+@pytest.mark.skipif(bool(not_built), reason=not_built)
+async def test_a_bf16_model_without_a_compiler_to_be_used_runs_on_the_products_of_the_library(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "qwen3", torch.bfloat16)
+    async with native(tmp_path, compile="off") as scorer:
+        modules = list(scorer.engine._loop._loaded.model.backbone.module.modules())
+        assert scorer.info.path == "packed"
+        assert any(isinstance(module, PrepackedLinear) for module in modules)
+        assert not any(isinstance(module, Avx512Linear) for module in modules)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt_oss"])
+async def test_a_bf16_model_refreshed_in_place_has_the_bits_of_one_loaded_anew(tmp_path: Path, family: str) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    save_checkpoint(old, family, torch.bfloat16)
+    save_checkpoint(new, family, torch.bfloat16)
+    weights = {name: tensor * 1.25 for name, tensor in load_file(new / "model.safetensors").items()}
+    save_file(weights, new / "model.safetensors", {"format": "pt"})
+    async with native(new) as scorer:
+        wanted = await scorer.scores(GROUPS)
+    async with native(old) as scorer:
+        before = await scorer.scores(GROUPS)
+        await scorer.engine.update_weights(str(new))
+        assert torch.equal(await scorer.scores(GROUPS), wanted)
+    assert not torch.allclose(before, wanted, rtol=0.05)

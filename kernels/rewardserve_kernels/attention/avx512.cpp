@@ -19,21 +19,16 @@
 #include <memory>
 #include <new>
 
+#include "avx512.h"
+
 namespace {
 
-using bf16 = uint16_t;
-
-constexpr int LANES = 16;                   // fp32 in a register, or pairs of bf16
 constexpr int64_t BLOCK = 128;              // keys in a block of the pool, and at most in one product
 constexpr int64_t PANEL = 4 * LANES;        // columns of a product that are in registers at a time
 constexpr int ROWS = 6;                     // rows of a product that are in registers at a time: 24 of 32 for sums
 constexpr int64_t TILE = 4 * ROWS;          // rows that go over a block of keys while it lies in the first cache
 constexpr int64_t GATHERED = 8 * BLOCK;     // keys that are laid out at a time, for all rows of a chunk: second cache
-constexpr float LOG2E = 1.44269504088896341f;
 constexpr float INF = std::numeric_limits<float>::infinity();
-
-int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-int64_t round_down(int64_t value, int64_t multiple) { return value / multiple * multiple; }
 
 // c [R, 16 NV] = alpha * c + a b; a [R, 2 pairs], b [pairs, 16 NV, 2]. Without alpha c is overwritten.
 template <int R, int NV>
@@ -82,28 +77,6 @@ void multiply_all(int64_t rows, int64_t columns, const bf16* a, int64_t a_stride
         case 2: return multiply_rows<2>(rows, a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
         case 1: return multiply_rows<1>(rows, a, a_stride, b, b_stride, pairs, c, c_stride, alpha);
     }
-}
-
-// 2^x for x <= 0 or about, 0 for -inf, NaN for NaN. Relative error below 3e-7.
-inline __m512 exp2(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order: of a NaN the second operand is returned
-    const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 f = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(1.5403530393e-4f);  // Taylor's coefficients, ln(2)^n / n!
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558146e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291076e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504108665e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022650696e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718056e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(p, whole);
-}
-
-inline __m512 tanh(__m512 x) {
-    x = _mm512_min_ps(_mm512_set1_ps(15.0f), x);  // 1 from there on
-    const __m512 e = exp2(_mm512_mul_ps(x, _mm512_set1_ps(2 * LOG2E)));
-    const __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_sub_ps(one, _mm512_div_ps(_mm512_set1_ps(2.0f), _mm512_add_ps(e, one)));
 }
 
 // Rows and columns of sixteen registers of sixteen exchanged.

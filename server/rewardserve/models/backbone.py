@@ -8,7 +8,7 @@ every model family passes keyword arguments through.
 
 import inspect
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -24,7 +24,8 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from rewardserve.models.kv_pool import KVPool
 
-ATTENTION = "rewardserve"
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+ATTENTION = {dtype: f"rewardserve_{str(dtype).removeprefix('torch.')}" for dtype in COMPUTED}
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
@@ -186,25 +187,31 @@ def _attend_fake(
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-def _attention_interface(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary embedding is in fp32 where the residual is
-    out = torch.ops.rewardserve.attend(query, key, value, scale, sliding_window or 0, softcap or 0.0, s_aux)
-    return out, None
+def _attention_interface(dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, None]]:
+    """That of a model in `dtype`; what it is given may be more precise."""
+
+    def interface(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, None]:
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        out = torch.ops.rewardserve.attend(query, key, value, scale, sliding_window or 0, softcap or 0.0, s_aux)
+        return out, None
+
+    return interface
 
 
-AttentionInterface.register(ATTENTION, _attention_interface)
+for _dtype, _name in ATTENTION.items():
+    AttentionInterface.register(_name, _attention_interface(_dtype))
 
 
 class _PrunedLayer(nn.Module):
@@ -302,7 +309,7 @@ class Backbone:
     def __init__(self, module: PreTrainedModel) -> None:
         self.module = module
         self.config = module.config.get_text_config()
-        self.device = module.device
+        self.device, self._dtype = module.device, module.dtype
         self._padded_attention = module.config._attn_implementation
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
         self._pruned = False
@@ -318,8 +325,9 @@ class Backbone:
     def prepare_packed(self, prune: bool, max_length: int) -> None:
         """Routes attention to ours and, with `prune`, cuts the last layer short. Raises NotPackable."""
         check_packable(self.config, max_length)
-        self.module.set_attn_implementation(ATTENTION)
-        if self.module.config._attn_implementation != ATTENTION:
+        name = ATTENTION[self._dtype]
+        self.module.set_attn_implementation(name)
+        if self.module.config._attn_implementation != name:
             raise NotPackable("it does not take another attention implementation")
         if prune and self._layers is not None:
             self._layers[-1] = _PrunedLayer(self._layers[-1])
