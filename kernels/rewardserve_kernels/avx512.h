@@ -21,12 +21,11 @@ inline __m512 exp2(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order: of a NaN the second operand is returned
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_sub_ps(x, whole);
-    __m512 p = _mm512_set1_ps(1.5403530393e-4f);  // Taylor's coefficients, ln(2)^n / n!
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.3333558146e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291076e-3f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504108665e-2f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022650696e-1f));
-    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718056e-1f));
+    __m512 p = _mm512_set1_ps(1.320285999e-3f);  // the least greatest error on [-1/2, 1/2] of those that are 1 at 0
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.674952837e-3f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.551047799e-2f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022165982e-1f));
+    p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314659563e-1f));
     p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, whole);
 }

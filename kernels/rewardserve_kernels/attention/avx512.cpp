@@ -27,6 +27,7 @@ constexpr int64_t BLOCK = 128;              // keys in a block of the pool, and 
 constexpr int64_t PANEL = 4 * LANES;        // columns of a product that are in registers at a time
 constexpr int ROWS = 6;                     // rows of a product that are in registers at a time: 24 of 32 for sums
 constexpr int64_t TILE = 4 * ROWS;          // rows that go over a block of keys while it lies in the first cache
+constexpr int64_t WEIGHED = 2 * LANES;      // scores become weights by so many, a register of bf16
 constexpr int64_t GATHERED = 8 * BLOCK;     // keys that are laid out at a time, for all rows of a chunk: second cache
 constexpr float INF = std::numeric_limits<float>::infinity();
 
@@ -274,47 +275,60 @@ class Worker {
         const int64_t first = std::max(first_key, first_block_seen(row, row + count));
         const int64_t end = std::min(end_key, rows_[row + count - 1].end_key);
         for (int64_t block = first; block < end; block += BLOCK) {
-            const int64_t num_keys = round_up(std::min(BLOCK, end - block), PANEL);
+            const int64_t num_keys = round_up(std::min(BLOCK, end - block), WEIGHED);
             const bf16* keys = &keys_[(block - first_key) * head_size_];
             const bf16* values = &values_[(block - first_key) * v_size_];
             multiply_all(count, num_keys, &q_[row * head_size_], head_size_, keys, 2 * BLOCK, head_size_ / 2,
                          scores_.get(), BLOCK, nullptr);
             float alpha[TILE];
-            for (int64_t i = 0; i < count; i++) alpha[i] = weigh(row + i, i, block, num_keys);
+            switch (num_keys / WEIGHED) {
+                case 4: weigh_all<4>(row, count, block, alpha); break;
+                case 3: weigh_all<3>(row, count, block, alpha); break;
+                case 2: weigh_all<2>(row, count, block, alpha); break;
+                case 1: weigh_all<1>(row, count, block, alpha); break;
+            }
             multiply_all(count, v_size_, weights_.get(), BLOCK, values, 2 * v_size_, num_keys / 2,
                          &out_[row * v_size_], v_size_, alpha);
         }
     }
 
+    template <int PIECES>
+    void weigh_all(int64_t row, int64_t count, int64_t block, float* alpha) {
+        for (int64_t i = 0; i < count; i++) alpha[i] = weigh<PIECES>(row + i, i, block);
+    }
+
     // Scores -> weights, relative to the greatest score so far; what former results are to be multiplied with.
-    float weigh(int64_t row, int64_t i, int64_t block, int64_t num_keys) {
-        float* scores = &scores_[i * BLOCK];
+    template <int PIECES>
+    float weigh(int64_t row, int64_t i, int64_t block) {
+        constexpr int VECTORS = PIECES * WEIGHED / LANES;
         const int64_t begin = rows_[row].first_key - block, end = rows_[row].end_key - block;
-        const bool whole = begin <= 0 && end >= num_keys;
+        const bool whole = begin <= 0 && end >= PIECES * WEIGHED;
         const __m512 scale = _mm512_set1_ps(t_.softcap ? t_.scale / t_.softcap : t_.scale * LOG2E);
         const __m512 cap = _mm512_set1_ps(t_.softcap * LOG2E);
-        __m512 greatest = _mm512_set1_ps(-INF);
-        for (int64_t n = 0; n < num_keys; n += LANES) {
-            __m512 s = _mm512_mul_ps(_mm512_load_ps(scores + n), scale);
-            if (t_.softcap) s = _mm512_mul_ps(tanh(s), cap);
-            if (!whole) s = _mm512_mask_mov_ps(_mm512_set1_ps(-INF), upto(end - n) & ~upto(begin - n), s);
-            _mm512_store_ps(scores + n, s);
-            greatest = _mm512_max_ps(greatest, s);
+        __m512 scores[VECTORS], greatest = _mm512_set1_ps(-INF);
+        for (int n = 0; n < VECTORS; n++) {
+            scores[n] = _mm512_mul_ps(_mm512_load_ps(&scores_[i * BLOCK + n * LANES]), scale);
+            if (t_.softcap) scores[n] = _mm512_mul_ps(tanh(scores[n]), cap);
+            if (!whole) {
+                const __mmask16 seen = upto(end - n * LANES) & ~upto(begin - n * LANES);
+                scores[n] = _mm512_mask_mov_ps(_mm512_set1_ps(-INF), seen, scores[n]);
+            }
+            greatest = _mm512_max_ps(greatest, scores[n]);
         }
         const float before = maximum_[row], maximum = std::max(before, _mm512_reduce_max_ps(greatest));
         maximum_[row] = maximum;
         const __m512 subtract = _mm512_set1_ps(maximum == -INF ? 0.0f : maximum);
         __m512 sum = _mm512_setzero_ps();
-        for (int64_t n = 0; n < num_keys; n += 2 * LANES) {
-            const __m512 low = exp2(_mm512_sub_ps(_mm512_load_ps(scores + n), subtract));
-            const __m512 high = exp2(_mm512_sub_ps(_mm512_load_ps(scores + n + LANES), subtract));
+        for (int n = 0; n < VECTORS; n += 2) {
+            const __m512 low = exp2(_mm512_sub_ps(scores[n], subtract));
+            const __m512 high = exp2(_mm512_sub_ps(scores[n + 1], subtract));
             sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-            _mm512_store_si512(&weights_[i * BLOCK + n], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            _mm512_store_si512(&weights_[i * BLOCK + n * LANES], (__m512i)_mm512_cvtne2ps_pbh(high, low));
         }
-        const float alpha = before == -INF ? 0.0f : exp2f(before - maximum);
+        const __m512 alpha = exp2(_mm512_sub_ps(_mm512_set1_ps(before), subtract));  // 0 if there was nothing before
         float* total = &sum_[row * LANES];
-        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), _mm512_set1_ps(alpha), sum));
-        return alpha;
+        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), alpha, sum));
+        return _mm512_cvtss_f32(alpha);
     }
 
     static __mmask16 upto(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
