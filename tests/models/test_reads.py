@@ -21,3 +21,11 @@ def test_a_gate_may_be_the_last_token_itself() -> None:
     reader = Reader(ReadPlan(ReadAt.GATED, Pattern((7, 8), offset=1), num_objectives=1))
     assert reader.positions(ids(7, 8), ids(7, 8)) == (3,)
     assert reader.positions(ids(7, 8), ids(9)) == (1, 2)
+
+
+def test_the_last_occurrence_may_lie_in_the_prompt_or_across_its_end_and_has_to_be_there() -> None:
+    reader = Reader(ReadPlan(ReadAt.LAST_OF, Pattern((7, 8), offset=1), what="sign"))
+    assert reader.positions(ids(7, 8, 7, 8, 1), ids(2, 7)) == (3,)
+    assert reader.positions(ids(7, 8, 7), ids(8, 2)) == (3,)
+    with pytest.raises(NothingToRead, match=r"no sign \(token ids 7, 8\)"):
+        reader.positions(ids(8, 7), ids(9, 8))

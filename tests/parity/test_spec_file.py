@@ -30,7 +30,52 @@ def weighted(h, ids, t) -> Wanted:
     return Wanted((outputs * torch.tensor([0.7, 0.3])).sum().item(), tuple(outputs.tolist()))
 
 
+def mixture(h, ids, t) -> Wanted:
+    """Three outputs of two quantiles, weighted by a gate that reads where the last (6, 7) ends."""
+    at = max(i for i in range(1, len(ids)) if ids[i - 1 : i + 1] == [6, 7])
+    x = F.silu(F.linear(h[at], t["gate.0.weight"], t["gate.0.bias"]))
+    gate = (F.linear(x, t["gate.2.weight"], t["gate.2.bias"]) / 3).softmax(-1) * t["how_much"]
+    rewards = F.linear(h[-1], t["mine.weight"], t["mine.bias"]).view(3, 2)
+    mixed = torch.stack([(rewards[:, q] @ t["mix"] * gate).sum() for q in range(2)])
+    return Wanted(mixed.mean().item(), tuple(rewards.mean(1).tolist()), std=mixed.std(correction=0).item())
+
+
+def gated_head():
+    parts = {"mine.weight": normal(6, HIDDEN), "mine.bias": normal(6), "mix": normal(3, 3)}
+    return parts | {"how_much": torch.tensor([1.0, 2.0, 0.5])} | mlp_head("gate", 16, 3)()
+
+
+def selu_at_the_last_pattern(h, ids, t) -> Wanted:
+    at = max(i for i in range(1, len(ids)) if ids[i - 1 : i + 1] == [6, 7])
+    hidden = F.selu(F.linear(h[at], t["mine.0.weight"], t["mine.0.bias"]))
+    return Wanted(F.linear(hidden, t["mine.2.weight"], t["mine.2.bias"]).item())
+
+
+GATED = """
+[head]
+kind = "gated"
+weights = "mine"
+outputs = 3
+quantiles = 2
+gate = "gate"
+hidden = "silu"
+temperature = 3
+gate_scale = "how_much"
+transform = "mix"
+[read]
+pattern = [6, 7]
+offset = 1
+[score]
+attributes = ["a", "b", "c"]
+"""
 TOLD = {
+    "objectives with quantiles, mixed by a gate": (GATED, gated_head, mixture),
+    "an MLP with SELU at the last occurrence of a pattern": (
+        '[head]\nkind = "mlp"\nweights = "mine"\nhidden = "selu"\n'
+        '[read]\nat = "last-of"\npattern = [6, 7]\noffset = 1\n',
+        mlp_head("mine", 16, 1),
+        selu_at_the_last_pattern,
+    ),
     "a head by another name, at the last token": (
         '[head]\nkind = "linear"\nweights = "mine"\n',
         linear_head("mine", bias=True),
@@ -79,7 +124,9 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
                 assert item.score == pytest.approx(wanted.score, rel=1e-5, abs=1e-5)
                 assert item.attributes == pytest.approx(wanted.attributes, rel=1e-4, abs=1e-5)
                 assert item.steps == pytest.approx(wanted.steps, rel=1e-5, abs=1e-5)
-        assert scorer.info.attributes == (("good", "safe") if "named" in name else ())
+                assert item.std == (wanted.std if wanted.std is None else pytest.approx(wanted.std, rel=1e-4))
+        names = {"several outputs, weighted and named": ("good", "safe"), next(iter(TOLD)): ("a", "b", "c")}
+        assert scorer.info.attributes == names.get(name, ())
 
 
 @pytest.mark.parametrize(
@@ -92,6 +139,9 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
         ('[head]\nkind = "linear"\nweights = "mine"\noutputs = 7\n', r"\(7, 32\)"),
         ('[head]\nkind = "lm_odds"\nids = [1]\n', "head.ids must be two"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nat = "every"\n', "read.pattern is missing"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nat = "last-of"\n', "read.pattern is missing"),
+        ('[head]\nkind = "linear"\nweights = "mine"\nhidden = "selu"\n', "head.hidden does nothing"),
+        ('[head]\nkind = "gated"\nweights = "mine"\n', "head.gate '' is not what a gate's keys begin with"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nwhere = "last"\n', "read.where"),
         ('[head]\nkind = "linear"\nweights = "mine"\nids = [1]\n', "head.ids does nothing with head.kind = 'linear'"),
         ('[head]\nkind = "lm_odds"\nids = [1, 2]\nactivation = "sigmoid"\n', "head.activation does nothing"),
@@ -106,5 +156,29 @@ def test_what_is_wrong_in_the_file_is_named(text: str, words: str, tmp_path: Pat
     kind = Kind("qwen2", "Mystery", linear_head("mine"), lambda h, ids, t: Wanted(0.0))
     folder, _ = write(replace(kind, folder="wrong"), tmp_path)
     (folder / "rewardserve.toml").write_text(text)
+    with pytest.raises(LoadFailed, match=words):
+        read_spec(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("outputs = 3", "outputs = 2", "6, 32"),
+        ('gate = "gate"', 'gate = "mine"', "head.gate"),
+        ('"how_much"', '"nowhere"', "head.gate_scale 'nowhere' is no key of this checkpoint"),
+        ('"mix"', '"how_much"', r"head.transform is of shape \(3,\), not \(3, 3\)"),
+        ('"how_much"', '"mix"', "head.gate_scale has 9 numbers"),
+        ("temperature = 3", "temperature = 0", "head.temperature"),
+        ("offset = 1", 'offset = 1\nat = "mean"', "read.at is 'mean'; a gated head's rewards"),
+        ("pattern = [6, 7]", "", "read.pattern is missing"),
+        ('["a", "b", "c"]', '["a"]', "score.attributes must have a name for each of the 3 outputs"),
+        ('["a", "b", "c"]', '["a", "b", "c"]\nweights_of = [1, 0, 0]', "score.weights_of does nothing"),
+        ("quantiles = 2", 'quantiles = 2\nactivation = "sigmoid"', "head.activation does nothing"),
+    ],
+)
+def test_what_is_wrong_with_a_gated_head_is_named(old: str, new: str, words: str, tmp_path: Path) -> None:
+    folder, _ = write(Kind("qwen2", "Mystery", gated_head, mixture), tmp_path)
+    assert old in GATED
+    (folder / "rewardserve.toml").write_text(GATED.replace(old, new))
     with pytest.raises(LoadFailed, match=words):
         read_spec(str(folder))

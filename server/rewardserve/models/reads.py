@@ -23,6 +23,7 @@ class ReadAt(enum.Enum):
     FIRST = "first"  # the first token, which an encoder's attention lets see all others
     MEAN = "mean"  # the mean over all tokens
     GATED = "gated"  # the last token, and the last occurrence of a pattern
+    LAST_OF = "last-of"  # the last occurrence of a pattern
     EVERY = "every"  # every occurrence of a pattern: step by step
 
 
@@ -47,7 +48,7 @@ class Pattern:
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
     at: ReadAt = ReadAt.LAST
-    pattern: Pattern | None = None  # of GATED and EVERY
+    pattern: Pattern | None = None  # of GATED, LAST_OF and EVERY
     num_objectives: int = 0  # of GATED: features are rewards [objectives, quantiles], then weights [objectives]
     num_quantiles: int = 1
     what: str = "pattern"  # the pattern's name, for errors
@@ -118,6 +119,8 @@ class Reader:
             raise NothingToRead(f"no {self.plan.what} (token ids {ids}) in prompt and response: nothing to read")
         if self.plan.at is ReadAt.EVERY:
             return tuple(found.tolist())
+        if self.plan.at is ReadAt.LAST_OF:
+            return (int(found[-1]),)
         return tuple(sorted({int(found[-1]), num_tokens - 1}))
 
     def fold(self, features: Sequence[Features], named: bool = False) -> Reading:

@@ -1,14 +1,21 @@
 """rewardserve.toml beside a checkpoint's config.json: says how a model is scored that no family recognizes.
 
 [head]
-kind = "linear"         # or "mlp" (numbered layers), "lm_rows" (logits of ids), "lm_odds" (ids[0] against ids[1])
+kind = "linear"         # or "mlp" (numbered layers), "lm_rows" (logits of ids), "lm_odds" (ids[0] against ids[1]),
+                        # "gated" (a gate mixes rewards; it reads at the last occurrence of `read.pattern`)
 weights = "my_head"     # what the head's keys begin with: my_head.weight, or my_head.0.weight, ...
 outputs = 1             # more: `attributes` names them and `weights_of` mixes them, or `probability_of` is read
-activation = "none"     # or "sigmoid"
+activation = "none"     # of the outputs; or "sigmoid"
+hidden = "relu"         # between the layers of an mlp or a gate; or "selu", "gelu", "silu", "tanh"
 ids = [648, 387]
+gate = "gating.layers"  # what the gate's keys begin with: numbered layers; their softmax weighs the outputs
+quantiles = 1           # that each output of a gated head has; their mean counts, the mixture's spread is the std
+temperature = 1.0       # that the gate's logits are divided by
+gate_scale = ""         # key of a factor of the gate's weights; none, if it is left out
+transform = ""          # key of a matrix: rewards @ matrix are mixed; they themselves, if it is left out
 
 [read]
-at = "last"             # or "first", "mean", "every" (occurrence of `pattern`)
+at = "last"             # or "first", "mean", "last-of" or "every" (occurrence of `pattern`)
 pattern = [12902]
 offset = 0
 append = 128003
@@ -72,15 +79,21 @@ class _Section(BaseModel):
 
 
 class _Head(_Section):
-    kind: Literal["linear", "mlp", "lm_rows", "lm_odds"]
+    kind: Literal["linear", "mlp", "lm_rows", "lm_odds", "gated"]
     weights: str = ""
     outputs: int = Field(default=1, ge=1)
     activation: Literal["none", "sigmoid"] = "none"
+    hidden: Literal["relu", "selu", "gelu", "silu", "tanh"] = "relu"
     ids: tuple[int, ...] = ()
+    gate: str = ""
+    quantiles: int = Field(default=1, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    gate_scale: str = ""
+    transform: str = ""
 
 
 class _Read(_Section):
-    at: Literal["last", "first", "mean", "every"] = "last"
+    at: Literal["last", "first", "mean", "last-of", "every"] = "last"
     pattern: tuple[int, ...] = ()
     offset: int = Field(default=0, ge=0)
     append: int | None = Field(default=None, ge=0)
@@ -118,11 +131,14 @@ class _Judge(_Section):
     verdict: _Verdict | None = None
 
 
+PATTERNED = {ReadAt.GATED, ReadAt.LAST_OF, ReadAt.EVERY}
+HIDDEN = {"relu": nn.ReLU, "selu": nn.SELU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 HEEDED_OF_KIND = {
     "linear": {"kind", "weights", "outputs", "activation"},
-    "mlp": {"kind", "weights", "outputs", "activation"},
+    "mlp": {"kind", "weights", "outputs", "activation", "hidden"},
     "lm_rows": {"kind", "ids", "activation"},
     "lm_odds": {"kind", "ids"},
+    "gated": {"kind", "weights", "outputs", "hidden", "gate", "quantiles", "temperature", "gate_scale", "transform"},
 }
 HEEDED_OF_STYLE = {
     "ends": {"style", "separator"},
@@ -157,17 +173,11 @@ def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
     assert told.head is not None
     head, num_outputs = _head(checkpoint, told.head, refuse)
     _refuse_unheeded(told, told.head, num_outputs, refuse)
-    if told.read.at == "every" and not told.read.pattern:
-        raise refuse("read.pattern", "is missing; it is what every occurrence is of")
     return Recipe(
         family=f"by {SPEC_FILE}",
         head=_scored(head, num_outputs, told, refuse),
-        head_keys=keys_below(checkpoint, told.head.weights or "lm_head", "lm_head"),
-        reads=ReadPlan(
-            ReadAt(told.read.at),
-            Pattern(told.read.pattern, told.read.offset) if told.read.at == "every" else None,
-            what="pattern of rewardserve.toml",
-        ),
+        head_keys=_head_keys(checkpoint, told.head),
+        reads=_reads(told, told.head, refuse),
         appended=told.read.append,
         attributes=told.score.attributes,
         is_probability=told.head.kind == "lm_odds"
@@ -182,6 +192,26 @@ def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
     )
 
 
+def _head_keys(checkpoint: Checkpoint, head: _Head) -> frozenset[str]:
+    prefixes = [prefix for prefix in (head.weights, head.gate) if prefix]
+    return keys_below(checkpoint, *prefixes, "lm_head") | {key for key in (head.gate_scale, head.transform) if key}
+
+
+def _reads(told: _SpecFile, head: _Head, refuse: Refuse) -> ReadPlan:
+    at, read = ReadAt(told.read.at), told.read
+    if head.kind == "gated":
+        if at is not ReadAt.LAST:
+            raise refuse("read.at", f"is '{read.at}'; a gated head's rewards are read at the last token")
+        at = ReadAt.GATED
+    if at not in PATTERNED:
+        return ReadPlan(at)
+    if not read.pattern:
+        raise refuse("read.pattern", "is missing: token ids, at whose occurrence is read")
+    num_objectives, num_quantiles = (head.outputs, head.quantiles) if at is ReadAt.GATED else (0, 1)
+    pattern = Pattern(read.pattern, read.offset)
+    return ReadPlan(at, pattern, num_objectives, num_quantiles, "pattern of rewardserve.toml")
+
+
 def _refuse_unheeded(told: _SpecFile, head: _Head, num_outputs: int, refuse: Refuse) -> None:
     """A key that does nothing is a mistake: who wrote it believes that it does something."""
 
@@ -190,14 +220,16 @@ def _refuse_unheeded(told: _SpecFile, head: _Head, num_outputs: int, refuse: Ref
             raise refuse(", ".join(f"{name}.{key}" for key in others), f"does nothing {of}; leave it out")
 
     check("head", head, HEEDED_OF_KIND[head.kind], f"with head.kind = {head.kind!r}")
-    if told.read.at != "every":
+    if told.read.at not in ("last-of", "every") and head.kind != "gated":
         check("read", told.read, {"at", "append"}, f"with read.at = {told.read.at!r}")
     if told.steps is not None:
         check("steps", told.steps, HEEDED_OF_STYLE[told.steps.style], f"with steps.style = {told.steps.style!r}")
     if told.read.at == "every" and num_outputs > 1 and told.score.probability_of is None:
         raise refuse("head.outputs", "are several, and a step has one score: give score.probability_of")
     normalizer = {"shift", "scale"}
-    if num_outputs == 1:
+    if head.kind == "gated":
+        check("score", told.score, {"attributes", *normalizer}, "with head.kind = 'gated'")
+    elif num_outputs == 1:
         check("score", told.score, normalizer, "with a single output")
     elif told.score.probability_of is not None:
         check("score", told.score, {"probability_of", *normalizer}, "with score.probability_of")
@@ -315,11 +347,42 @@ def _head(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> tuple[Head | n
     if not prefix or not any(checkpoint.has(f"{prefix}{end}") for end in (".weight", ".0.weight")):
         keys = ", ".join(sorted(key for key in checkpoint.where if "layers." not in key)[:12])
         raise refuse("head.weights", f"'{prefix}' is not what a head's keys begin with; there are {keys}")
-    scalar_head(checkpoint, prefix, outputs)  # for its errors
+    scalar_head(checkpoint, prefix, outputs * told.quantiles)  # for its errors
     if kind == "mlp":
-        return layers_below(checkpoint, prefix), outputs
+        return layers_below(checkpoint, prefix, HIDDEN[told.hidden]), outputs
+    if kind == "gated":
+        return _gated(checkpoint, told, refuse), outputs
     bias = checkpoint.tensor(f"{prefix}.bias") if checkpoint.has(f"{prefix}.bias") else None
     return heads.linear(checkpoint.tensor(f"{prefix}.weight"), bias), outputs
+
+
+def _gated(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> Head:
+    """Raises LoadFailed for parts that do not fit each other."""
+
+    def tensor(key: str, what: str) -> torch.Tensor:
+        if not checkpoint.has(what):
+            raise refuse(f"head.{key}", f"'{what}' is no key of this checkpoint")
+        return checkpoint.tensor(what).float()
+
+    outputs, prefix = told.outputs, told.weights
+    if not checkpoint.has(f"{prefix}.weight"):
+        raise refuse("head.weights", "has numbered layers; the rewards of a gated head are one product")
+    if not told.gate or not keys_below(checkpoint, told.gate):
+        raise refuse("head.gate", f"'{told.gate}' is not what a gate's keys begin with")
+    gate = layers_below(checkpoint, told.gate, HIDDEN[told.hidden])
+    sizes = [(layer.in_features, layer.out_features) for layer in gate if isinstance(layer, nn.Linear)]
+    if not sizes or (sizes[0][0], sizes[-1][1]) != (checkpoint.hidden_size, outputs):
+        raise refuse("head.gate", f"must take hidden states of size {checkpoint.hidden_size} to {outputs} outputs")
+    transform = tensor("transform", told.transform) if told.transform else torch.eye(outputs)
+    if transform.shape != (outputs, outputs):
+        raise refuse("head.transform", f"is of shape {tuple(transform.shape)}, not {(outputs, outputs)}")
+    scale = tensor("gate_scale", told.gate_scale).flatten() if told.gate_scale else torch.ones(1)
+    if len(scale) not in (1, outputs):
+        raise refuse("head.gate_scale", f"has {len(scale)} numbers; it must have one, or one for each output")
+    bias = checkpoint.tensor(f"{prefix}.bias") if checkpoint.has(f"{prefix}.bias") else None
+    regression = heads.linear(checkpoint.tensor(f"{prefix}.weight"), bias)
+    head = heads.GatedHead(regression, gate, scale, told.temperature, transform)
+    return ModuleHead(head, outputs * told.quantiles + outputs)
 
 
 class _Weighted(nn.Module):
@@ -336,6 +399,8 @@ class _Weighted(nn.Module):
 def _scored(head: Head | nn.Module, num_outputs: int, told: _SpecFile, refuse: Refuse) -> Head:
     score = told.score
     assert told.head is not None
+    if told.head.kind == "gated" and len(score.attributes) != num_outputs:
+        raise refuse("score.attributes", f"must have a name for each of the {num_outputs} outputs")
     if not isinstance(head, nn.Module):
         return head
     layers = [head, nn.Sigmoid()] if told.head.activation == "sigmoid" else [head]
