@@ -25,7 +25,7 @@ help: ## what can be made
 demo: $(VENV)/.server ## serve the bundled reward model and rank real answers with it, over gRPC
 	@$(BIN)/python examples/demo.py
 
-demo-kinds: $(VENV)/.server ## one server with a model of each kind: steps, means, gates, a judge, an ensemble
+demo-kinds: $(VENV)/.server ## one server with a model of each kind: steps, means, gates, a judge, an encoder, an ensemble
 	@$(BIN)/python examples/demo_kinds.py
 
 test: $(VENV)/.dev ## lint and every test

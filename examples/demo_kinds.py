@@ -1,12 +1,15 @@
-"""`make demo-kinds`: one server with a model of each kind there is, all made of the bundled one, and what each answers.
+"""`make demo-kinds`: one server with a model of each kind, all but the encoder made of the bundled one, and what each
+answers.
 
-The heads of these kinds are not trained: what they say means nothing, how they are served is the point.
+The heads of these kinds are not trained: what they say means nothing, how they are served is the point. A judge that
+writes is left out: it needs vLLM, and a model that can write.
 """
 
 import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import demo
 import torch
@@ -14,6 +17,9 @@ from rewardserve.client import Group, ItemScore, RewardClient, Steps
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 QUESTION = "How do I keep bread fresh?"
 ANSWER = ("Let it cool first.", "Keep it in a paper bag or a bread box.", "Freeze what you will not eat soon.")
@@ -68,7 +74,34 @@ def make(folder: Path) -> dict[str, Path]:
         path.write_text(json.dumps(json.loads(path.read_text()) | config))
         if told:
             (target / "rewardserve.toml").write_text(told)
+    made["encoder"] = _encoder(folder / "encoder", tokenizer)
     return made
+
+
+def _encoder(target: Path, tokenizer: "PreTrainedTokenizerFast") -> Path:
+    """Reads a prompt and a response as one pair, from both sides at once."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    end = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{TAG} $A {end}",
+        pair=f"{TAG} $A {end} $B {end}",
+        special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in (TAG, end)],
+    )
+    tokenizer.chat_template, tokenizer.cls_token, tokenizer.sep_token = None, TAG, end
+    tokenizer.save_pretrained(target)
+    config = DebertaV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        type_vocab_size=0,
+        num_labels=1,
+    )
+    DebertaV2ForSequenceClassification(config).save_pretrained(target)
+    return target
 
 
 def main() -> int:

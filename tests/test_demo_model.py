@@ -61,6 +61,7 @@ def test_make_demo_kinds_serves_a_model_of_each_kind_by_its_own_name() -> None:
         "mean": "raw logit",
         "mlp": "raw logit",
         "gated": "raw logit",
+        "encoder": "raw logit",
         "ensemble": "raw logit",
     }
     assert means == {**members, **kinds, "steps": "probability", "judge": "probability"}

@@ -187,3 +187,12 @@ async def test_a_bf16_model_refreshed_in_place_has_the_bits_of_one_loaded_anew(t
         await scorer.engine.update_weights(str(new))
         assert torch.equal(await scorer.scores(GROUPS), wanted)
     assert not torch.allclose(before, wanted, rtol=0.05)
+
+
+async def test_experts_before_dense_layers_do_not_get_hidden_states_that_they_cannot_take(tmp_path: Path) -> None:
+    """The last two layers, which are tried, take them."""
+    save_checkpoint(tmp_path, "qwen3_moe", torch.bfloat16, mlp_only_layers=[1, 2])
+    wanted = padded_scores(tmp_path, joined(GROUPS), torch.float32)
+    async with native(tmp_path) as scorer:
+        assert scorer.info.path == "packed"
+        assert (await scorer.scores(GROUPS) - wanted).abs().max() < 0.1 * wanted.std()

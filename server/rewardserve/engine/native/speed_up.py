@@ -10,6 +10,7 @@ import copy
 import ctypes
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -188,21 +189,29 @@ def _norm_in_fp32(module: nn.Module) -> nn.Module | None:
 
 
 def _replace(subject: Subject, make: Callable[[nn.Module], nn.Module | None]) -> str | None:
-    """In the last two layers on trial, then in the others, which are of the same kind; why that failed, or None.
+    """In the last two layers on trial, then in the others if they are of the same kind; why that failed, or None.
 
     What comes from a layer may be more precise than before: the first of the two gives it to the second, and that one
-    to the final norm.
+    to the final norm. Layers of several kinds (dense ones before experts) are all on trial, with their weights twice in
+    memory meanwhile.
     """
     layers = subject.model.backbone.decoder_layers
-    replaced = [each for layer in layers[-2:] for each in replace_modules(layer, make)]
+    alike = len({frozenset(_parts(layer).items()) for layer in layers}) == 1
+    first = max(0, len(layers) - 2) if alike else 0
+    replaced = [each for layer in layers[first:] for each in replace_modules(layer, make)]
     if not replaced:
         return "there are no layers that are known, or nothing in them that can be replaced"
     if flaw := subject.flaw():
         put_back(replaced)
         return flaw
-    for layer in layers[:-2]:
+    for layer in layers[:first]:
         replace_modules(layer, make)
     return None
+
+
+def _parts(layer: nn.Module) -> Counter[type[nn.Module]]:
+    """How many there are of each kind of module without modules in it."""
+    return Counter(type(module) for module in layer.modules() if next(module.children(), None) is None)
 
 
 def _keep_residual_in_fp32(subject: Subject) -> None:
