@@ -16,7 +16,8 @@ constexpr float LOG2E = 1.44269504088896341f;
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int64_t round_down(int64_t value, int64_t multiple) { return value / multiple * multiple; }
 
-// 2^x for x <= 0 or about, 0 for -inf, NaN for NaN. Relative error below 3e-7.
+// 2^x, 0 for -inf, NaN for NaN. Relative error below 3e-7. Of +inf, x - whole is NaN, and scalef makes inf of that:
+// what the logistic function of a very negative number needs.
 inline __m512 exp2(__m512 x) {
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order: of a NaN the second operand is returned
     const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -78,14 +78,14 @@ def test_an_activation_far_from_zero_is_what_it_tends_to() -> None:
 def test_a_row_has_the_same_bits_alone_and_among_others_with_any_number_of_threads(num_threads: int) -> None:
     """700 rows of 2,048 columns are streamed past the caches, few are not."""
     layer, x = Avx512Linear(linear(4500, 2048, bias=True)), torch.randn(700, 4500).bfloat16()
-    gate, up, down = linear(64, 3072), linear(64, 3072), linear(3072, 64)
-    mlp, y = Avx512GatedMLP(gate, up, down, avx512.SILU), torch.randn(700, 64).bfloat16()
-    wanted, before = (layer(x), mlp(y)), torch.get_num_threads()
+    parts, y = (linear(64, 3072), linear(64, 3072), linear(3072, 64)), torch.randn(700, 64).bfloat16()
+    mlps = [Avx512GatedMLP(*parts, kind) for kind in (avx512.SILU, avx512.GELU_TANH)]
+    wanted, before = [layer(x), *(mlp(y) for mlp in mlps)], torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        for rows in (slice(0, 1), slice(3, 8), slice(250, 431), slice(0, 700)):
-            assert torch.equal(layer(x[rows]), wanted[0][rows])
-            assert torch.equal(mlp(y[rows]), wanted[1][rows])
+        for first, last in ((0, 1), (3, 5), (7, 10), (9, 13), (3, 8), (250, 431), (0, 700)):
+            got = [layer(x[first:last]), *(mlp(y[first:last]) for mlp in mlps)]
+            assert all(torch.equal(own, all_rows[first:last]) for own, all_rows in zip(got, wanted, strict=True))
     finally:
         torch.set_num_threads(before)
 
@@ -97,6 +97,8 @@ def test_rows_may_lie_apart_and_in_any_precision() -> None:
     assert torch.equal(layer(wide.bfloat16()[..., 32:96]), wanted)
     assert torch.equal(layer(wide.transpose(1, 2).contiguous().transpose(1, 2)[..., 32:96]), wanted)
     assert layer(wide[:, :0, :64]).shape == (2, 0, 32)
+    with pytest.raises(ValueError, match="takes 64 inputs in bfloat16, not 128"):
+        layer(wide)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -136,13 +138,30 @@ class _Scaled(Qwen3MLP):
         return self.down_proj(self.act_fn(self.gate_proj(x) * 1.1) * self.up_proj(x))
 
 
+class _Clamped(Qwen3MLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=16) * self.up_proj(x).clamp(-16, 16))
+
+
+class _WithItsOwnScale(Qwen3MLP):
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(config)
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
 def test_mlps_that_do_something_else_are_left_alone() -> None:
     config = Qwen3Config(hidden_size=64, intermediate_size=128)
-    scaled, in_fp32 = _Scaled(config).bfloat16(), Qwen3MLP(config)
+    scaled, clamped, with_its_own = (kind(config).bfloat16() for kind in (_Scaled, _Clamped, _WithItsOwnScale))
+    silent, in_fp32 = Qwen3MLP(config).bfloat16(), Qwen3MLP(config)
+    nn.init.zeros_(silent.down_proj.weight)  # whatever its activation is
     other = Qwen3MLP(Qwen3Config(hidden_size=64, intermediate_size=128, hidden_act="relu")).bfloat16()
     biased, more = Qwen3MLP(config).bfloat16(), Qwen3MLP(config).bfloat16()
     biased.gate_proj = linear(64, 128, bias=True)
     more.norm = nn.LayerNorm(64)
-    assert [gated_mlp(mlp) for mlp in (scaled, in_fp32, other, biased, more, nn.Linear(2, 2))] == [None] * 6
+    for mlp in (scaled, clamped, with_its_own, silent, in_fp32, other, biased, more, nn.Linear(2, 2)):
+        assert gated_mlp(mlp) is None
     assert not can_replace(linear(63, 64)), "pairs"
     assert not can_replace(nn.Linear(64, 64)), "fp32"

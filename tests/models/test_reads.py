@@ -29,3 +29,10 @@ def test_the_last_occurrence_may_lie_in_the_prompt_or_across_its_end_and_has_to_
     assert reader.positions(ids(7, 8, 7), ids(8, 2)) == (3,)
     with pytest.raises(NothingToRead, match=r"no sign \(token ids 7, 8\)"):
         reader.positions(ids(8, 7), ids(9, 8))
+
+
+@pytest.mark.parametrize("at", [ReadAt.LAST_OF, ReadAt.GATED])
+def test_an_earlier_occurrence_is_not_read_for_one_that_lies_at_the_end(at: ReadAt) -> None:
+    reader = Reader(ReadPlan(at, Pattern((6, 7), offset=3), num_objectives=1))
+    with pytest.raises(NothingToRead):
+        reader.positions(ids(6, 7, 1, 2, 3), ids(5, 6, 7, 9))

@@ -113,8 +113,10 @@ def test_weights_are_held_once_and_versions_tell_how_a_score_was_rounded(folders
     shared = load_runner(options(folders))
     assert shared.info.num_parameters < 1.1 * alone.info.num_parameters
     infos = [shared.info.of(variant) for variant in range(len(ADAPTERS))]
-    assert [info.version.endswith("-adapted") for info in infos] == [True, True, False, False]
-    assert infos[2].version == alone.info.version  # the same numbers to the bit
+    assert all(info.version.endswith("-adapted") for info in infos)
+    assert infos[2].version == f"{alone.info.version}-adapted"
+    heads = load_runner(NativeOptions(str(folders["head"]), beside=(str(folders["another head"]),)))
+    assert heads.info.version == alone.info.version  # the same numbers to the bit
     assert len({info.version for info in infos}) == len(ADAPTERS)
 
 

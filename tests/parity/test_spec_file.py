@@ -1,5 +1,6 @@
 """rewardserve.toml says how a model is scored that no family knows; whatever is wrong in it is named."""
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from scoring import native
 from torch.nn import functional as F
 from zoo import HIDDEN, Kind, Wanted, linear_head, mlp_head, normal, write
 
-PROMPT, RESPONSES = [5, 6, 7] * 60, [[8] * 5 + [77], [9, 77, 11, 77]]
+PROMPT, RESPONSES = [5, 6, 7] * 60 + [6], [[8] * 5 + [77], [9, 77, 6, 7, 11, 77], [7, 77]]  # 6, 7 in, beyond, across
 TAG = 77
 
 
@@ -51,6 +52,7 @@ def selu_at_the_last_pattern(h, ids, t) -> Wanted:
     return Wanted(F.linear(hidden, t["mine.2.weight"], t["mine.2.bias"]).item())
 
 
+LAST_OF = '[head]\nkind = "linear"\nweights = "mine"\n[read]\nat = "last-of"\npattern = [6, 7]\n'
 GATED = """
 [head]
 kind = "gated"
@@ -125,8 +127,8 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
                 assert item.attributes == pytest.approx(wanted.attributes, rel=1e-4, abs=1e-5)
                 assert item.steps == pytest.approx(wanted.steps, rel=1e-5, abs=1e-5)
                 assert item.std == (wanted.std if wanted.std is None else pytest.approx(wanted.std, rel=1e-4))
-        names = {"several outputs, weighted and named": ("good", "safe"), next(iter(TOLD)): ("a", "b", "c")}
-        assert scorer.info.attributes == names.get(name, ())
+        names = tomllib.loads(text).get("score", {}).get("attributes", ())
+        assert scorer.info.attributes == tuple(names)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +143,12 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
         ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nat = "every"\n', "read.pattern is missing"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nat = "last-of"\n', "read.pattern is missing"),
         ('[head]\nkind = "linear"\nweights = "mine"\nhidden = "selu"\n', "head.hidden does nothing"),
+        ('[head]\nkind = "mlp"\nweights = "mine"\n', r"no 'mine\.0\.weight', which kind = 'mlp' has"),
+        ('[head]\nkind = "linear"\nweights = "mine"\nquantiles = 2\n', "head.quantiles does nothing"),
+        (f"{LAST_OF}[steps]\nstyle = 'ends'\n", "steps cannot be read with read.at = 'last-of'"),
+        (LAST_OF.replace("[6, 7]", "[6, -7]"), "read.pattern has -7, outside of the vocabulary"),
+        (LAST_OF.replace("[6, 7]", "[6, 70000]"), "read.pattern has 70000, outside of the vocabulary"),
+        (f"{LAST_OF}append = 9\n", "read.append does nothing"),
         ('[head]\nkind = "gated"\nweights = "mine"\n', "head.gate '' is not what a gate's keys begin with"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[read]\nwhere = "last"\n', "read.where"),
         ('[head]\nkind = "linear"\nweights = "mine"\nids = [1]\n', "head.ids does nothing with head.kind = 'linear'"),
@@ -168,7 +176,11 @@ def test_what_is_wrong_in_the_file_is_named(text: str, words: str, tmp_path: Pat
         ('"how_much"', '"nowhere"', "head.gate_scale 'nowhere' is no key of this checkpoint"),
         ('"mix"', '"how_much"', r"head.transform is of shape \(3,\), not \(3, 3\)"),
         ('"how_much"', '"mix"', "head.gate_scale has 9 numbers"),
+        ('gate = "gate"', 'gate = "gate.0"', r"no 'gate\.0\.0\.weight'"),
         ("temperature = 3", "temperature = 0", "head.temperature"),
+        ("temperature = 3", "temperature = inf", "head.temperature"),
+        ("[score]", '[steps]\nstyle = "ends"\n[score]', "steps cannot be read with a gated head"),
+        ('["a", "b", "c"]', '["a", "b", "a"]', "score.attributes has a name twice"),
         ("offset = 1", 'offset = 1\nat = "mean"', "read.at is 'mean'; a gated head's rewards"),
         ("pattern = [6, 7]", "", "read.pattern is missing"),
         ('["a", "b", "c"]', '["a"]', "score.attributes must have a name for each of the 3 outputs"),

@@ -108,3 +108,19 @@ def test_a_calibration_is_for_an_adapter_however_it_is_applied(fitted: str, serv
     finishing = Finishing(Temperature(2.0), replace(ORIGIN, version=fitted))
     assert finished(EngineItem(1.0), finishing, replace(INFO, version=served))[1] == 0.5
     assert finished(EngineItem(1.0), finishing, replace(INFO, version="v1-int8"))[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("finishing", "wanted"),
+    [
+        (Finishing(), 2.0),
+        (Finishing(Temperature(4.0), ORIGIN, length_penalty=0.1), 0.5),
+        (Finishing(Affine(3.0, 1.0), ORIGIN), 6.0),
+        (Finishing(weights={"good": 1.0}), None),
+    ],
+)
+def test_the_models_own_std_is_in_the_units_of_its_final_score(finishing: Finishing, wanted: float | None) -> None:
+    info = replace(INFO, attributes=("good",), shift=7.0, scale=0.25)
+    item = EngineItem(1.5, attributes=(1.0,), std=0.5)
+    assert Finish(info, finishing, StepReduction.MIN).std(item) == wanted
+    assert Finish(info, finishing, StepReduction.MIN).std(replace(item, std=None)) is None

@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 2048},
 }
+OTHERS: dict[str, dict[str, Any]] = {"stablelm": {}}
 NOT_PACKABLE: dict[str, dict[str, Any]] = {"falcon": {}, "bloom": {"n_layer": 3, "n_head": 4}}
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -41,7 +42,7 @@ TEMPLATE = (
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """Weights large enough that attention and every nonlinearity matter. `overrides` are of the config."""
-    options = {**COMMON, **(FAMILIES | NOT_PACKABLE)[family], **overrides}
+    options = {**COMMON, **(FAMILIES | OTHERS | NOT_PACKABLE)[family], **overrides}
     config = AutoConfig.for_model(family, **options)
     config.num_labels, config.pad_token_id = 1, 0
     torch.manual_seed(0)

@@ -9,7 +9,6 @@
 // or on the number of threads.
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>

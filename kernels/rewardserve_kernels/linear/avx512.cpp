@@ -7,7 +7,6 @@
 // Batch invariance. Each sum takes its products in the order of `inner`, whatever lies beside it and whoever computes it.
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cstdint>

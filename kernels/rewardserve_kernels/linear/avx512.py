@@ -7,6 +7,7 @@ fp32, where the library gives them in bf16 whatever is done with them next. A ro
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from rewardserve_kernels import cpu_code
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
 PANEL = 64  # columns; as in avx512.cpp
 FP32, SILU, GELU_TANH = range(3)  # `Kind` of avx512.cpp
+TRIED_SIZES = (1.0, 1e2, 1e4)
 ACTIVATIONS = {SILU: F.silu, GELU_TANH: functools.partial(F.gelu, approximate="tanh")}
 
 
@@ -46,6 +48,9 @@ def _library() -> ctypes.CDLL:
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, columns: int, kind: int) -> torch.Tensor:
+    """Raises ValueError for anything but bf16, and as many inputs as the weight has."""
+    if x.dtype != torch.bfloat16 or x.shape[-1] != 2 * weight.shape[1]:
+        raise ValueError(f"it takes {2 * weight.shape[1]} inputs in bfloat16, not {x.shape[-1]} in {x.dtype}")
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows = x.flatten(0, -2)
     out = x.new_empty(*x.shape[:-1], columns, dtype=torch.float32 if kind == FP32 else torch.bfloat16)
@@ -117,7 +122,7 @@ class Avx512GatedMLP(nn.Module):
         self.intermediate_size, self._kind = gate.out_features, kind
         halves = [_panels(linear.weight.detach(), PANEL // 2) for linear in (gate, up)]
         self.register_buffer("weight", torch.cat(halves, dim=2))
-        self.gate_proj, self.up_proj = (_Half(self.weight, start) for start in (0, PANEL // 2))
+        self.gate_proj, self.up_proj = _Half(self, 0), _Half(self, 1)
         self.down_proj = Avx512Linear(down)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -129,32 +134,41 @@ class Avx512GatedMLP(nn.Module):
 class _Half(nn.Module):
     """The gate's or the other factor's columns in each panel of a gated MLP."""
 
-    def __init__(self, weight: torch.Tensor, start: int) -> None:
+    def __init__(self, mlp: Avx512GatedMLP, number: int) -> None:
         super().__init__()
-        self.register_buffer("columns", weight[:, :, start : start + PANEL // 2], persistent=False)
+        self._mlp = (mlp,)  # in a tuple: it is no child of its child
+        self._columns = slice(number * PANEL // 2, (number + 1) * PANEL // 2)
 
     def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """As Avx512Linear's; there is no bias."""
-        self.columns.copy_(_panels(weight, PANEL // 2))
+        self._mlp[0].weight[:, :, self._columns].copy_(_panels(weight, PANEL // 2))
 
 
 def gated_mlp(module: nn.Module) -> Avx512GatedMLP | None:
     """What takes the place of `module`, where that is a gated MLP in bf16 that does nothing else besides; else None.
 
     Told by the names of its parts, as the decoders of transformers have them, and by trying what it computes: some of
-    that build scale their factors.
+    that build scale their factors, or clamp them where they are large.
     """
     parts = dict(module.named_children())
     if parts.keys() != {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return None
+    if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        return None
     gate, up, down = (parts[name] for name in ("gate_proj", "up_proj", "down_proj"))
     if not all(map(can_replace, (gate, up, down))) or gate.bias is not None or up.bias is not None:
         return None
-    x = torch.linspace(-8, 8, 4 * gate.in_features).roll(7).view(4, -1).to(torch.bfloat16)
     with torch.inference_mode():
-        wanted = module(x)
-        found = [kind for kind, act in ACTIVATIONS.items() if torch.equal(wanted, down(act(gate(x)) * up(x)))]
-    return Avx512GatedMLP(gate, up, down, found[0]) if found else None
+        found = [kind for kind, act in ACTIVATIONS.items() if _computes(module, act, gate, up, down)]
+    return Avx512GatedMLP(gate, up, down, found[0]) if len(found) == 1 else None
+
+
+def _computes(
+    module: nn.Module, act: Callable[[torch.Tensor], torch.Tensor], gate: nn.Linear, up: nn.Linear, down: nn.Linear
+) -> bool:
+    x = torch.linspace(-8, 8, 4 * gate.in_features).roll(7).view(4, -1)
+    x = torch.cat([x * size for size in TRIED_SIZES]).to(torch.bfloat16)
+    return torch.equal(module(x), down(act(gate(x)) * up(x)))
 
 
 def _panels(weight: torch.Tensor, width: int) -> torch.Tensor:

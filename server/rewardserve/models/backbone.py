@@ -310,6 +310,7 @@ class Backbone:
         self.module = module
         self.config = module.config.get_text_config()
         self.device, self._dtype = module.device, module.dtype
+        self.loaded_as = {name: parameter.dtype for name, parameter in module.named_parameters()}
         self._padded_attention = module.config._attn_implementation
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
         self._pruned = False
@@ -317,7 +318,7 @@ class Backbone:
         # Of the layers, by the key of their plans, as forwards met them.
         self.attention_shapes: dict[tuple[int, bool], AttentionShape] = {}
         # Between layers, hidden states in fp32: what every layer adds to is not rounded each time. For layers whose
-        # products take any precision (rewardserve_kernels.linear); a fifth to a third off the error of bf16.
+        # products take any precision (rewardserve_kernels.linear).
         self.residual_in_fp32 = False
         self._final_norm = _widen_final_norm(module)
         self._knows_use_cache = "use_cache" in inspect.signature(module.forward).parameters  # no encoder does
@@ -334,7 +335,7 @@ class Backbone:
             self._pruned = True
 
     def prepare_padded(self) -> None:
-        """Back to the model as it was loaded; weights that were laid out anew stay so, they give the same bits."""
+        """Back to the model as it was loaded; weights that were laid out anew stay so, and may round less."""
         self.set_compiled(False)
         self.module.set_attn_implementation(self._padded_attention)
         if self._pruned and self._layers is not None:

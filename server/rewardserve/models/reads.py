@@ -113,6 +113,8 @@ class Reader:
         assert self.plan.pattern is not None
         tokens = np.frombuffer(prompt + response, "<i4")
         found = self.plan.pattern.starts(tokens) + self.plan.pattern.offset
+        if self.plan.at is not ReadAt.EVERY:
+            found = found[-1:]  # an earlier one is not the last
         found = found[found < num_tokens]  # what lies after it is another's
         if not len(found):
             ids = ", ".join(map(str, self.plan.pattern.ids))

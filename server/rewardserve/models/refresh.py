@@ -71,10 +71,14 @@ def _texts(folder: Path) -> dict[str, bytes]:
 
 def refresh(model: RewardModel, spec: ModelSpec) -> None:
     """After `check_refresh`. What fails from here on leaves a mixture behind: the model must not be used any more."""
-    names = _names(spec)
+    names, backbone = _names(spec), model.backbone
     for path, leaves in _by_module(sorted(_wanted(spec))):
-        holder = bare_module(model.backbone.module, path)
-        tensors = {leaf: spec.checkpoint.tensor(names[f"{path}.{leaf}"]) for leaf in leaves}
+        holder = bare_module(backbone.module, path)
+        tensors = {}
+        for leaf in leaves:
+            name = f"{path}.{leaf}"
+            # Rounded as at load: who holds it now may hold it in a higher precision.
+            tensors[leaf] = spec.checkpoint.tensor(names[name]).to(backbone.loaded_as[name])
         if isinstance(holder, Refillable):
             holder.refill(tensors["weight"], tensors.get("bias"))
             continue

@@ -2,14 +2,14 @@
 
 [head]
 kind = "linear"         # or "mlp" (numbered layers), "lm_rows" (logits of ids), "lm_odds" (ids[0] against ids[1]),
-                        # "gated" (a gate mixes rewards; it reads at the last occurrence of `read.pattern`)
+                        # "gated" (the last token's outputs, mixed by a gate, read where `read.pattern` occurs last)
 weights = "my_head"     # what the head's keys begin with: my_head.weight, or my_head.0.weight, ...
-outputs = 1             # more: `attributes` names them and `weights_of` mixes them, or `probability_of` is read
+outputs = 1             # more: `attributes` names them and `weights_of`, or the gate, mixes them; or `probability_of`
 activation = "none"     # of the outputs; or "sigmoid"
 hidden = "relu"         # between the layers of an mlp or a gate; or "selu", "gelu", "silu", "tanh"
 ids = [648, 387]
 gate = "gating.layers"  # what the gate's keys begin with: numbered layers; their softmax weighs the outputs
-quantiles = 1           # that each output of a gated head has; their mean counts, the mixture's spread is the std
+quantiles = 1           # of each output, side by side in the weights; their mean counts, the mixture's spread is std
 temperature = 1.0       # that the gate's logits are divided by
 gate_scale = ""         # key of a factor of the gate's weights; none, if it is left out
 transform = ""          # key of a matrix: rewards @ matrix are mixed; they themselves, if it is left out
@@ -87,7 +87,7 @@ class _Head(_Section):
     ids: tuple[int, ...] = ()
     gate: str = ""
     quantiles: int = Field(default=1, ge=1)
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     gate_scale: str = ""
     transform: str = ""
 
@@ -171,13 +171,14 @@ def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
             raise refuse(", ".join(others), "says nothing of a judge; leave it out")
         return _judge(checkpoint, told.judge, refuse)
     assert told.head is not None
-    head, num_outputs = _head(checkpoint, told.head, refuse)
+    num_outputs = {"lm_rows": len(told.head.ids), "lm_odds": 1}.get(told.head.kind, told.head.outputs)
     _refuse_unheeded(told, told.head, num_outputs, refuse)
+    head = _head(checkpoint, told.head, refuse)
     return Recipe(
         family=f"by {SPEC_FILE}",
         head=_scored(head, num_outputs, told, refuse),
         head_keys=_head_keys(checkpoint, told.head),
-        reads=_reads(told, told.head, refuse),
+        reads=_reads(checkpoint, told, told.head, refuse),
         appended=told.read.append,
         attributes=told.score.attributes,
         is_probability=told.head.kind == "lm_odds"
@@ -197,7 +198,7 @@ def _head_keys(checkpoint: Checkpoint, head: _Head) -> frozenset[str]:
     return keys_below(checkpoint, *prefixes, "lm_head") | {key for key in (head.gate_scale, head.transform) if key}
 
 
-def _reads(told: _SpecFile, head: _Head, refuse: Refuse) -> ReadPlan:
+def _reads(checkpoint: Checkpoint, told: _SpecFile, head: _Head, refuse: Refuse) -> ReadPlan:
     at, read = ReadAt(told.read.at), told.read
     if head.kind == "gated":
         if at is not ReadAt.LAST:
@@ -205,8 +206,17 @@ def _reads(told: _SpecFile, head: _Head, refuse: Refuse) -> ReadPlan:
         at = ReadAt.GATED
     if at not in PATTERNED:
         return ReadPlan(at)
+    if told.steps is not None and at is not ReadAt.EVERY:
+        where = "a gated head" if at is ReadAt.GATED else f"read.at = {read.at!r}"
+        raise refuse("steps", f"cannot be read with {where}; leave it out")
     if not read.pattern:
         raise refuse("read.pattern", "is missing: token ids, at whose occurrence is read")
+    vocab_size = checkpoint.config.get_text_config().vocab_size
+    if strange := [token for token in read.pattern if not 0 <= token < vocab_size]:
+        raise refuse("read.pattern", f"has {strange[0]}, outside of the vocabulary of {vocab_size}")
+    unseen = read.append is not None and read.append not in read.pattern and read.offset < len(read.pattern)
+    if unseen and at is not ReadAt.GATED:
+        raise refuse("read.append", "does nothing: what is read comes before it; leave it out")
     num_objectives, num_quantiles = (head.outputs, head.quantiles) if at is ReadAt.GATED else (0, 1)
     pattern = Pattern(read.pattern, read.offset)
     return ReadPlan(at, pattern, num_objectives, num_quantiles, "pattern of rewardserve.toml")
@@ -333,27 +343,29 @@ def _writing_judge(checkpoint: Checkpoint, told: _Judge, verdict: _Verdict, refu
     )
 
 
-def _head(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> tuple[Head | nn.Module, int]:
+def _head(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> Head | nn.Module:
     kind, ids = told.kind, told.ids
     if kind == "lm_odds":
         if len(ids) != 2:
             raise refuse("head.ids", "must be two: the token that is good, and the one that is not")
-        return odds_head(checkpoint, *ids), 1
+        return odds_head(checkpoint, *ids)
     if kind == "lm_rows":
         if not ids:
             raise refuse("head.ids", "is missing: ids of the tokens whose logits are read")
-        return heads.linear(lm_rows(checkpoint, ids)), len(ids)
+        return heads.linear(lm_rows(checkpoint, ids))
     prefix, outputs = told.weights, told.outputs
-    if not prefix or not any(checkpoint.has(f"{prefix}{end}") for end in (".weight", ".0.weight")):
+    first = f"{prefix}.0.weight" if kind == "mlp" else f"{prefix}.weight"
+    if not prefix or not checkpoint.has(first):
         keys = ", ".join(sorted(key for key in checkpoint.where if "layers." not in key)[:12])
-        raise refuse("head.weights", f"'{prefix}' is not what a head's keys begin with; there are {keys}")
+        what = f"is not what a head's keys begin with: no '{first}', which kind = {kind!r} has"
+        raise refuse("head.weights", f"'{prefix}' {what}; there are {keys}")
     scalar_head(checkpoint, prefix, outputs * told.quantiles)  # for its errors
     if kind == "mlp":
-        return layers_below(checkpoint, prefix, HIDDEN[told.hidden]), outputs
+        return layers_below(checkpoint, prefix, HIDDEN[told.hidden])
     if kind == "gated":
-        return _gated(checkpoint, told, refuse), outputs
+        return _gated(checkpoint, told, refuse)
     bias = checkpoint.tensor(f"{prefix}.bias") if checkpoint.has(f"{prefix}.bias") else None
-    return heads.linear(checkpoint.tensor(f"{prefix}.weight"), bias), outputs
+    return heads.linear(checkpoint.tensor(f"{prefix}.weight"), bias)
 
 
 def _gated(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> Head:
@@ -365,14 +377,10 @@ def _gated(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> Head:
         return checkpoint.tensor(what).float()
 
     outputs, prefix = told.outputs, told.weights
-    if not checkpoint.has(f"{prefix}.weight"):
-        raise refuse("head.weights", "has numbered layers; the rewards of a gated head are one product")
-    if not told.gate or not keys_below(checkpoint, told.gate):
-        raise refuse("head.gate", f"'{told.gate}' is not what a gate's keys begin with")
+    if not told.gate or not checkpoint.has(f"{told.gate}.0.weight"):
+        raise refuse("head.gate", f"'{told.gate}' is not what a gate's keys begin with: no '{told.gate}.0.weight'")
+    scalar_head(checkpoint, told.gate, outputs)  # for its errors
     gate = layers_below(checkpoint, told.gate, HIDDEN[told.hidden])
-    sizes = [(layer.in_features, layer.out_features) for layer in gate if isinstance(layer, nn.Linear)]
-    if not sizes or (sizes[0][0], sizes[-1][1]) != (checkpoint.hidden_size, outputs):
-        raise refuse("head.gate", f"must take hidden states of size {checkpoint.hidden_size} to {outputs} outputs")
     transform = tensor("transform", told.transform) if told.transform else torch.eye(outputs)
     if transform.shape != (outputs, outputs):
         raise refuse("head.transform", f"is of shape {tuple(transform.shape)}, not {(outputs, outputs)}")
@@ -399,6 +407,8 @@ class _Weighted(nn.Module):
 def _scored(head: Head | nn.Module, num_outputs: int, told: _SpecFile, refuse: Refuse) -> Head:
     score = told.score
     assert told.head is not None
+    if len(set(score.attributes)) < len(score.attributes):
+        raise refuse("score.attributes", "has a name twice")
     if told.head.kind == "gated" and len(score.attributes) != num_outputs:
         raise refuse("score.attributes", f"must have a name for each of the {num_outputs} outputs")
     if not isinstance(head, nn.Module):

@@ -111,6 +111,18 @@ class Finish:
                 score = affine.score(score)
         return raw, score - self._finishing.length_penalty * num_response_tokens
 
+    def std(self, item: EngineItem) -> float | None:
+        """The model's own uncertainty of the final score, in its units; None where it has none, or of another sum."""
+        if item.std is None or self._weights:
+            return None
+        std = item.std / self.info.scale if self._is_normalized else item.std
+        match self._finishing.calibration:
+            case Temperature(temperature):
+                return std / temperature
+            case Affine(scale=scale):
+                return std * scale
+        return std
+
 
 def check_steps(request: ScoreRequest, info: EngineInfo) -> None:
     """Raises InvalidRequest where steps are asked of a model that cannot be read at their ends."""
@@ -122,6 +134,6 @@ def check_steps(request: ScoreRequest, info: EngineInfo) -> None:
     elif info.appended is not None:
         reason = f"is read at token {info.appended}, which ends a response and no step"
     elif info.attributes or not info.reads_single_states:
-        reason = "reads more than a response's last token"
+        reason = "reads more than a response's last token, or another"
     if reason is not None:
         raise InvalidRequest("options.granularity", f"{info.architecture} {reason}; it has no step scores")

@@ -113,7 +113,7 @@ def _item(item: EncodedItem, scored: EngineResult, finish: Finish) -> ItemScore:
     if result.score is None:
         return ItemScore(None, result.failure, *counts)
     raw, score = finish(result, item.num_response_tokens)
-    return ItemScore(score, None, *counts, raw, finish.kind, result.steps, result.attributes, result.std)
+    return ItemScore(score, None, *counts, raw, finish.kind, result.steps, result.attributes, finish.std(result))
 
 
 def observe(metrics: ModelMetrics, result: ScoreResult) -> None:

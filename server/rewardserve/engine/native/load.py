@@ -102,7 +102,8 @@ def load_runner(options: NativeOptions) -> Loaded:
     shared = len(specs) > 1
     model = loader.load_sharing(specs, dtype, device) if shared else loader.load(specs[0], dtype, device)
     max_batch_tokens = options.max_batch_tokens or default_batch_tokens(device.type == "cpu")
-    infos = [_info(spec, options, model, dtype, device, shared) for spec in specs]
+    beside_deltas = shared and any(spec.checkpoint.changes.deltas for spec in specs)
+    infos = [_info(spec, options, model, dtype, device, beside_deltas) for spec in specs]
     padded = Loaded(
         PaddedRunner(model, max_batch_tokens),
         dataclasses.replace(infos[0], beside=tuple(infos[1:])),
@@ -139,13 +140,14 @@ def _info(
     model: RewardModel,
     dtype: torch.dtype,
     device: torch.device,
-    shared: bool,
+    beside_deltas: bool,
 ) -> EngineInfo:
-    """Of one model, on the padded path."""
+    """Of one model, on the padded path. `beside_deltas`: its linear layers add what some model's adapter adds."""
     recipe, text_config = spec.recipe, spec.config.get_text_config()
     text, text_missing_reason = export_text(spec.checkpoint.text_folder, in_pairs=recipe.reads.at is ReadAt.FIRST)
-    # What LoRA adds to a product is rounded otherwise than what it adds to a weight: one version, one score.
-    adapted = ADAPTED if shared and spec.checkpoint.changes.deltas else ""
+    # What LoRA adds to a product is rounded otherwise than what it adds to a weight: one version, one score. So is a
+    # product that another's adapter keeps apart from what follows it.
+    adapted = ADAPTED if beside_deltas else ""
     return EngineInfo(
         version=f"{spec.version}-{options.quantize or DTYPE_NAMES[dtype]}{adapted}",
         architecture=spec.architecture,

@@ -41,6 +41,8 @@ PROBE_ROUNDS = 5
 MIN_GAIN = 0.95  # where it makes no difference, the same answer every time: compiled or not, scores differ by rounding
 MAX_REASON = 300  # characters: torch's own reasons fill pages
 KEPT_BYTES = 64 << 20  # larger pieces are few, and would leave the heap full of holes
+DIFFERS = "it differs"  # a flaw that is no failure
+NOTHING_TO_REPLACE = "there are no layers that are known, or no products in them that can be replaced"
 _clock = time.perf_counter
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 
@@ -86,11 +88,11 @@ class Subject:
         except Exception as failure:  # no C++ compiler, a layer that cannot be traced, a weight that is looked for
             failure = getattr(failure, "inner_exception", failure)  # what torch.compile wraps
             return " ".join([type(failure).__name__ + ":", *str(failure).split()])[:MAX_REASON]
-        return None if error <= self.tolerance else f"it differs by {error:.1e} from the padded forward"
+        return None if error <= self.tolerance else f"{DIFFERS} by {error:.1e} from the padded forward"
 
 
 def speed_up(subject: Subject, compile_option: str, quantize: str) -> None:
-    """Quantizes where that is asked for; prepacks and compiles where that works and pays.
+    """Quantizes where that is asked for; lays weights out, builds and compiles where that works and pays.
 
     Raises LoadFailed where what was asked for by name does not work.
     """
@@ -155,10 +157,11 @@ def _lay_out(subject: Subject, can_build: bool) -> bool:
         reason = _use_built(subject)
         if reason is None:
             return True
-        log.info("products by the library: %s", reason)
+        log.log(logging.WARNING if DIFFERS in reason else logging.INFO, "products by the library: %s", reason)
     reason = _replace(subject, lambda module: _prepacked(module, subject.max_batch_tokens))
     if reason is not None:
-        log.warning("weights are left as they lie in the checkpoint: %s", reason)
+        level = logging.INFO if reason == NOTHING_TO_REPLACE else logging.WARNING
+        log.log(level, "weights are left as they lie in the checkpoint: %s", reason)
     return reason is None
 
 
@@ -199,8 +202,9 @@ def _replace(subject: Subject, make: Callable[[nn.Module], nn.Module | None]) ->
     alike = len({frozenset(_parts(layer).items()) for layer in layers}) == 1
     first = max(0, len(layers) - 2) if alike else 0
     replaced = [each for layer in layers[first:] for each in replace_modules(layer, make)]
-    if not replaced:
-        return "there are no layers that are known, or nothing in them that can be replaced"
+    if all(isinstance(module, nn.LayerNorm) for _, _, module in replaced):
+        put_back(replaced)
+        return NOTHING_TO_REPLACE
     if flaw := subject.flaw():
         put_back(replaced)
         return flaw
