@@ -30,7 +30,21 @@ def test_members_that_disagree_where_they_err_are_told_from_those_that_do_not():
     assert found.auroc > 0.8 and found.auroc_of_small_margin == 0.5, "all margins are alike"
     assert found.curve[0].accuracy.value == pytest.approx(0.7, abs=0.06)
     assert found.curve[-1].accuracy.value > 0.95 and found.curve[-1].accuracy.num_pairs == 40
-    assert 0.4 < disagreement(pairs_of(prompts_of(informative=False))).auroc < 0.6
+    silent = disagreement(pairs_of(prompts_of(informative=False)))
+    assert 0.4 < silent.auroc < 0.6 and 0.4 < silent.auroc_beyond_margin < 0.6
+
+
+def test_what_members_tell_is_seen_though_they_differ_most_where_margins_are_large():
+    rng, prompts = np.random.default_rng(0), []
+    for number in range(400):
+        large = rng.random() < 0.5
+        right = rng.random() < (0.95 if large else 0.5)
+        sign, apart = 1 if right else -1, (3 if large else 0) + (0.1 if right else 0.3)
+        margin = sign * (5 + rng.random() if large else 1 + rng.random() / 10)
+        prompts.append(rated([margin, 0], [1, 0], str(number), members=[(margin + apart, margin - apart), (0.0, 0.0)]))
+    found = disagreement(pairs_of(prompts))
+    assert found.auroc_beyond_margin > 0.95
+    assert found.auroc_of_std < 0.5
 
 
 def test_the_std_of_a_margin_is_that_of_the_members_margins():

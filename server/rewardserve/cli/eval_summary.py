@@ -69,6 +69,8 @@ def _lines(report: Report) -> Iterator[Line]:
         yield from _best_of_n(report)
     if report.disagreement:
         yield "AUROC of disagreement (std)", f"{report.disagreement.auroc_of_std:.3f}", "", ""
+        if report.disagreement.auroc_beyond_margin is not None:
+            yield "  of the std, at like margins", f"{report.disagreement.auroc_beyond_margin:.3f}", "", ""
         yield "  of the std over the margin", f"{report.disagreement.auroc:.3f}", "", ""
         yield "  of the margin alone", f"{report.disagreement.auroc_of_small_margin:.3f}", "", ""
 

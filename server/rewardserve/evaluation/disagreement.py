@@ -9,6 +9,7 @@ from scipy import stats
 from rewardserve.evaluation.data import Floats, Pairs
 from rewardserve.evaluation.intervals import Share, share
 
+ALIKE_PARTS = 20  # of the pairs, by margin
 KEPT = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -29,6 +30,7 @@ class Disagreement:
 
     auroc: float  # of the std of the members' margins over the margin: how far they differ for what they decide
     auroc_of_std: float  # of the std alone
+    auroc_beyond_margin: float | None  # of the std, among pairs of about the same margin: what it tells besides
     auroc_of_small_margin: float  # of -|margin|, which a single model has too
     curve: tuple[Kept, ...]
 
@@ -50,7 +52,18 @@ def disagreement(pairs: Pairs) -> Disagreement | None:
         accuracy = share(margin[kept], prompt[kept])
         assert accuracy is not None
         curve.append(Kept(part, accuracy))
-    return Disagreement(found, bare, without, tuple(curve))
+    return Disagreement(found, bare, _auroc_among_alike(std, wrong, np.abs(margin)), without, tuple(curve))
+
+
+def _auroc_among_alike(signal: Floats, wrong: NDArray[np.bool_], size: Floats) -> float | None:
+    """As `auroc`, of the comparisons within parts of as many pairs each, by size; None where there is none."""
+    better = comparisons = 0.0
+    for part in np.array_split(np.argsort(size, kind="stable"), ALIKE_PARTS):
+        among = wrong[part]
+        found, count = auroc(signal[part], among), int(among.sum()) * int((~among).sum())
+        if found is not None:
+            better, comparisons = better + found * count, comparisons + count
+    return better / comparisons if comparisons else None
 
 
 def auroc(signal: Floats, wrong: NDArray[np.bool_]) -> float | None:

@@ -173,9 +173,15 @@ def _disagreement(report: Report) -> Iterator[str]:
     yield (
         f"<p>A wrong pair has the larger std than a right one in {100 * found.auroc_of_std:.1f} % of cases, the larger "
         f"std for its margin in {100 * found.auroc:.1f} %, and the smaller margin in "
-        f"{100 * found.auroc_of_small_margin:.1f} %; 50 % is chance. Only what the second has beyond the third is the "
-        "members' doing: a std that is always the same has the third.</p>"
+        f"{100 * found.auroc_of_small_margin:.1f} %; 50 % is chance. A std that is always the same has the third for "
+        "the second."
     )
+    if found.auroc_beyond_margin is not None:
+        yield (
+            f" Of two pairs of about the same margin, one of them wrong, that one has the larger std in "
+            f"{100 * found.auroc_beyond_margin:.1f} %: what the members tell besides."
+        )
+    yield "</p>"
     yield _shares({f"{100 * each.share_of_pairs:.0f} % of the pairs": each.accuracy for each in found.curve})
 
 
