@@ -251,7 +251,15 @@ class App:
 
     def _engine_process(self, options: NativeOptions | VllmOptions, name: str) -> EngineProcess:
         config = self._config
-        return EngineProcess(options, name, config.stall_timeout_s, config.log_format, config.log_level)
+        beside_others = len(config.models) > 1 or config.allow_model_control or "," in config.device
+        return EngineProcess(
+            options,
+            name,
+            config.stall_timeout_s,
+            config.log_format,
+            config.log_level,
+            beside_others=beside_others,
+        )
 
     def _on_change(self, model: LiveModel) -> None:
         task = asyncio.get_running_loop().create_task(self._health.update(self.registry, model))

@@ -154,6 +154,10 @@ def test_two_models_are_served_apart(server, kit):
     assert error.code() is Code.INVALID_ARGUMENT and "tokenizer" in error.details()
 
 
+def test_engines_on_the_same_cores_do_not_spin_where_another_waits_for_one(server):
+    assert [engine.environ().get("GOMP_SPINCOUNT") for engine in server.engines()] == ["1000", "1000"]
+
+
 def test_one_models_engine_may_die_while_the_other_serves(server, kit):
     dead = next(e for e in server.engines() if server.model("two").source in " ".join(e.cmdline()))
     dead.kill()

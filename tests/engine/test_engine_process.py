@@ -63,10 +63,13 @@ def request(number: int) -> EngineRequest:
 
 @pytest.fixture
 def make_engine(tmp_path: Path):
-    def make(mode: str, stall_timeout_s: float = 600.0) -> EngineProcess:
+    def make(mode: str, stall_timeout_s: float = 600.0, beside_others: bool = False) -> EngineProcess:
         script = tmp_path / "child.py"
         script.write_text(CHILD.format(mode=mode))
-        return EngineProcess(NativeOptions("nowhere"), "toy", stall_timeout_s, program=(sys.executable, str(script)))
+        program = (sys.executable, str(script))
+        return EngineProcess(
+            NativeOptions("nowhere"), "toy", stall_timeout_s, program=program, beside_others=beside_others
+        )
 
     return make
 
@@ -122,5 +125,25 @@ async def test_a_child_that_takes_its_time_to_load_but_says_so_is_waited_for(mak
     await engine.start(EngineListener())
     try:
         assert await scored(engine, range(3)) == [0, 1, 2]
+    finally:
+        await engine.stop()
+
+
+@pytest.mark.parametrize(
+    ("beside_others", "told", "wanted"),
+    [(False, {}, None), (True, {}, "1000"), (True, {"OMP_WAIT_POLICY": "active"}, None)],
+)
+async def test_threads_of_engines_beside_others_soon_sleep_unless_the_user_says_otherwise(
+    make_engine, monkeypatch: pytest.MonkeyPatch, beside_others: bool, told: dict[str, str], wanted: str | None
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    engine = make_engine("answers", beside_others=beside_others)
+    await engine.start(EngineListener())
+    try:
+        lines = Path(f"/proc/{engine.pid}/environ").read_text().split("\0")
+        assert dict(line.split("=", 1) for line in lines if line).get("GOMP_SPINCOUNT") == wanted
     finally:
         await engine.stop()
