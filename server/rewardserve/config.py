@@ -75,8 +75,7 @@ class ServeConfig(Options):
     prefix_cache_mb: int = Field(default=0, ge=0, description="memory for prompts' activations; 0: by what is free")
     compile: Literal["auto", "on", "off"] = Field(
         default="auto",
-        description="torch.compile the layers; auto: from 50M parameters on, if a probe at start says it pays; off: "
-        "and no attention and products built for this CPU",
+        description="torch.compile the layers; auto: where a probe says it pays; off: nor build kernels for this CPU",
     )
     host_cache_mb: int = Field(
         default=0,
