@@ -31,12 +31,15 @@ def cpu_flags() -> frozenset[str]:
 
 
 @functools.cache
-def load(source: Path) -> ctypes.CDLL:
-    """The library built of `source`, an OpenMP program without other dependencies. Raises CannotBuild.
+def load(source: Path, needed: frozenset[str] = frozenset()) -> ctypes.CDLL:
+    """The library built of `source`, an OpenMP program without other dependencies. Raises CannotBuild, also where the
+    CPU lacks one of the flags `needed`.
 
     $CXX names the compiler, as it does for torch.compile; without it that is g++, whose OpenMP is the one torch has
     loaded already: a second pool of threads on the same cores would cost both of them dearly.
     """
+    if missing := needed - cpu_flags():
+        raise CannotBuild(f"this CPU has no {', '.join(sorted(missing))}")
     compiler = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     version = _run([*compiler, "--version"])
     texts = [file.read_text() for file in (source, *sorted(HEADERS.glob("*.h")))]

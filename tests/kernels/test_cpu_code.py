@@ -58,3 +58,10 @@ def test_what_the_compiler_says_is_passed_on(source: Path) -> None:
     source.write_text("int answer() { return forty_two; }")
     with pytest.raises(CannotBuild, match="forty_two"):
         cpu_code.load(source)
+
+
+def test_what_this_cpu_lacks_is_named_before_anything_is_built(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = compilations(monkeypatch)
+    with pytest.raises(CannotBuild, match="this CPU has no tea"):
+        cpu_code.load(source, frozenset({"tea"}))
+    assert not commands

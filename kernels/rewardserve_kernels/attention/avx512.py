@@ -18,7 +18,7 @@ from rewardserve_kernels import cpu_code
 from rewardserve_kernels.ragged import Segment, siblings_of
 from rewardserve_kernels.workspace import Workspace
 
-NEEDED = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"}
+NEEDED = frozenset({"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"})
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 32, 256  # of queries for one laying out of the keys they share
 CHUNKS_PER_THREAD = 4  # and for each head: enough that all threads end at about the same time
 
@@ -49,14 +49,12 @@ class Plan:
 
 def load() -> None:
     """Builds it if need be. Raises cpu_code.CannotBuild where it cannot run here."""
-    if missing := NEEDED - cpu_code.cpu_flags():
-        raise cpu_code.CannotBuild(f"this CPU has no {', '.join(sorted(missing))}")
     _library()
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = cpu_code.load(Path(__file__).with_suffix(".cpp"))
+    library = cpu_code.load(Path(__file__).with_suffix(".cpp"), NEEDED)
     pointer = ctypes.c_void_p
     arguments = [pointer, pointer, ctypes.c_int64, pointer, pointer, ctypes.c_int64, ctypes.c_int]
     library.tree_attention.argtypes, library.tree_attention.restype = arguments, None

@@ -16,7 +16,7 @@ from torch import nn
 
 from rewardserve_kernels import cpu_code
 
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512_bf16"}
+NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
 PANEL = 64  # columns; as in avx512.cpp
 FP32, SILU, GELU_TANH = range(3)  # `Kind` of avx512.cpp
 TRIED_SIZES = (1.0, 1e2, 1e4)
@@ -35,14 +35,12 @@ class _Product(ctypes.Structure):
 
 def load() -> None:
     """Builds it if need be. Raises cpu_code.CannotBuild where it cannot run here."""
-    if missing := NEEDED - cpu_code.cpu_flags():
-        raise cpu_code.CannotBuild(f"this CPU has no {', '.join(sorted(missing))}")
     _library()
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = cpu_code.load(Path(__file__).with_suffix(".cpp"))
+    library = cpu_code.load(Path(__file__).with_suffix(".cpp"), NEEDED)
     library.linear.argtypes, library.linear.restype = [ctypes.c_void_p, ctypes.c_int32], None
     return library
 

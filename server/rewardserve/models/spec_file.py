@@ -362,13 +362,12 @@ def _head(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> Head | nn.Modu
     scalar_head(checkpoint, prefix, outputs * told.quantiles)  # for its errors
     if kind == "mlp":
         return layers_below(checkpoint, prefix, HIDDEN[told.hidden])
-    if kind == "gated":
-        return _gated(checkpoint, told, refuse)
     bias = checkpoint.tensor(f"{prefix}.bias") if checkpoint.has(f"{prefix}.bias") else None
-    return heads.linear(checkpoint.tensor(f"{prefix}.weight"), bias)
+    product = heads.linear(checkpoint.tensor(f"{prefix}.weight"), bias)
+    return _gated(checkpoint, told, product, refuse) if kind == "gated" else product
 
 
-def _gated(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> Head:
+def _gated(checkpoint: Checkpoint, told: _Head, rewards: nn.Linear, refuse: Refuse) -> Head:
     """Raises LoadFailed for parts that do not fit each other."""
 
     def tensor(key: str, what: str) -> torch.Tensor:
@@ -376,7 +375,7 @@ def _gated(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> Head:
             raise refuse(f"head.{key}", f"'{what}' is no key of this checkpoint")
         return checkpoint.tensor(what).float()
 
-    outputs, prefix = told.outputs, told.weights
+    outputs = told.outputs
     if not told.gate or not checkpoint.has(f"{told.gate}.0.weight"):
         raise refuse("head.gate", f"'{told.gate}' is not what a gate's keys begin with: no '{told.gate}.0.weight'")
     scalar_head(checkpoint, told.gate, outputs)  # for its errors
@@ -387,9 +386,7 @@ def _gated(checkpoint: Checkpoint, told: _Head, refuse: Refuse) -> Head:
     scale = tensor("gate_scale", told.gate_scale).flatten() if told.gate_scale else torch.ones(1)
     if len(scale) not in (1, outputs):
         raise refuse("head.gate_scale", f"has {len(scale)} numbers; it must have one, or one for each output")
-    bias = checkpoint.tensor(f"{prefix}.bias") if checkpoint.has(f"{prefix}.bias") else None
-    regression = heads.linear(checkpoint.tensor(f"{prefix}.weight"), bias)
-    head = heads.GatedHead(regression, gate, scale, told.temperature, transform)
+    head = heads.GatedHead(rewards, gate, scale, told.temperature, transform)
     return ModuleHead(head, outputs * told.quantiles + outputs)
 
 
