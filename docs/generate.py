@@ -6,7 +6,7 @@ usage: python docs/generate.py
 from pathlib import Path
 
 from rewardserve.models.families import table
-from rewardserve.models.spec_file import __doc__ as spec_file
+from rewardserve.models.spec_keys import __doc__ as spec_file
 
 PAGE = Path(__file__).with_name("models.md")
 START, END = "<!-- made by docs/generate.py from here -->\n", "<!-- to here -->\n"

@@ -194,3 +194,14 @@ def test_what_is_wrong_with_a_gated_head_is_named(old: str, new: str, words: str
     (folder / "rewardserve.toml").write_text(GATED.replace(old, new))
     with pytest.raises(LoadFailed, match=words):
         read_spec(str(folder))
+
+
+def test_an_activation_that_stands_between_nothing_is_named(tmp_path: Path) -> None:
+    kind = Kind("qwen2", "Mystery", lambda: {"mine.0.weight": normal(1, HIDDEN)}, lambda h, ids, t: Wanted(0.0))
+    folder, _ = write(kind, tmp_path)
+    told = '[head]\nkind = "mlp"\nweights = "mine"\n'
+    (folder / "rewardserve.toml").write_text(told)
+    read_spec(str(folder))
+    (folder / "rewardserve.toml").write_text(f'{told}hidden = "selu"\n')
+    with pytest.raises(LoadFailed, match=r"head\.hidden does nothing"):
+        read_spec(str(folder))
