@@ -13,6 +13,7 @@ benchmarks/results/memory_cpu.json.
 import argparse
 import datetime
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import random_model
 import report
+from rewardserve.engine.environment import engine_environment
 from rich.console import Console
 from rich.table import Table
 
@@ -88,7 +90,9 @@ def _measure(length: int, folder: Path, threads: int) -> dict[str, float]:
 
 def _in_child(length: int, folder: Path, threads: int, trace: bool) -> dict[str, float]:
     command = [sys.executable, __file__, "--probe", str(length), "--folder", str(folder), "--threads", str(threads)]
-    done = subprocess.run([*command, *(["--trace"] if trace else [])], capture_output=True, text=True)
+    environment = {**os.environ, **engine_environment("native", False, os.environ)}
+    command += ["--trace"] if trace else []
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"the measurement failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -76,7 +76,9 @@ def test_a_kill_under_load_loses_nothing(server, kit, load):
     before = server.metrics()
     watches = [kit.Watch(server, service) for service in ("", MODEL)]
     old = server.engine()
+    old.suspend()  # or it may be through with them as fast as they come
     with under_way(server, kit, load, at_least=20) as futures:
+        old.resume()
         old.kill()
         kit.until(lambda: not server.is_serving())
         while_down = send(server, load[0], timeout=20)

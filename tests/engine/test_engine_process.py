@@ -129,21 +129,39 @@ async def test_a_child_that_takes_its_time_to_load_but_says_so_is_waited_for(mak
         await engine.stop()
 
 
+CACHELESS = "glibc.malloc.tcache_count=0"
+
+
 @pytest.mark.parametrize(
-    ("beside_others", "told", "wanted"),
-    [(False, {}, None), (True, {}, "1000"), (True, {"OMP_WAIT_POLICY": "active"}, None)],
+    ("beside_others", "told", "spin", "malloc"),
+    [
+        (False, {}, None, CACHELESS),
+        (True, {}, "1000", CACHELESS),
+        (True, {"OMP_WAIT_POLICY": "active"}, None, CACHELESS),
+        (False, {"GLIBC_TUNABLES": "glibc.malloc.perturb=0"}, None, f"glibc.malloc.perturb=0:{CACHELESS}"),
+        (False, {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=9"}, None, "glibc.malloc.tcache_count=9"),
+    ],
 )
-async def test_threads_of_engines_beside_others_soon_sleep_unless_the_user_says_otherwise(
-    make_engine, monkeypatch: pytest.MonkeyPatch, beside_others: bool, told: dict[str, str], wanted: str | None
+async def test_engines_spare_cores_and_memory_unless_the_user_says_otherwise(
+    make_engine,
+    monkeypatch: pytest.MonkeyPatch,
+    beside_others: bool,
+    told: dict[str, str],
+    spin: str | None,
+    malloc: str,
 ) -> None:
-    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+    """With others on the same cores their threads soon sleep; what they free they can use again."""
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     engine = make_engine("answers", beside_others=beside_others)
     await engine.start(EngineListener())
     try:
-        lines = Path(f"/proc/{engine.pid}/environ").read_text().split("\0")
-        assert dict(line.split("=", 1) for line in lines if line).get("GOMP_SPINCOUNT") == wanted
+        text = Path(f"/proc/{engine.pid}/environ").read_text()
+        found = dict(line.split("=", 1) for line in text.split("\0") if line)
+        assert found.get("GOMP_SPINCOUNT") == spin
+        # glibc ends each setting where it stands once it has read it.
+        assert f"\0GLIBC_TUNABLES={malloc}\0" in text.replace("\0glibc", ":glibc")
     finally:
         await engine.stop()

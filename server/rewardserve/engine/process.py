@@ -24,6 +24,7 @@ import msgspec
 import zmq
 
 from rewardserve.engine.base import EngineInfo, EngineListener, EngineRequest, EngineResult
+from rewardserve.engine.environment import engine_environment
 from rewardserve.engine.messages import (
     POISONED_EXIT,
     Batch,
@@ -50,11 +51,6 @@ RESTART_WINDOW_S = 300.0
 RETRY_SEND_S = 0.01
 MESSAGES_AT_ONCE = 64
 DESCENDANTS_END_S = 5.0
-# How long OpenMP's threads spin before they sleep, in turns. Its default is milliseconds, which is right for an engine
-# that has its cores to itself (1.06 to 1.09 x as fast). Of engines on the same cores it takes what the others wait for:
-# three on two cores needed 1,300 ms for a forward of 10, and 39 with this.
-SPIN_BESIDE_OTHERS = {"GOMP_SPINCOUNT": "1000"}
-SPIN_SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 @dataclass(slots=True, eq=False)
@@ -82,8 +78,7 @@ class EngineProcess:
         `program` starts it. `beside_others`: there may be other engines on its cores.
         """
         self._program = tuple(program)
-        told = any(name in os.environ for name in SPIN_SETTINGS)
-        self._environment = SPIN_BESIDE_OTHERS if beside_others and not told else {}
+        self._environment = engine_environment(options.engine, beside_others, os.environ)
         self._options = options
         self._name = name
         self._stall_timeout_s = stall_timeout_s

@@ -350,11 +350,11 @@ class Backbone:
     def set_compiled(self, compiled: bool) -> None:
         """Runs the decoder layers through torch.compile, or as they are. What was compiled once is kept.
 
-        One graph serves all layers; the last one, when it is pruned, leaves its forward half-way and stays as it is.
+        One graph serves all layers, the last one too where it is pruned: our attention ends its first forward half-way.
         """
         for layer in self.decoder_layers:
             if isinstance(layer, _PrunedLayer):
-                continue
+                layer = layer.layer
             if compiled:
                 layer.compile(dynamic=True, fullgraph=True)
             else:

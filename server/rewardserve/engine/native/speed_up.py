@@ -44,7 +44,7 @@ KEPT_BYTES = 64 << 20  # larger pieces are few, and would leave the heap full of
 DIFFERS = "it differs"  # a flaw that is no failure
 NOTHING_TO_REPLACE = "there are no layers that are known, or no products in them that can be replaced"
 _clock = time.perf_counter
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
+M_MXFAST, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = 1, -1, -3, -8  # malloc.h
 
 
 def keep_freed_memory() -> None:
@@ -59,6 +59,7 @@ def keep_freed_memory() -> None:
     except (OSError, AttributeError):
         return
     mallopt(M_ARENA_MAX, 1)
+    mallopt(M_MXFAST, 0)  # see engine/environment.py
     mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
     mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
