@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from peers.protocol import Job, Scores
+from rewardserve.engine.environment import engine_environment
 
 HERE = Path(__file__).parent
 VENVS = HERE / ".venvs"
@@ -34,6 +35,7 @@ class Provider:
     arguments: tuple[str, ...] = ()
     venv: str = ""
     ours: bool = False
+    is_engine: bool = False  # ours, without the process that would start it
     devices: tuple[str, ...] = ("cpu", "cuda")
 
     @property
@@ -48,7 +50,7 @@ class Provider:
 
 
 PROVIDERS = {
-    "rewardserve_engine": Provider("peers.engine", ours=True),
+    "rewardserve_engine": Provider("peers.engine", ours=True, is_engine=True),
     "rewardserve_grpc": Provider("peers.over_grpc", ours=True),
     "vllm": Provider("peers.vllm", venv="vllm", devices=("cpu",)),
     "hf_padded": Provider("peers.hf", ("padded",)),
@@ -75,7 +77,7 @@ class Running:
         self._process = subprocess.Popen(
             [python, "-m", provider.module, *provider.arguments],
             cwd=HERE,
-            env=_environment(threads),
+            env=_environment(threads, provider.is_engine),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log_file,
@@ -137,9 +139,10 @@ class Running:
         self._log_file.close()
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, is_engine: bool) -> dict[str, str]:
     return {
         **os.environ,
+        **(engine_environment("native", False, os.environ) if is_engine else {}),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
