@@ -76,13 +76,14 @@ def vllm_options(config: ServeConfig, source: str, dtype: str, reason: str) -> V
 
 
 def finishings(config: ServeConfig) -> dict[str, Finishing]:
-    """How models' scores are finished, by name. Raises LoadFailed for a calibration that cannot be read."""
-    made = {}
-    for name in config.models:
-        calibration = config.calibrations.get(name)
-        read = (None, None) if calibration is None else read_calibration(calibration)
+    """How scores of models and ensembles are finished, by name. Raises LoadFailed for a calibration that is none."""
+    made, calibrations = {}, config.calibrations
+    for name in [*config.models, *config.ensembles]:
+        file = calibrations.get(name)
+        calibration, origin = (None, None) if file is None else read_calibration(file)
         penalty, weights = config.length_penalties.get(name, 0.0), config.weights_of_attributes.get(name, {})
-        made[name] = Finishing(*read, penalty, weights)
+        looks_beside = name not in calibrations or file is not None  # unless it is "none"
+        made[name] = Finishing(calibration, origin, penalty, weights, looks_beside)
     return made
 
 
@@ -118,7 +119,13 @@ class App:
         self._shared = [] if make_engine else self._share_backbones()
         limits = Limits(config.max_pairs_per_request, config.max_queued_requests, config.max_queued_tokens)
         self.registry = Registry(
-            make_engine or self._make_engine, self.metrics, limits, self._executor, self._on_change, finishings(config)
+            make_engine or self._make_engine,
+            self.metrics,
+            limits,
+            self._executor,
+            self._on_change,
+            finishings(config),
+            Finishing(looks_beside=True),
         )
         service = ScoringService(self.registry, self._executor)
         options = DoorOptions(

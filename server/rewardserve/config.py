@@ -3,7 +3,7 @@
 import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -36,7 +36,7 @@ class ServeConfig(Options):
         description="NAME=HOW(a+b+c): models as one; HOW is mean, min, median or mean-0.5std; repeat for several",
     )
     calibration: Repeated = Field(
-        default=[], description="NAME=FILE: what rewardserve eval fitted to that model; repeat for several"
+        default=[], description="NAME=FILE: what rewardserve eval fitted to it; NAME=none: nor one beside it; repeat"
     )
     length_penalty: Repeated = Field(
         default=[], description="NAME=NUMBER: taken off that model's scores for each token of a response"
@@ -177,15 +177,17 @@ class ServeConfig(Options):
         )
 
     @property
-    def calibrations(self) -> dict[str, Path]:
-        """Raises ConfigError."""
-        return {name: Path(value) for name, value in self._of_models("calibration", "FILE")}
+    def calibrations(self) -> dict[str, Path | None]:
+        """Of models and ensembles; None: not even what lies beside the model. Raises ConfigError."""
+        named = self._of_models("calibration", "FILE", self.ensembles)
+        return {name: None if value == "none" else Path(value) for name, value in named}
 
     @property
     def length_penalties(self) -> dict[str, float]:
         """Raises ConfigError."""
         return {
-            name: self._number("length-penalty", value) for name, value in self._of_models("length_penalty", "NUMBER")
+            name: self._number("length-penalty", value)
+            for name, value in self._of_models("length_penalty", "NUMBER", self.ensembles)
         }
 
     @property
@@ -199,15 +201,16 @@ class ServeConfig(Options):
             found[name] = {attribute: self._number("attribute-weights", number) for attribute, _, number in parts}
         return found
 
-    def _of_models(self, option: str, wanted: str) -> list[tuple[str, str]]:
-        """(name, value) of each entry of a repeated option; the names are those of models."""
+    def _of_models(self, option: str, wanted: str, ensembles: Collection[str] = ()) -> list[tuple[str, str]]:
+        """(name, value) of each entry of a repeated option; the names are those of models, or `ensembles`."""
         flag, found = "--" + option.replace("_", "-"), []
         for entry in getattr(self, option):
             name, separator, value = entry.partition("=")
             if not separator or not value:
                 raise ConfigError(f"{flag} {entry!r}: give NAME={wanted}")
-            if name not in self.models:
-                raise ConfigError(f"{flag} {entry!r}: no --model is named '{name}'")
+            if name not in self.models and name not in ensembles:
+                kinds = "--model or --ensemble" if ensembles else "--model"
+                raise ConfigError(f"{flag} {entry!r}: no {kinds} is named '{name}'")
             found.append((name, value))
         return found
 

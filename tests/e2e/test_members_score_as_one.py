@@ -14,9 +14,11 @@ import pytest
 import torch
 from checkpoints import padded_scores, save_checkpoint
 from rewardserve.app import threads_of
-from rewardserve.client import Group, RewardClient, TokenIds
+from rewardserve.client import Group, RewardClient, StepOptions, Steps, TokenIds
 from rewardserve.client.errors import ModelNotFound
 from rewardserve.config import load_config
+from rewardserve.evaluation import calibration_file
+from rewardserve.evaluation.calibration_file import Isotonic, Origin, Temperature
 
 PROMPT, RESPONSES = list(range(5, 150)), [list(range(10, 10 + n)) for n in (3, 40, 9)]
 ROWS = [[*PROMPT, *response] for response in RESPONSES]
@@ -120,6 +122,37 @@ def test_it_is_listed_counted_and_healthy_like_a_model(client, server) -> None:
         scraped = reply.read().decode()
     assert re.search(r'rewardserve_requests_total\{model="all",status="OK"\} [1-9]', scraped)
     assert re.search(r'rewardserve_pairs_total\{model="all"\} [1-9]', scraped)
+
+
+def test_steps_are_folded_over_the_members(client) -> None:
+    asked = Group(TokenIds(PROMPT), [Steps(token_ids=TokenIds(RESPONSES[1]), ends=[10, 40])])
+    results = {name: client.score([asked], model=name, steps=StepOptions("mean")) for name in (*NAMES, "middle")}
+    items = {name: result.groups[0].items[0] for name, result in results.items()}
+    for step in range(2):
+        assert items["middle"].steps[step] == statistics.median(items[name].steps[step] for name in NAMES)
+    assert items["middle"].score == pytest.approx(statistics.median(items[name].score for name in NAMES))
+
+
+FITTED = {"scaled": Temperature(2.0), "curved": Isotonic((0.0, 1.0), (0.5, 0.75))}
+
+
+def test_an_ensemble_is_calibrated_as_it_was_fitted(start, client, members, tmp_path) -> None:
+    plain = client.score([group()], model="all")
+    first, second, _ = plain.groups[0].scores
+    given = [f"--model={name}={folder}" for name, folder in members.items()]
+    for name, calibration in FITTED.items():
+        file = tmp_path / f"{name}.json"
+        calibration_file.write(file, calibration, Origin("all", plain.model_version, "pairs.jsonl", 10, 5))
+        given += [f"--ensemble={name}=mean(a+b+c)", f"--calibration={name}={file}"]
+    with RewardClient(start(*given, "--prefix-cache-mb", "16").ready().target) as calibrated:
+        for name, calibration in FITTED.items():
+            result = calibrated.score([group()], model=name)
+            divisor = calibration.temperature if isinstance(calibration, Temperature) else 1
+            for item, before in zip(result.groups[0].items, plain.groups[0].items, strict=True):
+                assert (item.score, item.raw_or_none) == pytest.approx((before.score / divisor, before.score))
+                assert item.std == pytest.approx(before.std / divisor) and item.members == before.members
+            pair = calibrated.compare(TokenIds(PROMPT), TokenIds(RESPONSES[0]), TokenIds(RESPONSES[1]), model=name)
+            assert pair.probability_a == pytest.approx(calibration.probability(first - second), abs=1e-6)
 
 
 def test_a_server_with_an_ensemble_wants_a_name(client) -> None:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from checkpoints import make_model, padded_scores, save_checkpoint
 from rewardserve.client import CanaryPair, Group, PermissionDenied, RewardClient, ServerError, TokenIds
+from rewardserve.evaluation import calibration_file
+from rewardserve.evaluation.calibration_file import BESIDE, Origin, Temperature
 
 PROMPT, RESPONSES = list(range(5, 205)), [list(range(10, 10 + n)) for n in (3, 40, 9, 70)]
 ROWS = [[*PROMPT, *response] for response in RESPONSES]
@@ -229,3 +231,27 @@ def test_an_engine_that_is_restarted_loads_the_weights_it_had(start, versions, w
         server.engine().kill()
         after, scores = scored(client)
     assert after == version and agrees(scores, wanted["other"])
+
+
+def test_a_new_version_brings_the_calibration_that_lies_beside_it(client, versions, tmp_path) -> None:
+    plain = client.score([group()], model="rm")
+    shutil.copytree(versions["second"], tmp_path / "new")
+    new = str(tmp_path / "new")
+    version = client.update_weights("rm", new).version
+    origin = Origin("rm", version, "pairs.jsonl", 10, 5)
+    calibration_file.write(tmp_path / "new" / BESIDE, Temperature(4.0), origin)
+    raw = client.score([group()], model="rm").groups[0].scores
+    client.update_weights("rm", str(versions["first"]))
+    for change in (client.swap_model, client.update_weights):
+        change("rm", new)
+        result = client.score([group()], model="rm")
+        assert result.groups[0].scores == pytest.approx([score / 4 for score in raw])
+        assert {item.kind for item in result.groups[0].items} == {"normalized"}
+        assert result.model_version == client.get_model("rm").version != version
+        client.update_weights("rm", str(versions["first"]))
+        assert client.score([group()], model="rm").groups[0].scores == plain.groups[0].scores
+    (tmp_path / "new" / BESIDE).write_text("{}")
+    for change in (client.swap_model, client.update_weights):
+        with pytest.raises(ServerError, match=BESIDE):
+            change("rm", new)
+        assert client.score([group()], model="rm").model_version == plain.model_version

@@ -1,5 +1,6 @@
 """From what the engine gave to what is answered: each station does what it says, in its order, and raw stays raw."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from rewardserve.engine.base import EngineInfo, EngineItem
 from rewardserve.engine.fake import fake_info
 from rewardserve.errors import InvalidRequest, LoadFailed
 from rewardserve.evaluation import calibration_file
-from rewardserve.evaluation.calibration_file import Affine, Isotonic, Origin, Temperature
+from rewardserve.evaluation.calibration_file import BESIDE, Affine, Isotonic, Origin, Temperature
 from rewardserve.service.finish import Finish, Finishing, check_steps, read_calibration
 from rewardserve.types import JudgeFormat, ScoreKind, ScoreRequest, StepFormat, StepReduction
 
@@ -38,6 +39,33 @@ def test_a_calibration_makes_the_score_or_leaves_it_and_makes_probabilities(cali
     assert kind is (ScoreKind.RAW_LOGIT if is_curve else ScoreKind.NORMALIZED)
     curve = Finish(INFO, Finishing(calibration, ORIGIN), StepReduction.MIN).curve
     assert (curve(0.5) == pytest.approx(0.7)) if is_curve else curve is None
+
+
+def test_what_is_calibrated_of_a_probability_are_its_log_odds() -> None:
+    info = replace(INFO, is_probability=True)
+    raw, score, kind = finished(EngineItem(0.9), Finishing(Temperature(2.0), ORIGIN), info)
+    assert (raw, kind) == (0.9, ScoreKind.NORMALIZED) and score == pytest.approx(math.log(9) / 2)
+    for certain in (0.0, 1.0):
+        assert math.isfinite(finished(EngineItem(certain), Finishing(Temperature(2.0), ORIGIN), info)[1])
+    normalized = replace(info, shift=0.5, scale=0.5)  # which is no probability any more
+    assert finished(EngineItem(0.9), Finishing(Temperature(2.0), ORIGIN), normalized)[1] == pytest.approx(0.4)
+
+
+def test_a_calibration_beside_the_checkpoint_is_taken_where_none_is_given_for_its_version(tmp_path: Path) -> None:
+    calibration_file.write(tmp_path / BESIDE, Temperature(4.0), ORIGIN)
+    given = Finishing(Temperature(2.0), ORIGIN, looks_beside=True)
+
+    def found(finishing: Finishing, version: str = "v1") -> object:
+        return finishing.check("m", replace(INFO, version=version), str(tmp_path)).calibration
+
+    assert found(Finishing(looks_beside=True)) == Temperature(4.0)
+    assert found(Finishing()) is None
+    assert found(given) == Temperature(2.0)
+    assert found(replace(given, origin=replace(ORIGIN, version="v0"))) == Temperature(4.0)  # as after a swap
+    assert found(Finishing(looks_beside=True), version="v2") is None
+    (tmp_path / BESIDE).write_text("{}")
+    with pytest.raises(LoadFailed, match=BESIDE):
+        found(Finishing(looks_beside=True))
 
 
 def test_a_calibration_of_another_version_is_not_applied(caplog: pytest.LogCaptureFixture) -> None:

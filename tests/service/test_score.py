@@ -5,13 +5,15 @@ import itertools
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rewardserve.engine.base import BatchReport
 from rewardserve.errors import DeadlineExceeded, InvalidRequest, ItemFailed
-from rewardserve.service.rank import bradley_terry, compare, rank
+from rewardserve.evaluation.calibration_file import sigmoid
+from rewardserve.service.rank import compare, rank
 from rewardserve.text.encoder import Abandoned
 from rewardserve.types import ItemFailure, Overflow, PromptGroup, ScoreRequest, TokenIds
 
@@ -206,19 +208,19 @@ async def test_rank_names_the_fields_of_its_own_message(make_house, tools) -> No
 @example(margin=710.0, other=-746.0)
 @example(margin=float("inf"), other=float("-inf"))
 def test_preference_probabilities_add_up_grow_with_the_margin_and_never_overflow(margin: float, other: float) -> None:
-    p = bradley_terry(margin)
-    assert 0 <= p <= 1 and p + bradley_terry(-margin) == pytest.approx(1, abs=1e-15)
+    p = sigmoid(margin)
+    assert 0 <= p <= 1 and p + sigmoid(-margin) == pytest.approx(1, abs=1e-15)
     low, high = sorted((margin, other))
-    assert bradley_terry(low) <= bradley_terry(high)
+    assert sigmoid(low) <= sigmoid(high)
     assert (p >= 0.5) == (margin >= 0 or p == 0.5)
-    assert bradley_terry(0) == 0.5
+    assert sigmoid(0) == 0.5
 
 
 @examples
 @given(st.floats(-30, 30))
 def test_the_margin_is_the_probabilitys_log_odds(margin: float) -> None:
-    p = bradley_terry(margin)
-    assert math.log(p) - math.log(bradley_terry(-margin)) == pytest.approx(margin, abs=1e-9)
+    p = sigmoid(margin)
+    assert math.log(p) - math.log(sigmoid(-margin)) == pytest.approx(margin, abs=1e-9)
 
 
 @examples
@@ -237,6 +239,19 @@ def test_two_responses_compared_and_swapped_mirror_each_other(make_house, tools,
     assert one.margin == a - b == -other.margin
     assert one.probability_a + other.probability_a == pytest.approx(1, abs=1e-15)
     assert (one.probability_a >= 0.5) == (a >= b or one.probability_a == 0.5)
+
+
+async def test_probabilities_are_compared_by_their_odds(make_house, tools) -> None:
+    """Of two that are right with chances of 0.9 and 0.5, one of them right: 0.9 * 0.5 to 0.5 * 0.1."""
+    house = make_house()
+    house.engines["m"] = tools.Engine(replace(tools.INFO, is_probability=True))
+    await house.serve()
+    house.engines["m"].scores = [0.9, 0.5]
+    found = await compare(house.service, tools.request(tools.pack(4), tools.pack(5)))
+    assert (found.margin, found.probability_a) == (pytest.approx(0.4), pytest.approx(0.9))
+    house.engines["m"].scores = [1.0, 0.0]
+    found = await compare(house.service, tools.request(tools.pack(4), tools.pack(5)))
+    assert found.probability_a == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -175,6 +175,7 @@ def _report(
         num_responses=sum(len(prompt.responses) for prompt in prompts),
         num_failed=scores.num_failed,
         num_truncated=scores.num_truncated,
+        kind=scores.kind,
     )
     found = ()
     if options.suites:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rewardserve.cli.rows import Row
-from rewardserve.cli.score import Tally, open_output, score_rows
+from rewardserve.cli.score import PROBABILITY, RAW_LOGIT, Tally, open_output, score_rows
 from rewardserve.cli.scorer import Scorer
+from rewardserve.evaluation.calibration_file import log_odds
 from rewardserve.evaluation.data import Judged, Prompt, Scored, ScoredPrompt
 from rewardserve.evaluation.suites import Altered
 
@@ -18,7 +19,7 @@ FILE = "scores.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class ItemValues:
-    """What is kept of one response."""
+    """What is kept of one response. Probabilities are kept as their log-odds, whose margins are Bradley and Terry's."""
 
     score: float | None  # None where it failed
     num_tokens: int
@@ -30,6 +31,7 @@ class Scores:
     """What a run has scored, by the key of a row."""
 
     by_key: dict[str, list[ItemValues]] = field(default_factory=dict)
+    kind: str = RAW_LOGIT  # what they mean where they were scored
     num_failed: int = 0
     num_truncated: int = 0
     failures: Counter[str] = field(default_factory=Counter)  # by status
@@ -120,8 +122,14 @@ def _read(path: Path, wanted: set[str]) -> Scores:
                 continue
             members = row.get("members") or [None] * len(row["scores"])
             items = zip(row["scores"], row["num_response_tokens"], members, strict=True)
+            scores.kind = row.get("kind", scores.kind)
+            value = log_odds if row.get("kind") == PROBABILITY else float
             scores.by_key[row["id"]] = [
-                ItemValues(score, num_tokens, tuple(of_members.values()) if of_members else None)
+                ItemValues(
+                    None if score is None else value(score),
+                    num_tokens,
+                    tuple(map(value, of_members.values())) if of_members else None,
+                )
                 for score, num_tokens, of_members in items
             ]
             scores.num_truncated += sum(row["truncated"])

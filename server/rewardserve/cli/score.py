@@ -26,6 +26,9 @@ from rewardserve.cli.running import counted, guarded
 from rewardserve.cli.scorer import Scorer, ScoringOptions, open_scorer
 from rewardserve.client import ItemScore
 from rewardserve.options import ConfigError, load_options
+from rewardserve.types import ScoreKind
+
+RAW_LOGIT, PROBABILITY = (kind.name.lower() for kind in (ScoreKind.RAW_LOGIT, ScoreKind.PROBABILITY))
 
 
 class ScoreOptions(ScoringOptions):
@@ -202,13 +205,14 @@ def _row_out(row: Row, items: Sequence[ItemScore], scorer: Scorer) -> dict[str, 
 
 
 def _more(items: Sequence[ItemScore]) -> dict[str, Any]:
-    """What some models give besides: a list for each response, null where it failed."""
+    """What some models give besides: lists, null for what failed; and what scores mean where they are no logits."""
     found: dict[str, Any] = {}
     for name in ("steps", "attributes", "members", "std"):
         values = [getattr(item, name) if item.ok else None for item in items]
         if any(value not in (None, (), {}) for value in values):
             found[name] = values
-    return found
+    kinds = {item.kind for item in items if item.ok} - {RAW_LOGIT}
+    return found | ({"kind": kinds.pop()} if kinds else {})
 
 
 # -- what is seen meanwhile --------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ numbers and where they come from:
     {"kind": "isotonic", "margins": [...], "probabilities": [...]}
         P by straight lines between these points, level outside of them; both ascend, and P(-margin) = 1 - P(margin)
 
+Where a model's scores are probabilities, "score" and "margin" above are those of their log-odds (`log_odds`).
+
 `origin` is {"model", "version", "input", "num_pairs", "num_prompts"}: a calibration is of one version of a model.
 Standard library only, so that whoever serves needs nothing more to read it.
 """
@@ -25,6 +27,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 FORMAT = "rewardserve.calibration.v1"
+BESIDE = "rewardserve_calibration.json"  # the file's name in a checkpoint's folder, where servers look for it
+SMALLEST, LARGEST = 2.0**-149 / 2, 1 - 2.0**-25  # half a step of fp32 from 0, and from 1
 
 
 class BadCalibration(ValueError):
@@ -151,6 +155,15 @@ def sigmoid(value: float) -> float:
     if value >= 0:
         return 1 / (1 + math.exp(-value))
     return math.exp(value) / (1 + math.exp(value))
+
+
+def log_odds(probability: float) -> float:
+    """The inverse of `sigmoid`, of a score that is a probability: margins between these are Bradley and Terry's.
+
+    Finite at 0 and 1, which fp32 rounds to: as if they were half a step away.
+    """
+    held = min(max(probability, SMALLEST), LARGEST)
+    return math.log(held) - math.log1p(-held)
 
 
 def _frozen(value: Any) -> Any:

@@ -45,9 +45,11 @@ def page(report: Report, pictures: Sequence[Picture]) -> str:
 def _lead(report: Report) -> str:
     found = report.ranking.accuracy
     gap = f", judged to differ by more than {report.about.min_gap:g}" if report.about.min_gap else ""
+    odds = " Scores are probabilities, and are judged by their log-odds." if report.about.kind == "probability" else ""
     return (
         f"<p>On {found.num_pairs:,} pairs of {found.num_prompts:,} prompts of {escape(report.about.input)}{gap}. "
-        "Intervals are of 95 % and count prompts, not pairs, since pairs of one prompt are not independent.</p>"
+        "Intervals are of 95 % and count prompts, not pairs, since pairs of one prompt are not independent."
+        f"{odds}</p>"
     )
 
 

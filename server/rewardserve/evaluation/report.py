@@ -43,6 +43,7 @@ class About:
     num_responses: int  # scored, those of the suites not counted
     num_failed: int  # without a score, those of the suites included
     num_truncated: int
+    kind: str = "raw_logit"  # what a score means; probabilities are judged by their log-odds
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,15 +1,31 @@
-"""Several models' scores as one: each member scores by itself, with its own tokenizer, version and calibration."""
+"""Several models' scores as one: each member scores by itself, with its own tokenizer, version and calibration.
+
+What they come to may be calibrated once more, and pays its own length penalty.
+"""
 
 import hashlib
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from rewardserve.metrics import ModelMetrics
 from rewardserve.postprocess.members import fold_members
-from rewardserve.types import Aggregate, EnsembleScore, GroupScore, ItemFailure, ItemScore, ScoreResult, Timings
+from rewardserve.service.finish import Finishing
+from rewardserve.types import (
+    Aggregate,
+    EnsembleScore,
+    GroupScore,
+    ItemCode,
+    ItemFailure,
+    ItemScore,
+    ScoreKind,
+    ScoreRequest,
+    ScoreResult,
+    Timings,
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ensemble:
     """A name under which members are scored together. It has no admission of its own: its members' hold."""
 
@@ -17,53 +33,94 @@ class Ensemble:
     members: tuple[str, ...]
     aggregate: Aggregate
     metrics: ModelMetrics
+    configured: Finishing = field(default_factory=Finishing)
+    _of_version: tuple[str, Finishing] = field(default_factory=lambda: ("", Finishing()), init=False)
+
+    def finishing(self, members: Sequence[tuple[str, str]]) -> tuple[str, Finishing]:
+        """Its version, and what of what is configured is for it; `members` are names and versions, in their order."""
+        version = version_of(self, members)
+        if version != self._of_version[0]:
+            self._of_version = version, self.configured.of(self.name, version)
+        return self._of_version
+
+    def version(self, members: Sequence[tuple[str, str]]) -> str:
+        """What its scores say they are of."""
+        version, finishing = self.finishing(members)
+        return finishing.version_of(version)
 
 
-def combine(ensemble: Ensemble, request_id: str, results: Sequence[ScoreResult]) -> ScoreResult:
-    """`results` are the members', in their order, of one request."""
-    groups = tuple(_group(parts, ensemble) for parts in zip(*(result.groups for result in results), strict=True))
+def combine(ensemble: Ensemble, request: ScoreRequest, results: Sequence[ScoreResult]) -> ScoreResult:
+    """`results` are the members', in their order, of this request."""
     versions = tuple((result.model, result.version) for result in results)
+    version, finishing = ensemble.finishing(versions)
+    groups = tuple(
+        _group(parts, ensemble, finishing, request.by_step)
+        for parts in zip(*(result.groups for result in results), strict=True)
+    )
     return ScoreResult(
-        request_id,
+        request.request_id,
         ensemble.name,
-        version_of(ensemble, versions),
+        finishing.version_of(version),
         groups,
         Timings(*(max(getattr(r.timings, name) for r in results) for name in Timings.__slots__)),
         members=versions,
+        curve=finishing.curve,
     )
 
 
 def version_of(ensemble: Ensemble, members: Sequence[tuple[str, str]]) -> str:
-    """Changes with any member's; `members` are their names and versions, in their order."""
+    """Before it is finished. Changes with any member's; `members` are their names and versions, in their order."""
     told = "".join(f"{name} {version}\n" for name, version in members) + str(ensemble.aggregate)
     return "ensemble-" + hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
 
 
-def _group(parts: Sequence[GroupScore], ensemble: Ensemble) -> GroupScore:
+def _group(parts: Sequence[GroupScore], ensemble: Ensemble, finishing: Finishing, by_step: bool) -> GroupScore:
     items = zip(*(part.items for part in parts), strict=True)
-    return GroupScore(parts[0].id, tuple(_item(each, ensemble) for each in items))
+    return GroupScore(parts[0].id, tuple(_item(each, ensemble, finishing, by_step) for each in items))
 
 
-def _item(parts: Sequence[ItemScore], ensemble: Ensemble) -> ItemScore:
+def _item(parts: Sequence[ItemScore], ensemble: Ensemble, finishing: Finishing, by_step: bool) -> ItemScore:
     """One failed member fails the item: a mean over fewer is another score."""
-    first = parts[0]
     for name, part in zip(ensemble.members, parts, strict=True):
         if part.failure is not None:
-            failure = ItemFailure(part.failure.code, f"member '{name}': {part.failure.message}")
-            return replace(first, score=None, raw=None, failure=failure, steps=(), attributes=(), std=None)
+            return _failed(parts[0], part.failure.code, f"member '{name}': {part.failure.message}")
+    steps_agree = len({len(part.steps) for part in parts}) == 1  # not, where a member scores steps unasked
+    if by_step and not steps_agree:
+        seen = ", ".join(f"'{name}' {len(part.steps)}" for name, part in zip(ensemble.members, parts, strict=True))
+        advice = "give the response as steps, or options.step_separator"
+        return _failed(
+            parts[0], ItemCode.INVALID_ARGUMENT, f"its members see different numbers of steps: {seen}; {advice}"
+        )
     scores = tuple(part.score for part in parts if part.score is not None)
     raw_scores = tuple(part.raw for part in parts if part.raw is not None)
     assert len(scores) == len(raw_scores) == len(parts), "what has not failed has both"
     folded = fold_members(scores, ensemble.aggregate)
+    kind, num_response_tokens = parts[0].kind, max(part.num_response_tokens for part in parts)
+    penalty = finishing.length_penalty * num_response_tokens
+
+    def finished(score: float) -> float:
+        return finishing.calibrated(score, kind is ScoreKind.PROBABILITY) - penalty
+
     return ItemScore(
-        folded.score,
+        finished(folded.score),
         None,
         max(part.num_prompt_tokens for part in parts),
-        max(part.num_response_tokens for part in parts),
+        num_response_tokens,
         min(part.num_cached_tokens for part in parts),
         any(part.truncated for part in parts),
         raw=fold_members(raw_scores, ensemble.aggregate).score,
-        kind=first.kind,
-        std=folded.std,
-        members=EnsembleScore(folded.mean, folded.min, scores, raw_scores),
+        kind=ScoreKind.NORMALIZED if finishing.is_calibrating or penalty else kind,
+        steps=_steps(parts, ensemble.aggregate) if steps_agree else (),
+        std=statistics.pstdev([finished(score) for score in scores]),
+        members=EnsembleScore(finished(folded.mean), finished(folded.min), scores, raw_scores),
     )
+
+
+def _steps(parts: Sequence[ItemScore], aggregate: Aggregate) -> tuple[float, ...]:
+    """Of each step as of the whole; what the members made of their own steps is folded apart."""
+    return tuple(fold_members(step, aggregate).score for step in zip(*(part.steps for part in parts), strict=True))
+
+
+def _failed(item: ItemScore, code: ItemCode, message: str) -> ItemScore:
+    failure = ItemFailure(code, message)
+    return replace(item, score=None, raw=None, failure=failure, steps=(), attributes=(), std=None)

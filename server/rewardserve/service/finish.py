@@ -7,13 +7,22 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rewardserve.engine.base import ADAPTED, EngineInfo, EngineItem
 from rewardserve.errors import InvalidRequest, LoadFailed
 from rewardserve.evaluation import calibration_file
-from rewardserve.evaluation.calibration_file import Affine, BadCalibration, Calibration, Isotonic, Origin, Temperature
+from rewardserve.evaluation.calibration_file import (
+    BESIDE,
+    Affine,
+    BadCalibration,
+    Calibration,
+    Isotonic,
+    Origin,
+    Temperature,
+    log_odds,
+)
 from rewardserve.postprocess.reduce import reduce_steps
 from rewardserve.types import FINISHED, ScoreKind, ScoreRequest, StepReduction
 
@@ -22,34 +31,68 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Finishing:
-    """How one model's scores are finished, as configured."""
+    """How the scores of one model, or of an ensemble, are finished, as configured."""
 
     calibration: Calibration | None = None
     origin: Origin | None = None  # of the calibration
     length_penalty: float = 0.0  # taken off for each token of the response
     weights: Mapping[str, float] = field(default_factory=dict)  # of attributes, instead of the model's own score
+    looks_beside: bool = False  # for a calibration in the checkpoint's folder, where none is given for the version
 
-    def version_of(self, info: EngineInfo) -> str:
-        """What scores of it, finished like this, are of: equal versions give equal scores."""
+    def version_of(self, version: str) -> str:
+        """What scores of that version, finished like this, are of: equal versions give equal scores."""
         changing = None if isinstance(self.calibration, Isotonic) else self.calibration
         told = (changing, self.length_penalty, sorted(self.weights.items()))
         if told == (None, 0.0, []):
-            return info.version
-        return info.version + FINISHED + hashlib.blake2b(repr(told).encode(), digest_size=4).hexdigest()
+            return version
+        return version + FINISHED + hashlib.blake2b(repr(told).encode(), digest_size=4).hexdigest()
 
-    def check(self, name: str, info: EngineInfo) -> "Finishing":
-        """What of it is for this version. Raises LoadFailed for attributes that the model does not have."""
+    @property
+    def curve(self) -> Callable[[float], float] | None:
+        """From a margin to the probability that the first is preferred, where a curve was fitted."""
+        return self.calibration.probability if isinstance(self.calibration, Isotonic) else None
+
+    @property
+    def is_calibrating(self) -> bool:
+        """Whether `calibrated` changes a score."""
+        return isinstance(self.calibration, Temperature | Affine)
+
+    def calibrated(self, score: float, is_probability: bool) -> float:
+        """A probability becomes log-odds first, which is what is calibrated."""
+        match self.calibration:
+            case Temperature(temperature):
+                return (log_odds(score) if is_probability else score) / temperature
+            case Affine() as affine:
+                return affine.score(log_odds(score) if is_probability else score)
+        return score
+
+    def check(self, name: str, info: EngineInfo, source: str = "") -> "Finishing":
+        """What of it is for this version, loaded from `source`.
+
+        Raises LoadFailed for attributes that the model does not have, and for a file beside it that is no calibration.
+        """
         if unknown := sorted(set(self.weights) - set(info.attributes)):
             known = ", ".join(info.attributes) or "none"
             raise LoadFailed(f"--attribute-weights of '{name}': no attribute {', '.join(unknown)}; it has {known}")
-        # How an adapter is applied changes the rounding of scores, and no curve that was fitted to them.
-        if self.origin is not None and self.origin.version.removesuffix(ADAPTED) != info.version.removesuffix(ADAPTED):
-            log.warning(
-                "%s is served uncalibrated: the calibration was fitted to version %s, and this is %s",
-                *(name, self.origin.version, info.version),
-            )
-            return Finishing(None, None, self.length_penalty, self.weights)
-        return self
+        beside = Path(source) / BESIDE
+        if self.looks_beside and not self._is_of(info.version) and beside.is_file():
+            calibration, origin = read_calibration(beside)
+            return replace(self, calibration=calibration, origin=origin).of(name, info.version)
+        return self.of(name, info.version)
+
+    def of(self, name: str, version: str) -> "Finishing":
+        """Without a calibration that was fitted to another version."""
+        if self.origin is None or self._is_of(version):
+            return self
+        log.warning(
+            "%s is served uncalibrated: the calibration was fitted to version %s, and this is %s",
+            *(name, self.origin.version, version),
+        )
+        return replace(self, calibration=None, origin=None)
+
+    def _is_of(self, version: str) -> bool:
+        """How an adapter is applied changes the rounding of scores, and no curve that was fitted to them."""
+        return self.origin is not None and self.origin.version.removesuffix(ADAPTED) == version.removesuffix(ADAPTED)
 
 
 def read_calibration(path: Path) -> tuple[Calibration, Origin]:
@@ -71,12 +114,13 @@ class Finish:
         self._reduction = reduction
         self._weights = [finishing.weights.get(name, 0.0) for name in info.attributes] if finishing.weights else []
         self._is_normalized = (info.shift, info.scale) != (0.0, 1.0) and not self._weights
-        self._is_calibrated = isinstance(finishing.calibration, Temperature | Affine)
-        self._is_changed = self._is_normalized or self._is_calibrated or bool(self._weights or finishing.length_penalty)
+        self._is_probability = info.is_probability and not self._is_normalized and not self._weights
+        penalised = bool(finishing.length_penalty)
+        self._is_changed = self._is_normalized or finishing.is_calibrating or bool(self._weights) or penalised
 
     @property
     def version(self) -> str:
-        return self._finishing.version_of(self.info)
+        return self._finishing.version_of(self.info.version)
 
     @property
     def kind(self) -> ScoreKind:
@@ -89,9 +133,8 @@ class Finish:
 
     @property
     def curve(self) -> Callable[[float], float] | None:
-        """From a margin to the probability that the first is preferred, where a curve was fitted."""
-        calibration = self._finishing.calibration
-        return calibration.probability if isinstance(calibration, Isotonic) else None
+        """As in `Finishing`."""
+        return self._finishing.curve
 
     def __call__(self, item: EngineItem, num_response_tokens: int) -> tuple[float, float]:
         """(raw, final) of an item that has a score."""
@@ -104,16 +147,12 @@ class Finish:
             score = math.fsum(weight * value for weight, value in zip(self._weights, item.attributes, strict=True))
         if self._is_normalized:
             score = (score - self.info.shift) / self.info.scale
-        match self._finishing.calibration:
-            case Temperature(temperature):
-                score /= temperature
-            case Affine() as affine:
-                score = affine.score(score)
+        score = self._finishing.calibrated(score, self._is_probability)
         return raw, score - self._finishing.length_penalty * num_response_tokens
 
     def std(self, item: EngineItem) -> float | None:
         """The model's own uncertainty of the final score, in its units; None where it has none, or of another sum."""
-        if item.std is None or self._weights:
+        if item.std is None or self._weights or (self._is_probability and self._finishing.is_calibrating):
             return None
         std = item.std / self.info.scale if self._is_normalized else item.std
         match self._finishing.calibration:

@@ -62,7 +62,7 @@ class LiveModel:
     @property
     def version(self) -> str:
         """What its scores say they are of; empty before it is loaded."""
-        return "" if self.info is None else self.finishing.version_of(self.info)
+        return "" if self.info is None else self.finishing.version_of(self.info.version)
 
     @property
     def num_users(self) -> int:
@@ -93,8 +93,10 @@ class LiveModel:
         finally:
             self._open.set()
 
-    def use_weights(self, info: EngineInfo) -> None:
-        self.info = info
+    def use_weights(self, info: EngineInfo, source: str) -> None:
+        """Raises LoadFailed for a calibration beside them that is none."""
+        self.finishing = self.configured.check(self.name, info, source)
+        self.info, self.source = info, source
         self._describe(info)
 
     def take_over(self, old: "LiveModel") -> None:
@@ -163,6 +165,7 @@ class LiveModel:
             raise LoadFailed(f"it was loaded, but cannot score: {failure.message}")
 
     def _use(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
+        self.finishing = self.configured.check(self.name, info, self.source)
         self.info = info
         self.encoder = Encoder(
             tokenizer,
@@ -177,7 +180,6 @@ class LiveModel:
         self._describe(info)
 
     def _describe(self, info: EngineInfo) -> None:
-        self.finishing = self.configured.check(self.name, info)
         self.admission.max_length = info.max_length
         self.metrics.set_info(self.version, info.architecture, info.path, info.dtype)
 

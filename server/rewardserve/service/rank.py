@@ -1,13 +1,13 @@
 """Best-of-N and pairwise comparison on top of Score."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rewardserve.errors import InvalidRequest, ItemFailed
+from rewardserve.evaluation.calibration_file import log_odds, sigmoid
 from rewardserve.service.score import ScoringService
-from rewardserve.types import ItemScore, ScoreRequest, ScoreResult
+from rewardserve.types import ItemScore, ScoreKind, ScoreRequest, ScoreResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +55,13 @@ async def compare(service: ScoringService, request: ScoreRequest) -> Comparison:
         if item.failure is not None:
             raise ItemFailed(item.failure.code.name, f"{name}: {item.failure.message}")
     assert a.score is not None and b.score is not None
-    margin = a.score - b.score
-    return Comparison(a, b, margin, (result.curve or bradley_terry)(margin), result)
+    # Bradley and Terry (1952), whose margin is one of log-odds, or what was fitted to such margins.
+    probability_a = (result.curve or sigmoid)(_strength(a.score, a.kind) - _strength(b.score, b.kind))
+    return Comparison(a, b, a.score - b.score, probability_a, result)
 
 
-def bradley_terry(margin: float) -> float:
-    """Probability that the first of two is preferred, 1 / (1 + exp(-margin)) (Bradley and Terry, 1952)."""
-    if margin >= 0:
-        return 1 / (1 + math.exp(-margin))
-    power = math.exp(margin)  # the same, where exp(-margin) would overflow
-    return power / (1 + power)
+def _strength(score: float, kind: ScoreKind) -> float:
+    return log_odds(score) if kind is ScoreKind.PROBABILITY else score
 
 
 @contextlib.contextmanager

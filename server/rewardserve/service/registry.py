@@ -39,12 +39,13 @@ class Registry:
         executor: Executor,
         on_change: Callable[[LiveModel], None] = lambda model: None,
         finishings: Mapping[str, Finishing] | None = None,
+        finishing: Finishing = Finishing(),  # noqa: B008, it is frozen
     ) -> None:
         """`make_engine(name, source, dtype)`; `on_change` hears of every change of a model's state.
 
-        `finishings`: how the scores of the models of these names are finished.
+        `finishings`: how the scores of the models, and ensembles, of these names are finished; `finishing`: of others.
         """
-        self._finishings = finishings or {}
+        self._finishings, self._finishing = finishings or {}, finishing
         self._make_engine = make_engine
         self.metrics = metrics
         self._limits = limits
@@ -91,7 +92,8 @@ class Registry:
         self._check_new(name)
         if len(set(members)) < max(2, len(members)):
             raise InvalidRequest("members", "an ensemble has two members at least")
-        self._ensembles[name] = Ensemble(name, tuple(members), aggregate, ModelMetrics(self.metrics, name))
+        metrics, finishing = ModelMetrics(self.metrics, name), self._finishings.get(name, Finishing())
+        self._ensembles[name] = Ensemble(name, tuple(members), aggregate, metrics, finishing)
 
     def _check_new(self, name: str) -> None:
         if not is_model_name(name):
@@ -137,14 +139,13 @@ class Registry:
         model = self.serving(name)
         with model.closed():
             await _idle(model, grace_s=None)
-            info = await model.engine.update_weights(source)
+            info, before = await model.engine.update_weights(source), model.source
             try:
-                model.use_weights(info)
+                model.use_weights(info, source)
                 await model.warm_up()
             except LoadFailed:  # as it was: nobody is to be scored by these
-                model.use_weights(await model.engine.update_weights(model.source))
+                model.use_weights(await model.engine.update_weights(before), before)
                 raise
-            model.source = source
         log.info("%s has new weights: %s, version %s", name, source, model.version)
         return model
 
@@ -182,7 +183,7 @@ class Registry:
         self._check_new(name)
         engine = self._make_engine(name, source, dtype)
         model = LiveModel(name, source, engine, ModelMetrics(self.metrics, name), self._limits)
-        model.dtype, model.configured = dtype, self._finishings.get(name, model.configured)
+        model.dtype, model.configured = dtype, self._finishings.get(name, self._finishing)
         self._models[name] = model
         self._on_change(model)
         try:

@@ -7,7 +7,6 @@ from concurrent.futures import Executor
 from dataclasses import replace
 
 from rewardserve.engine.base import EngineRequest, EngineResult
-from rewardserve.errors import InvalidRequest
 from rewardserve.metrics import ModelMetrics
 from rewardserve.service.deadlines import Deadlines
 from rewardserve.service.ensemble import Ensemble, combine
@@ -32,10 +31,6 @@ class ScoringService:
         """Scores every response, or raises a RewardServeError; failures of single responses are among the items."""
         ensemble = self._registry.ensemble(request.model)
         if ensemble is not None:
-            if request.by_step:
-                raise InvalidRequest(
-                    "options.granularity", f"'{ensemble.name}' is an ensemble; its members score steps"
-                )
             return await self._score_together(ensemble, request)
         model = self._registry.serving(request.model)
         metrics = model.metrics
@@ -60,7 +55,7 @@ class ScoringService:
         finally:  # what one member fails in, the others need not finish
             for part in parts:
                 part.cancel()
-        result = combine(ensemble, request.request_id, results)
+        result = combine(ensemble, request, results)
         observe(ensemble.metrics, result)
         return result
 

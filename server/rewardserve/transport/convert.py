@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from google.rpc import status_pb2
 
 from rewardserve.errors import InvalidRequest
-from rewardserve.service.ensemble import Ensemble, version_of
+from rewardserve.service.ensemble import Ensemble
 from rewardserve.service.live_model import LiveModel, ModelState
 from rewardserve.service.rank import Comparison, Ranking
 from rewardserve.service.registry import Registry
@@ -276,7 +276,7 @@ def ensemble(served: Ensemble, registry: Registry) -> models_pb2.Model:
     else:
         message.state = models_pb2.MODEL_STATE_SERVING
         versions = [(name, members[name].version) for name in served.members]
-        message.version = version_of(served, versions)
+        message.version = served.version(versions)
         each = [model(members[name]) for name in served.members]
         message.max_length = min(member.max_length for member in each)  # what every member can score
         message.has_tokenizer = all(member.has_tokenizer for member in each)

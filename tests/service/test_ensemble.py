@@ -1,0 +1,90 @@
+"""What members said becomes one answer: folded, then calibrated as the ensemble's own, by steps where these agree."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+from rewardserve.evaluation.calibration_file import Affine, Isotonic, Origin, Temperature, log_odds
+from rewardserve.metrics import Metrics, ModelMetrics
+from rewardserve.service.ensemble import Ensemble, combine
+from rewardserve.service.finish import Finishing
+from rewardserve.types import Aggregate, GroupScore, How, ItemScore, ScoreKind, ScoreRequest, ScoreResult, Timings
+
+REQUEST = ScoreRequest("r", "both", ())
+VERSIONS = (("a", "a-1"), ("b", "b-1"))
+
+
+def both(finishing: Finishing = Finishing()) -> Ensemble:  # noqa: B008, it is frozen
+    metrics = ModelMetrics(Metrics(CollectorRegistry()), "both")
+    return Ensemble("both", ("a", "b"), Aggregate(How.MEAN), metrics, finishing)
+
+
+VERSION = both().version(VERSIONS)
+ORIGIN = Origin("both", VERSION, "pairs.jsonl", 10, 5)
+
+
+def item(score: float, **values) -> ItemScore:
+    return replace(ItemScore(score, None, 3, 10, 0, False, raw=score), **values)
+
+
+def combined(items: Sequence[ItemScore], ensemble: Ensemble, **options) -> tuple[ItemScore, ScoreResult]:
+    results = [
+        ScoreResult("", name, version, (GroupScore("", (each,)),), Timings(0, 0, 0, 0, 0))
+        for (name, version), each in zip(VERSIONS, items, strict=True)
+    ]
+    result = combine(ensemble, replace(REQUEST, **options), results)
+    return result.groups[0].items[0], result
+
+
+@pytest.mark.parametrize(
+    ("finishing", "finished"),
+    [
+        (Finishing(Temperature(2.0), ORIGIN), lambda score: score / 2),
+        (Finishing(Affine(3.0, -1.0), ORIGIN), lambda score: 3 * score - 1),
+        (Finishing(length_penalty=0.25), lambda score: score - 2.5),
+    ],
+)
+def test_what_is_configured_for_the_ensemble_finishes_all_but_the_members(finishing, finished) -> None:
+    found, result = combined([item(1.0), item(5.0)], both(finishing))
+    assert (found.score, found.raw, found.kind) == (finished(3.0), 3.0, ScoreKind.NORMALIZED)
+    assert (found.members.mean, found.members.min) == (finished(3.0), finished(1.0))
+    assert found.std == pytest.approx(statistics.pstdev([finished(1.0), finished(5.0)]))
+    assert found.members.scores == (1.0, 5.0)
+    assert result.version.startswith(VERSION) and result.version != VERSION
+
+
+def test_probabilities_are_calibrated_by_their_log_odds() -> None:
+    items = [item(score, kind=ScoreKind.PROBABILITY) for score in (0.5, 0.9)]
+    found, _ = combined(items, both(Finishing(Temperature(2.0), ORIGIN)))
+    assert found.score == pytest.approx(log_odds(0.7) / 2) and found.kind is ScoreKind.NORMALIZED
+    assert found.std == pytest.approx(log_odds(0.9) / 4)
+
+
+def test_a_curve_leaves_scores_as_they_are_and_comes_with_them() -> None:
+    found, result = combined([item(1.0), item(5.0)], both(Finishing(Isotonic((0.0, 1.0), (0.5, 0.9)), ORIGIN)))
+    assert (found.score, found.kind, result.version) == (3.0, ScoreKind.RAW_LOGIT, VERSION)
+    assert result.curve is not None and result.curve(1.0) == 0.9
+
+
+def test_a_calibration_is_not_applied_once_a_member_is_another(caplog: pytest.LogCaptureFixture) -> None:
+    ensemble = both(Finishing(Temperature(2.0), replace(ORIGIN, version="ensemble-of-others")))
+    for _ in range(3):
+        found, result = combined([item(1.0), item(5.0)], ensemble)
+        assert (found.score, result.version) == (3.0, VERSION)
+    assert caplog.text.count("served uncalibrated") == 1 and "ensemble-of-others" in caplog.text
+
+
+def test_steps_are_folded_one_by_one() -> None:
+    items = [item(1.0, steps=(1.0, 4.0)), item(2.0, steps=(3.0, 2.0))]
+    found, _ = combined(items, both(), by_step=True)
+    assert (found.steps, found.score) == ((2.0, 3.0), 1.5)  # each member has made its own score of its own steps
+
+
+def test_members_that_see_other_steps_fail_the_item_where_steps_are_asked_for() -> None:
+    items = [item(1.0, steps=(1.0, 4.0)), item(2.0, steps=(3.0,))]
+    found, _ = combined(items, both(), by_step=True)
+    assert found.score is None and "'a' 2, 'b' 1" in found.failure.message
+    unasked, _ = combined([items[0], item(2.0)], both())
+    assert (unasked.score, unasked.steps) == (1.5, ())
