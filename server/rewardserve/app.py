@@ -253,7 +253,8 @@ class App:
             [
                 self._engine_process(replace(options, device=device, num_threads=threads), f"{name}/{number}")
                 for number, device in enumerate(devices)
-            ]
+            ],
+            options.source,
         )
 
     def _engine_process(self, options: NativeOptions | VllmOptions, name: str) -> EngineProcess:

@@ -1,12 +1,17 @@
 """A model on several devices (here: on the CPU twice) has one name, one score for each pair, and outlives an engine."""
 
+import shutil
+
 import grpc
 import pytest
+from rewardserve.v1 import models_pb2
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="module")
 def server(start, bf16_checkpoint):
-    return start("--model", f"tiny={bf16_checkpoint}", "--device", "cpu,cpu", "--threads", "1").ready()
+    options = ("--device", "cpu,cpu", "--threads", "1", "--allow-model-control")
+    return start("--model", f"tiny={bf16_checkpoint}", *options).ready()
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +60,24 @@ def test_scores_are_refused_by_nobody_while_an_engine_restarts(server, load):
             server.scoring.Score(request, timeout=60)
         except grpc.RpcError as error:
             pytest.fail(f"{error.code()}: {error.details()}")
+
+
+def test_weights_are_taken_over_on_every_device_or_none(server, kit, load, bf16_checkpoint, tmp_path):
+    def on_both():
+        """Of each request, by either engine: they are sent at once, so that both have work."""
+        calls = [server.scoring.Score.future(request, timeout=60) for request in load]
+        return [call.result() for call in calls]
+
+    kit.until(lambda: len(server.engines()) == 2 and server.is_serving())
+    before = on_both()
+    shutil.copytree(bf16_checkpoint, tmp_path / "doubled")
+    tensors = load_file(tmp_path / "doubled" / "model.safetensors")
+    save_file({**tensors, "score.weight": 2 * tensors["score.weight"]}, tmp_path / "doubled" / "model.safetensors")
+    updated = server.models.UpdateWeights(
+        models_pb2.UpdateWeightsRequest(name="tiny", source=str(tmp_path / "doubled")), timeout=60
+    )
+    assert updated.device == "cpu,cpu" and updated.version != before[0].model.version
+    after = on_both()
+    assert {reply.model.version for reply in after} == {updated.version}
+    wanted = [[2 * score for score in kit.scores_of(reply)] for reply in before]
+    assert [kit.scores_of(reply) for reply in after] == wanted

@@ -32,6 +32,8 @@ class Held:
     requests: list[EngineRequest] = field(default_factory=list)
     listener: EngineListener | None = None
     stopped: bool = False
+    refuses: tuple[str, ...] = ()
+    updates: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.go = asyncio.Event()
@@ -47,6 +49,13 @@ class Held:
         await self.go.wait()
         groups = [EngineGroup((EngineItem(len(g.prompt) / 4),) * len(g.responses), 0) for g in request.groups]
         return EngineResult(tuple(groups), 0.0, 0.0)
+
+    async def update_weights(self, source: str) -> EngineInfo:
+        self.updates.append(source)
+        if source.startswith(self.refuses):
+            raise LoadFailed(f"{source}: other shapes")
+        self.info = replace(self.info, version=source)
+        return self.info
 
     async def stop(self) -> None:
         self.stopped = True
@@ -193,3 +202,38 @@ async def test_who_leaves_takes_all_parts_of_the_request_along() -> None:
         await call
     await sent(replicas, request("next", group(7)), request("and next", group(8)))
     assert len(a.requests) == len(b.requests) == 2, "nothing of the first is counted as under way"
+
+
+async def test_weights_are_taken_over_by_all_engines() -> None:
+    a, b = Held(), Held(replace(INFO, device="cuda:1"))
+    replicas = Replicas([a, b], "v1")
+    await replicas.start(EngineListener())
+    info = await replicas.update_weights("v2")
+    assert (info.version, info.device) == ("v2", "cuda:0,cuda:1")
+    b.listener.on_down("killed")
+    with pytest.raises(Unavailable, match="restarting"):
+        await replicas.update_weights("v3")
+    assert a.updates == ["v2"]
+    b.listener.on_up(b.info)  # with the weights it took over
+    assert (await replicas.update_weights("v3")).device == "cuda:0,cuda:1"
+
+
+async def test_where_one_engine_cannot_take_weights_over_all_have_what_they_had() -> None:
+    a, b = Held(), Held(refuses=("v2",))
+    replicas = Replicas([a, b], "v1")
+    await replicas.start(EngineListener())
+    with pytest.raises(LoadFailed, match="v2: other shapes"):
+        await replicas.update_weights("v2")
+    assert (a.updates, a.info.version, b.info.version) == (["v2", "v1"], "v1", "v1")
+    await sent(replicas, *(request(str(i), group(100 + i)) for i in range(2)))
+    assert a.prompts and b.prompts
+
+
+async def test_an_engine_that_cannot_go_back_is_left_out() -> None:
+    a, b = Held(refuses=("v1",)), Held(refuses=("v2",))
+    replicas = Replicas([a, b], "v1")
+    await replicas.start(EngineListener())
+    with pytest.raises(LoadFailed, match="v2: other shapes"):
+        await replicas.update_weights("v2")
+    await sent(replicas, *(request(str(i), group(100 + i)) for i in range(3)))
+    assert (a.prompts, len(b.prompts)) == ([], 3)

@@ -43,7 +43,9 @@ class _Replica:
 class Replicas:
     """The Engine protocol over several engines. It is up while one of them is."""
 
-    def __init__(self, engines: Sequence[Engine]) -> None:
+    def __init__(self, engines: Sequence[Engine], source: str = "") -> None:
+        """`source` is what they load."""
+        self._source = source
         self._replicas = [_Replica(engine, number) for number, engine in enumerate(engines)]
         self._seen: OrderedDict[int, int] = OrderedDict()  # hash of a prompt -> number of the engine it went to last
         self._listener = EngineListener()
@@ -90,7 +92,30 @@ class Replicas:
         )
 
     async def update_weights(self, source: str) -> EngineInfo:
-        raise LoadFailed(f"{source}: several engines behind one name cannot change their weights as one; use Swap")
+        """All of them, or none: where one cannot, the others take back what they had."""
+        taking = [replica for replica in self._replicas if not replica.failed]
+        if not all(replica.up for replica in taking):
+            raise Unavailable("an engine of the model is restarting; try again in a few seconds")
+        outcomes = await asyncio.gather(*(r.engine.update_weights(source) for r in taking), return_exceptions=True)
+        errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if errors:
+            changed = [r for r, o in zip(taking, outcomes, strict=True) if not isinstance(o, BaseException)]
+            await self._take_back(changed)
+            raise errors[0]
+        for replica, info in zip(taking, outcomes, strict=True):
+            assert isinstance(info, EngineInfo)
+            replica.info = info
+        self._source = source
+        self._seen.clear()
+        return self._info()
+
+    async def _take_back(self, replicas: Sequence[_Replica]) -> None:
+        before = self._source
+        outcomes = await asyncio.gather(*(r.engine.update_weights(before) for r in replicas), return_exceptions=True)
+        for replica, outcome in zip(replicas, outcomes, strict=True):
+            if isinstance(outcome, LoadFailed):  # it lives, with weights that the others do not have
+                log.error("engine %d cannot go back to %s and is left out: %s", replica.number, before, outcome)
+                replica.up, replica.failed = False, True
 
     def restart_with(self, sources: Sequence[str]) -> None:
         """Its engines must be of several models each."""
