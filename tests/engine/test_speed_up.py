@@ -179,7 +179,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt_oss", "stablelm"])
+@pytest.mark.parametrize("family", ["qwen3", "phi3", "gpt_oss", "stablelm", "gpt_neox"])
 async def test_a_bf16_model_refreshed_in_place_has_the_bits_of_one_loaded_anew(tmp_path: Path, family: str) -> None:
     """Stored in fp32, with biases and norms (of stablelm) that rounding changes."""
     old, new = tmp_path / "old", tmp_path / "new"

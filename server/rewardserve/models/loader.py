@@ -90,9 +90,14 @@ def _why_not_shared(spec: ModelSpec, first: ModelSpec) -> str | None:
     return None if spec.recipe.convert is None else "its base's weights have other names here"
 
 
+def bare_name(key: str, module: PreTrainedModel) -> str:
+    """What a checkpoint's key is called within the backbone."""
+    return WRAPPERS.sub("", key.removeprefix(f"{module.base_model_prefix}."))
+
+
 def _adapt(module: PreTrainedModel, key: str, make: Callable[[nn.Linear], nn.Module]) -> None:
     """Replaces the linear layer whose weight the checkpoint calls `key`."""
-    path = WRAPPERS.sub("", key.removeprefix(f"{module.base_model_prefix}.")).removesuffix(".weight")
+    path = bare_name(key, module).removesuffix(".weight")
     parent_path, _, name = path.rpartition(".")
     try:
         parent = module.get_submodule(parent_path)

@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, PreTrainedModel
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import bare_module
-from rewardserve.models.loader import WRAPPERS
+from rewardserve.models.loader import bare_name
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import TEXT_FILES, ModelSpec
 
@@ -39,9 +38,7 @@ def check_refresh(model: RewardModel, spec: ModelSpec, loaded: ModelSpec) -> Non
         if spec.checkpoint.shape(key) != tuple(parameter.shape):
             shapes = f"{spec.checkpoint.shape(key)}, not {tuple(parameter.shape)}"
             raise LoadFailed(f"{spec.folder}: '{key}' has shape {shapes}; use Swap")
-    with torch.device("meta"):
-        before = {name: tensor.shape for name, tensor in AutoModel.from_config(loaded.config).state_dict().items()}
-    if before != {name: tensor.shape for name, tensor in _wanted(spec).items()}:
+    if _shapes(loaded) != _shapes(spec):
         raise LoadFailed(f"{spec.folder}: is another architecture than the one that is loaded; use Swap")
     assert own.head is not None and new.head is not None  # a judge that writes is of another family
     if own.head.shapes() != new.head.shapes():
@@ -90,14 +87,22 @@ def refresh(model: RewardModel, spec: ModelSpec) -> None:
 
 def _wanted(spec: ModelSpec) -> dict[str, torch.Tensor]:
     """What the backbone's class keeps, on no device; tied weights once."""
-    with torch.device("meta"):
-        module: nn.Module = AutoModel.from_config(spec.config)
-    return dict(module.named_parameters())
+    return dict(_empty(spec).named_parameters())
 
 
 def _names(spec: ModelSpec) -> dict[str, str]:
     """The checkpoint's key of each of the class's names."""
-    return {WRAPPERS.sub("", key): key for key in spec.checkpoint.where if key not in spec.recipe.head_keys}
+    module = _empty(spec)
+    return {bare_name(key, module): key for key in spec.checkpoint.where if key not in spec.recipe.head_keys}
+
+
+def _empty(spec: ModelSpec) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModel.from_config(spec.config)
+
+
+def _shapes(spec: ModelSpec) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in _wanted(spec).items()}
 
 
 def _by_module(names: list[str]) -> Iterator[tuple[str, list[str]]]:
