@@ -47,12 +47,20 @@ def test_what_members_tell_is_seen_though_they_differ_most_where_margins_are_lar
     assert found.auroc_of_std < 0.5
 
 
-def test_the_std_of_a_margin_is_that_of_the_members_margins():
-    """A member whose scores all lie higher than another's does not disagree with it."""
+def test_a_member_whose_scores_all_lie_higher_than_anothers_does_not_disagree_with_it():
     found = pairs_of([rated([1, 0], [1, 0], members=[(3.0, 13.0), (1.0, 11.0)])])
-    assert found.std.tolist() == [0.0]
+    assert found.members.tolist() == [[2.0, 2.0]]
     found = pairs_of([rated([1, 0], [1, 0], members=[(3.0, 13.0), (1.0, 13.0)])])
-    assert found.std.tolist() == [1.0]
+    assert found.members.tolist() == [[2.0, 0.0]]
+
+
+def test_members_that_differ_in_how_sure_they_are_of_the_same_order_hardly_disagree():
+    """Of large margins the std is large too, and says nothing; of the probabilities it is small."""
+    right = [rated([6, 0], [1, 0], str(n), members=[(4.0, 8.0), (0.0, 0.0)]) for n in range(20)]
+    wrong = [rated([0, 1], [1, 0], f"w{n}", members=[(0.0, 0.0), (-0.5, 2.5)]) for n in range(5)]
+    found = disagreement(pairs_of([*right, *wrong]))
+    assert found.auroc_of_std == 0.0
+    assert found.auroc_of_preferences == 1.0
 
 
 def test_a_single_model_and_one_that_is_always_right_have_none():

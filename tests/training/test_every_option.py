@@ -22,6 +22,7 @@ CHANGES: dict[str, tuple[list[str], list[str]]] = {
     "open_layers": ([], ["--open-layers", "1"]),
     "lora_rank": ([], ["--lora-rank", "2"]),
     "seed": ([], ["--seed", "1"]),
+    "bagging": ([], ["--bagging"]),
     "epochs": ([], ["--epochs", "2"]),
     "max_steps": ([], ["--max-steps", "1"]),
     "batch_size": ([], ["--batch-size", "4"]),

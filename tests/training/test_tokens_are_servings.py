@@ -1,6 +1,8 @@
 """What is trained on is token for token what a request for the same pair is scored on."""
 
 import itertools
+from collections import Counter
+from fractions import Fraction
 
 import checkpoints
 import pytest
@@ -80,6 +82,20 @@ def test_classification_refuses_a_rating_that_is_no_probability(reward_base):
     with pytest.raises(BadRow, match=r"rows line 1: ratings\[1\]: 3 is no probability"):
         data.training_set(rows, "classification", 0, "rows")
     assert data.training_set(rows, "mse", 0, "rows")["target"][:] == [0.5, 3.0]
+
+
+def test_a_member_learns_from_as_many_prompts_drawn_with_replacement_each_with_all_its_pairs(reward_base):
+    rows = [{"prompt": f"{n}?", "responses": list("abc"), "ratings": [1, 2, 3]} for n in range(40)]
+    rows.append({"prompt": "0?", "chosen": "d", "rejected": "e"})  # of the first one's prompt
+    train = data.training_set(encoded(reward_base, rows), "bradley-terry", 0, "rows")
+    assert (len(train), len(set(train["prompt"][:]))) == (121, 40)
+    one, again, other = (data.drawn(train, seed) for seed in (1, 1, 2))
+    assert one.to_list() == again.to_list() != other.to_list()
+    whole = Counter(train["prompt"][:])
+    times = {prompt: Fraction(count, whole[prompt]) for prompt, count in Counter(one["prompt"][:]).items()}
+    assert sum(times.values()) == 40 and all(each.denominator == 1 for each in times.values())
+    assert 20 < len(times) < 35  # of many, 63 % are expected to be drawn at all
+    assert set(map(str, one.to_list())) <= set(map(str, train.to_list()))
 
 
 def test_held_out_responses_are_there_once_and_ties_are_not(reward_base):

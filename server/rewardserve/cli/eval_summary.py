@@ -68,10 +68,11 @@ def _lines(report: Report) -> Iterator[Line]:
     if report.best_of_n and len(report.best_of_n.curve) > 1:
         yield from _best_of_n(report)
     if report.disagreement:
-        yield "AUROC of disagreement (std)", f"{report.disagreement.auroc_of_std:.3f}", "", ""
+        yield "AUROC of disagreement", f"{report.disagreement.auroc_of_preferences:.3f}", "", ""
+        yield "  of the std of margins", f"{report.disagreement.auroc_of_std:.3f}", "", ""
         if report.disagreement.auroc_beyond_margin is not None:
-            yield "  of the std, at like margins", f"{report.disagreement.auroc_beyond_margin:.3f}", "", ""
-        yield "  of the std over the margin", f"{report.disagreement.auroc:.3f}", "", ""
+            yield "  of that, at like margins", f"{report.disagreement.auroc_beyond_margin:.3f}", "", ""
+        yield "  of that over the margin", f"{report.disagreement.auroc:.3f}", "", ""
         yield "  of the margin alone", f"{report.disagreement.auroc_of_small_margin:.3f}", "", ""
 
 

@@ -58,6 +58,9 @@ class TrainOptions(Options):
     seed: int = Field(
         default=0, ge=0, lt=2**31, description="of a new head, data order and dropout; counts up by member"
     )
+    bagging: bool = Field(
+        default=False, description="each member learns from its own draw of prompts, so that they differ more"
+    )
     epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     max_steps: int = Field(
         default=0, ge=0, description="optimizer steps, instead of --epochs; 0: as many as those have"

@@ -1,7 +1,6 @@
 """The nouns of an evaluation: prompts with judged responses, then the same with scores, and the pairs in them."""
 
 import json
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -103,7 +102,7 @@ class Pairs:
     margin: Floats  # score of the preferred response less that of the other
     preferred_characters: Floats
     other_characters: Floats
-    std: Floats | None  # of the margin, where every response has one
+    members: Floats | None  # [num_pairs, num_members], each member's margin, where the model is an ensemble
 
     def __len__(self) -> int:
         return len(self.margin)
@@ -117,14 +116,14 @@ def pairs_of(prompts: Sequence[ScoredPrompt], min_gap: float = 0.0) -> Pairs:
         for number, prompt in zip(numbers, prompts, strict=True)
         for preferred, other in prompt.preferences(min_gap)
     ]
-    stds = [_std_of_margin(preferred, other) for _, _, preferred, other in found]
+    members = [_margins(preferred, other) for _, _, preferred, other in found]
     return Pairs(
         np.array([number for number, *_ in found], dtype=np.int64),
         np.array([domain for _, domain, *_ in found], dtype=np.str_),
         np.array([preferred.score - other.score for *_, preferred, other in found], dtype=float),
         np.array([preferred.num_characters for *_, preferred, _ in found], dtype=float),
         np.array([other.num_characters for *_, other in found], dtype=float),
-        None if None in stds or not stds else np.array(stds, dtype=float),
+        None if None in members or not members else np.array(members, dtype=float),
     )
 
 
@@ -134,8 +133,8 @@ def number_prompts(prompts: Sequence[ScoredPrompt]) -> list[int]:
     return [known.setdefault(prompt.prompt, len(known)) for prompt in prompts]
 
 
-def _std_of_margin(a: Scored, b: Scored) -> float | None:
-    """Of the members' margins, divided by their number: an offset of one member's own scale is no disagreement."""
+def _margins(a: Scored, b: Scored) -> list[float] | None:
+    """Each member's: an offset of one member's own scale is no disagreement."""
     if a.members is None or b.members is None:
         return None
-    return statistics.pstdev([one - other for one, other in zip(a.members, b.members, strict=True)])
+    return [one - other for one, other in zip(a.members, b.members, strict=True)]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.special import expit
 
 from rewardserve.evaluation.data import Floats, Pairs
 from rewardserve.evaluation.intervals import Share, share
@@ -25,11 +26,14 @@ class Kept:
 class Disagreement:
     """Chances that a wrong pair has the larger signal than a right one; 0.5 is none.
 
-    Members that are scaled differently differ most where margins are large, and so right: the bare std may say nothing.
+    Members differ most in score where margins are large, and so right: the bare std of their margins may say nothing.
+    What they differ about is which response is preferred, as in Christiano et al. (2017, arXiv:1706.03741, section
+    2.2.4) and Gleave and Irving (2022, arXiv:2203.07472).
     """
 
     auroc: float  # of the std of the members' margins over the margin: how far they differ for what they decide
-    auroc_of_std: float  # of the std alone
+    auroc_of_preferences: float  # of the std of the members' probabilities that the first response is preferred
+    auroc_of_std: float  # of the std of their margins alone
     auroc_beyond_margin: float | None  # of the std, among pairs of about the same margin: what it tells besides
     auroc_of_small_margin: float  # of -|margin|, which a single model has too
     curve: tuple[Kept, ...]
@@ -37,13 +41,15 @@ class Disagreement:
 
 def disagreement(pairs: Pairs) -> Disagreement | None:
     """None where responses have no std, or where not both right and wrong pairs are there. Ties are left out."""
-    if pairs.std is None:
+    if pairs.members is None:
         return None
     decided = pairs.margin != 0
-    margin, std, prompt = pairs.margin[decided], pairs.std[decided], pairs.prompt[decided]
+    margin, members, prompt = pairs.margin[decided], pairs.members[decided], pairs.prompt[decided]
+    std, of_preferences = members.std(1), expit(members).std(1)
     wrong, relative = margin < 0, std / np.abs(margin)
-    found, bare, without = (auroc(signal, wrong) for signal in (relative, std, -np.abs(margin)))
-    if found is None or bare is None or without is None:
+    signals = (relative, of_preferences, std, -np.abs(margin))
+    found, preferences, bare, without = (auroc(signal, wrong) for signal in signals)
+    if found is None or preferences is None or bare is None or without is None:
         return None
     agreed = np.argsort(relative, kind="stable")
     curve = []
@@ -52,7 +58,8 @@ def disagreement(pairs: Pairs) -> Disagreement | None:
         accuracy = share(margin[kept], prompt[kept])
         assert accuracy is not None
         curve.append(Kept(part, accuracy))
-    return Disagreement(found, bare, _auroc_among_alike(std, wrong, np.abs(margin)), without, tuple(curve))
+    beyond = _auroc_among_alike(std, wrong, np.abs(margin))
+    return Disagreement(found, preferences, bare, beyond, without, tuple(curve))
 
 
 def _auroc_among_alike(signal: Floats, wrong: NDArray[np.bool_], size: Floats) -> float | None:

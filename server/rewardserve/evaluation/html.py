@@ -173,10 +173,10 @@ def _disagreement(report: Report) -> Iterator[str]:
     found = report.disagreement
     assert found is not None
     yield (
-        f"<p>A wrong pair has the larger std than a right one in {100 * found.auroc_of_std:.1f} % of cases, the larger "
-        f"std for its margin in {100 * found.auroc:.1f} %, and the smaller margin in "
-        f"{100 * found.auroc_of_small_margin:.1f} %; 50 % is chance. A std that is always the same has the third for "
-        "the second."
+        f"<p>About a wrong pair members differ more than about a right one, by the std of their probabilities, in "
+        f"{100 * found.auroc_of_preferences:.1f} % of cases; it has the larger std of margins in "
+        f"{100 * found.auroc_of_std:.1f} %, the larger std for its margin in {100 * found.auroc:.1f} %, and the "
+        f"smaller margin, which a single model has too, in {100 * found.auroc_of_small_margin:.1f} %; 50 % is chance."
     )
     if found.auroc_beyond_margin is not None:
         yield (

@@ -138,7 +138,7 @@ def disagreement(axes: "Axes", report: Report) -> None:
     lows, highs = ([100 * getattr(each.accuracy, end) for each in curve] for end in ("low", "high"))
     axes.fill_between(kept, lows, highs, color=MODEL, alpha=0.15, linewidth=0)
     axes.set(xlabel="pairs kept, those with the smallest std for their margin first, %", ylabel="accuracy on them, %")
-    axes.set(title=f"Does disagreement tell errors? AUROC of the std {report.disagreement.auroc_of_std:.2f}")
+    axes.set(title=f"Does disagreement tell errors? AUROC {report.disagreement.auroc_of_preferences:.2f}")
     axes.grid(True, alpha=0.25)
 
 

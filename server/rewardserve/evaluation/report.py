@@ -124,7 +124,7 @@ def _verdicts(
         judge(figure, min((each.untouched_wins for each in suites if each.kind == kind), key=_value, default=None))
     judge("best-of-N gain, share of the oracle's", best and best.share_of_oracle)
     if disagreed is not None:
-        found["disagreement as a sign of error (AUROC)"] = (disagreed.auroc_of_std, None, None)
+        found["disagreement as a sign of error (AUROC)"] = (disagreed.auroc_of_preferences, None, None)
     for figure in bands.SCALES:
         if figure in found:
             yield verdict(figure, *found[figure])

@@ -19,6 +19,7 @@ from rewardserve.text.tokenizer import Tokenizer
 from rewardserve.training.held_out import HeldOut, Judged
 from rewardserve.training.recipe import Loss
 from rewardserve.training.rows import BadRow, Comparison, Row
+from rewardserve.training.split import prompt_key
 from rewardserve.types import PromptGroup, ScoreRequest
 
 Ids = np.ndarray  # [tokens] int32
@@ -78,16 +79,30 @@ def training_set(rows: Sequence[EncodedRow], loss: Loss, pairs_per_prompt: int, 
     """What the trainer takes: pairs for Bradley-Terry, else single responses with their target.
 
     Pairs have chosen_ids, rejected_ids, label and margin; responses have ids and target; both have their length in
-    tokens. `pairs_per_prompt` bounds the pairs of one row, drawn at random, always the same ones; 0: all of them.
+    tokens and the number of their prompt. `pairs_per_prompt` bounds the pairs of one row, drawn at random, always the
+    same ones; 0: all of them.
     Raises ConfigError where there is nothing to learn from, BadRow for a row that this loss can make nothing of.
     """
-    if loss == "bradley-terry":
-        examples = [example for row in rows for example in _pairs(row, pairs_per_prompt)]
-    else:
-        examples = [example for row in rows for example in _targets(row, loss, name)]
+    numbers: dict[str, int] = {}
+    examples = []
+    for row in rows:
+        prompt = numbers.setdefault(prompt_key(row.row.prompt), len(numbers))
+        found = _pairs(row, pairs_per_prompt) if loss == "bradley-terry" else _targets(row, loss, name)
+        examples += [example | {"prompt": prompt} for example in found]
     if not examples:
         raise ConfigError(f"{name}: nothing to train on is left: see --held-out, --max-length and --loss")
     return Dataset.from_dict({key: [example[key] for example in examples] for key in examples[0]})
+
+
+def drawn(train: Dataset, seed: int) -> Dataset:
+    """As many prompts as it has, drawn with replacement, each with all of its examples: bagging (Breiman, 1996).
+
+    Of prompts, not of examples: what is learned from one prompt's examples is much the same.
+    """
+    _, prompts = np.unique(train["prompt"][:], return_inverse=True)
+    num_prompts = prompts.max() + 1
+    times = np.bincount(np.random.default_rng(seed).integers(num_prompts, size=num_prompts), minlength=num_prompts)
+    return train.select(np.repeat(np.arange(len(prompts)), times[prompts]))
 
 
 def _pairs(row: EncodedRow, at_most: int) -> Iterator[dict[str, Any]]:

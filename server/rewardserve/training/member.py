@@ -4,7 +4,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig
 
-from rewardserve.training import base, save
+from rewardserve.training import base, data, save
 from rewardserve.training.held_out import Figures, HeldOut
 from rewardserve.training.recipe import Recipe
 from rewardserve.training.trainer import Progress, RewardModelTrainer, choose_padding_id
@@ -61,6 +61,8 @@ def train_member(
     """Trains and writes everything but the figures. With `resume` it goes on from the last checkpoint in `folder`, or
     begins where there is none. Raises LoadFailed for a base that cannot be used."""
     started = time.monotonic()
+    if recipe.bagging:
+        material = replace(material, train=data.drawn(material.train, seed))
     model = prepare(material.base, recipe, seed)
     trainer = make_trainer(model, material, recipe, seed, folder / CHECKPOINTS, show_progress, callbacks)
     checkpoint = get_last_checkpoint(str(folder / CHECKPOINTS)) if resume and (folder / CHECKPOINTS).is_dir() else None

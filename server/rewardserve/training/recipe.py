@@ -20,6 +20,7 @@ class Recipe:
     head_dropout: float = 0.0
     open_layers: int = ALL_LAYERS  # how many of the last layers are trained; embeddings only if all are
     lora_rank: int = 0  # of adapters on the open layers; 0: their weights themselves are trained
+    bagging: bool = False  # each member learns from prompts drawn for it with replacement
     epochs: float = 1.0
     max_steps: int = 0  # 0: as many as the epochs have
     batch_size: int = 16  # pairs, or responses where the loss is of single ones, per optimizer step
