@@ -125,7 +125,11 @@ class GatedHead(nn.Module):
 
 
 class WeightedMeansHead(nn.Module):
-    """Pairs of mean and deviation for each attribute, and weights from the same state (URM): the weighted means."""
+    """Pairs of mean and deviation for each attribute, and weights from the same state (URM): the weighted means.
+
+    The deviations are not answered: the authors' code leaves them out of the score, and whether they are deviations as
+    they stand or logarithms of them is not said where the model is published.
+    """
 
     def __init__(self, pairs: nn.Linear, weights: nn.Sequential) -> None:
         super().__init__()
