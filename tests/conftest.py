@@ -1,7 +1,20 @@
 """Few threads and fixed seeds, so that a test says the same on every machine."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HERE = Path(__file__).parent
+LONGEST = ("e2e", "test_demo_model.py", "test_packaging.py", "training", "benchmarks", "parity", "cli")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest come first, whatever their number: with several workers none is left alone with one at the end."""
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.relative_to(HERE).parts[0], len(LONGEST)))
