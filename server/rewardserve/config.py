@@ -149,7 +149,12 @@ class ServeConfig(Options):
         )
         self.require(self.path != "padded" or not self.quantize, "--quantize needs the packed path, not --path padded")
         self._check_engine()
-        _ = (self.ensembles, self.calibrations, self.length_penalties, self.weights_of_attributes)
+        _ = (self.ensembles, self.length_penalties)
+        for name in {name for name, file in self.calibrations.items() if file} & set(self.weights_of_attributes):
+            raise ConfigError(
+                f"--calibration '{name}' was fitted to the model's own score, and --attribute-weights makes another; "
+                "leave one of them out"
+            )
         self.require(
             not self.log_requests or self.log_level in ("debug", "info"),
             f"requests are logged at level info, which --log-level {self.log_level} leaves out",

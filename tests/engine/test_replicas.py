@@ -33,6 +33,7 @@ class Held:
     listener: EngineListener | None = None
     stopped: bool = False
     refuses: tuple[str, ...] = ()
+    slow: bool = False  # to take over weights
     updates: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -52,6 +53,8 @@ class Held:
 
     async def update_weights(self, source: str) -> EngineInfo:
         self.updates.append(source)
+        if self.slow:
+            await self.go.wait()
         if source.startswith(self.refuses):
             raise LoadFailed(f"{source}: other shapes")
         self.info = replace(self.info, version=source)
@@ -237,3 +240,44 @@ async def test_an_engine_that_cannot_go_back_is_left_out() -> None:
         await replicas.update_weights("v2")
     await sent(replicas, *(request(str(i), group(100 + i)) for i in range(3)))
     assert (a.prompts, len(b.prompts)) == ([], 3)
+
+
+async def test_weights_that_are_not_what_they_were_are_not_gone_back_to() -> None:
+    """As where a checkpoint was written over in its folder."""
+    a, b = Held(), Held(refuses=("v2",))
+    replicas = Replicas([a, b], "folder")
+    await replicas.start(EngineListener())
+    with pytest.raises(LoadFailed, match="v2: other shapes"):
+        await replicas.update_weights("v2")
+    await sent(replicas, *(request(str(i), group(100 + i)) for i in range(3)))
+    assert (a.info.version, a.prompts, len(b.prompts)) == ("folder", [], 3)
+
+
+async def test_an_engine_that_was_left_out_takes_part_again_once_it_is_as_the_others() -> None:
+    a, b = Held(refuses=("v1",)), Held(refuses=("v2",))
+    replicas = Replicas([a, b], "v1")
+    await replicas.start(EngineListener())
+    with pytest.raises(LoadFailed):
+        await replicas.update_weights("v2")  # `a` has it, and cannot go back
+    b.refuses = ()
+    await replicas.update_weights("v2")
+    a.listener.on_up(a.info)  # it was restarted with what it has
+    await replicas.update_weights("v3")
+    assert (a.info.version, b.info.version) == ("v3", "v3")
+
+
+async def test_an_engine_that_dies_while_the_others_take_weights_over_is_judged_afterwards() -> None:
+    a, b = Held(), Held(slow=True)
+    replicas = Replicas([a, b], "v1")
+    await replicas.start(EngineListener())
+    updating = asyncio.create_task(replicas.update_weights("v2"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert a.info.version == "v2"
+    a.listener.on_down("killed")
+    a.listener.on_up(a.info)  # with the new weights, which `b` does not have yet
+    b.go.set()
+    assert (await updating).device == "cuda:0,cuda:0"
+    a.go.clear()
+    await sent(replicas, request("1", group(100)))
+    assert a.prompts == [100]

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -37,6 +37,7 @@ class Engine(FakeEngine):
         self.seen: list[EngineRequest] = []
         self.scores: list[float | ItemFailure] | None = None
         self.warm_up_failure: ItemFailure | None = None
+        self.weights: dict[str, str] = {}  # version by source
 
     @property
     def listener(self) -> EngineListener:
@@ -68,6 +69,10 @@ class Engine(FakeEngine):
             items = [EngineItem(None, v) if isinstance(v, ItemFailure) else EngineItem(v) for v in values]
             groups.append(EngineGroup(tuple(items), num_cached_tokens=0))
         return EngineResult(tuple(groups), queue_s=0.25, compute_s=0.5)
+
+    async def update_weights(self, source: str) -> EngineInfo:
+        self._info = replace(self._info, version=self.weights[source])
+        return self._info
 
     async def stop(self) -> None:
         self.num_stops += 1

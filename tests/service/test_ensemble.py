@@ -62,6 +62,34 @@ def test_probabilities_are_calibrated_by_their_log_odds() -> None:
     assert found.std == pytest.approx(log_odds(0.9) / 4)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "how", "wanted"),
+    [
+        ((ScoreKind.PROBABILITY, ScoreKind.PROBABILITY), How.MEAN, ScoreKind.PROBABILITY),
+        ((ScoreKind.PROBABILITY, ScoreKind.RAW_LOGIT), How.MEAN, ScoreKind.NORMALIZED),
+        ((ScoreKind.RAW_LOGIT, ScoreKind.RAW_LOGIT), How.MEAN, ScoreKind.RAW_LOGIT),
+        ((ScoreKind.PROBABILITY, ScoreKind.PROBABILITY), How.MEAN_LESS_STD, ScoreKind.NORMALIZED),
+        ((ScoreKind.RAW_LOGIT, ScoreKind.RAW_LOGIT), How.MEAN_LESS_STD, ScoreKind.RAW_LOGIT),
+    ],
+)
+def test_it_is_a_probability_only_if_it_must_be_one(kinds, how: How, wanted: ScoreKind) -> None:
+    ensemble = both()
+    ensemble.aggregate = Aggregate(how, 1.0)
+    items = [item(score, kind=kind) for score, kind in zip((0.2, 0.9), kinds, strict=True)]
+    assert combined(items, ensemble)[0].kind is wanted
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_calibration_holds_however_members_apply_their_adapters(adapted: bool) -> None:
+    versions = [(("a", "a-1-bf16"), ("b", "b-1-bf16")), (("a", "a-1-bf16-adapted"), ("b", "b-1-bf16-adapted"))]
+    fitted, served = versions if adapted else versions[::-1]
+    ensemble = both(Finishing(Temperature(2.0), replace(ORIGIN, version=both().version(fitted))))
+    version, finishing = ensemble.finishing(served)
+    assert (version, finishing.calibration) == (both().version(served), Temperature(2.0))
+    _, of_another = ensemble.finishing((("a", "a-2-bf16"), ("b", "b-1-bf16")))
+    assert of_another.calibration is None
+
+
 def test_a_curve_leaves_scores_as_they_are_and_comes_with_them() -> None:
     found, result = combined([item(1.0), item(5.0)], both(Finishing(Isotonic((0.0, 1.0), (0.5, 0.9)), ORIGIN)))
     assert (found.score, found.kind, result.version) == (3.0, ScoreKind.RAW_LOGIT, VERSION)

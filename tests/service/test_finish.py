@@ -47,6 +47,8 @@ def test_what_is_calibrated_of_a_probability_are_its_log_odds() -> None:
     assert (raw, kind) == (0.9, ScoreKind.NORMALIZED) and score == pytest.approx(math.log(9) / 2)
     for certain in (0.0, 1.0):
         assert math.isfinite(finished(EngineItem(certain), Finishing(Temperature(2.0), ORIGIN), info)[1])
+    _, penalised, kind = finished(EngineItem(0.9), Finishing(length_penalty=0.1), info, tokens=3)
+    assert penalised == pytest.approx(math.log(9) - 0.3) and kind is ScoreKind.NORMALIZED
     normalized = replace(info, shift=0.5, scale=0.5)  # which is no probability any more
     assert finished(EngineItem(0.9), Finishing(Temperature(2.0), ORIGIN), normalized)[1] == pytest.approx(0.4)
 
@@ -63,6 +65,8 @@ def test_a_calibration_beside_the_checkpoint_is_taken_where_none_is_given_for_it
     assert found(given) == Temperature(2.0)
     assert found(replace(given, origin=replace(ORIGIN, version="v0"))) == Temperature(4.0)  # as after a swap
     assert found(Finishing(looks_beside=True), version="v2") is None
+    weighted = Finishing(looks_beside=True, weights={"good": 1.0})  # another sum than what was fitted to
+    assert weighted.check("m", replace(INFO, attributes=("good",)), str(tmp_path)).calibration is None
     (tmp_path / BESIDE).write_text("{}")
     with pytest.raises(LoadFailed, match=BESIDE):
         found(Finishing(looks_beside=True))

@@ -5,6 +5,9 @@ import dataclasses
 
 import pytest
 from rewardserve.errors import Draining, InvalidRequest, LoadFailed, ModelExists, ModelNotFound, Unavailable
+from rewardserve.evaluation import calibration_file
+from rewardserve.evaluation.calibration_file import BESIDE, Origin, Temperature
+from rewardserve.service.finish import Finishing
 from rewardserve.service.live_model import ModelState
 from rewardserve.service.swap import SwapPlan, rollback, swap
 from rewardserve.types import ItemCode, ItemFailure, Probe, TextSpec
@@ -247,6 +250,46 @@ async def test_an_engine_that_gives_up_is_failed_for_good(house, tools) -> None:
         await house.service.score(tools.request())
     await house.registry.unload("m", 0)
     assert not house.registry.models
+
+
+async def test_weights_that_cannot_score_are_given_back(house, tools) -> None:
+    model = await house.serve()
+    engine = house.engines["m"]
+    engine.weights = {"/models/m": "v1", "/new": "v2"}
+    engine.warm_up_failure = ItemFailure(ItemCode.INTERNAL, "no memory")
+    with pytest.raises(LoadFailed, match="no memory"):
+        await house.registry.update_weights("m", "/new")
+    assert (model.version, model.source, model.state) == ("v1", "/models/m", SERVING)
+    engine.weights["/models/m"] = "v3"  # written over meanwhile
+    with pytest.raises(LoadFailed, match="no memory"):
+        await house.registry.update_weights("m", "/new")
+    assert model.state is FAILED and "is not what it was" in model.message
+    with pytest.raises(Unavailable, match="is not what it was"):
+        await house.service.score(tools.request())
+
+
+async def test_what_lies_beside_a_checkpoint_counts_when_it_is_loaded_and_not_when_its_engine_restarts(
+    house, tools, tmp_path
+) -> None:
+    origin = Origin("m", "v1", "pairs.jsonl", 10, 5)
+    model = await house.serve()
+    model.configured, model.source = Finishing(looks_beside=True), str(tmp_path)
+    for text in ("{}", None):
+        if text is None:
+            calibration_file.write(tmp_path / BESIDE, Temperature(2.0), origin)
+        else:
+            (tmp_path / BESIDE).write_text(text)
+        house.engines["m"].listener.on_down("died")
+        house.engines["m"].listener.on_up(tools.INFO)
+        assert (model.state, model.version) == (SERVING, "v1")
+    house.engines["m"].weights = {str(tmp_path): "v1"}
+    await house.registry.update_weights("m", str(tmp_path))
+    assert model.version != "v1" and model.finishing.calibration == Temperature(2.0)
+    (tmp_path / BESIDE).write_text("{}")
+    house.engines["m"].weights = {}  # not asked
+    with pytest.raises(LoadFailed, match=BESIDE):
+        await house.registry.update_weights("m", str(tmp_path))
+    assert model.finishing.calibration == Temperature(2.0)
 
 
 async def test_an_engine_that_falls_back_without_restarting_counts_no_restart(house, tools) -> None:

@@ -119,8 +119,8 @@ async def _scored(options: EvalOptions, plan: "Plan", folder: Path) -> "tuple[Sc
         if options.fit_calibration and FINISHED in scorer.version:
             raise ConfigError(
                 f"--fit-calibration: scores of '{scorer.name}' are finished where it is served (calibration, penalty, "
-                "weights), and what is fitted to them would take its place; serve it without (--calibration "
-                f"{scorer.name}=none, where one lies beside it), or give --model"
+                "weights), and what is fitted to them would take its place; serve it without these options, and with "
+                f"--calibration {scorer.name}=none if one lies beside the checkpoint, or give --model"
             )
         return scorer, await eval_scores.score_plan(plan, scorer, folder, options.input, options.resume)
 

@@ -13,6 +13,7 @@ from rewardserve.cli.scorer import Scorer
 from rewardserve.evaluation.calibration_file import log_odds
 from rewardserve.evaluation.data import Judged, Prompt, Scored, ScoredPrompt
 from rewardserve.evaluation.suites import Altered
+from rewardserve.options import ConfigError
 
 FILE = "scores.jsonl"
 
@@ -102,9 +103,21 @@ async def score_plan(plan: Plan, scorer: Scorer, folder: Path, source: str, resu
     path = folder / FILE
     with open_output(str(path), source, resume) as output:
         output.check_version(scorer)
+        _check_kinds(path)
         with Tally(scorer, sum(row.num_bytes for row in rows), hidden=False) as tally:
             await score_rows(rows, output, scorer, tally)
     return _read(path, {str(row.row_id) for row in rows})
+
+
+def _check_kinds(path: Path) -> None:
+    """Raises ConfigError for rows of an earlier release, which do not say whether their scores are probabilities."""
+    with path.open(encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            if "kind" not in row and any(score is not None for score in row["scores"]):
+                raise ConfigError(
+                    f"{path} does not say what its scores mean, as it was written by an earlier release; "
+                    "score them again with --no-resume, or choose another --output"
+                )
 
 
 def _key(prompt: Prompt, responses: Sequence[str], overflow: str) -> str:

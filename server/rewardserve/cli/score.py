@@ -205,13 +205,13 @@ def _row_out(row: Row, items: Sequence[ItemScore], scorer: Scorer) -> dict[str, 
 
 
 def _more(items: Sequence[ItemScore]) -> dict[str, Any]:
-    """What some models give besides: lists, null for what failed; and what scores mean where they are no logits."""
+    """What some models give besides: lists, null for what failed; and what scores mean."""
     found: dict[str, Any] = {}
     for name in ("steps", "attributes", "members", "std"):
         values = [getattr(item, name) if item.ok else None for item in items]
         if any(value not in (None, (), {}) for value in values):
             found[name] = values
-    kinds = {item.kind for item in items if item.ok} - {RAW_LOGIT}
+    kinds = {item.kind for item in items if item.ok}
     return found | ({"kind": kinds.pop()} if kinds else {})
 
 

@@ -46,6 +46,8 @@ class Replicas:
     def __init__(self, engines: Sequence[Engine], source: str = "") -> None:
         """`source` is what they load."""
         self._source = source
+        self._updating = False
+        self._came_back: list[tuple[_Replica, EngineInfo]] = []  # while the others were taking weights over
         self._replicas = [_Replica(engine, number) for number, engine in enumerate(engines)]
         self._seen: OrderedDict[int, int] = OrderedDict()  # hash of a prompt -> number of the engine it went to last
         self._listener = EngineListener()
@@ -96,6 +98,17 @@ class Replicas:
         taking = [replica for replica in self._replicas if not replica.failed]
         if not all(replica.up for replica in taking):
             raise Unavailable("an engine of the model is restarting; try again in a few seconds")
+        self._updating = True
+        try:
+            await self._update_all(taking, source)
+        finally:
+            self._updating = False
+            came_back, self._came_back = self._came_back, []
+            for replica, info in came_back:
+                self._on_up(replica, info)
+        return self._info()
+
+    async def _update_all(self, taking: Sequence[_Replica], source: str) -> None:
         outcomes = await asyncio.gather(*(r.engine.update_weights(source) for r in taking), return_exceptions=True)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if errors:
@@ -107,14 +120,17 @@ class Replicas:
             replica.info = info
         self._source = source
         self._seen.clear()
-        return self._info()
 
     async def _take_back(self, replicas: Sequence[_Replica]) -> None:
         before = self._source
         outcomes = await asyncio.gather(*(r.engine.update_weights(before) for r in replicas), return_exceptions=True)
         for replica, outcome in zip(replicas, outcomes, strict=True):
-            if isinstance(outcome, LoadFailed):  # it lives, with weights that the others do not have
-                log.error("engine %d cannot go back to %s and is left out: %s", replica.number, before, outcome)
+            assert replica.info is not None
+            if isinstance(outcome, EngineInfo) and outcome.version == replica.info.version:
+                continue
+            why = "it is not what it was" if isinstance(outcome, EngineInfo) else outcome
+            log.error("engine %d cannot go back to %s: %s", replica.number, before, why)
+            if isinstance(outcome, EngineInfo | LoadFailed):  # it lives, with weights that the others do not have
                 replica.up, replica.failed = False, True
 
     def restart_with(self, sources: Sequence[str]) -> None:
@@ -181,12 +197,15 @@ class Replicas:
             self._listener.on_down(reason)
 
     def _on_up(self, replica: _Replica, info: EngineInfo) -> None:
+        if self._updating:
+            self._came_back.append((replica, info))
+            return
         others = [r.info for r in self._replicas if r is not replica and r.up and r.info is not None]
         if any(self._versions(other) != self._versions(info) for other in others):
             log.error("engine %d came back with another version and is left out: reload the model", replica.number)
             replica.failed = True
             return
-        replica.info, replica.up = info, True
+        replica.info, replica.up, replica.failed = info, True, False
         self._listener.on_up(self._info())
 
     def _versions(self, info: EngineInfo) -> list[str]:

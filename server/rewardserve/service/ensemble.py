@@ -8,13 +8,16 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from rewardserve.engine.base import ADAPTED
 from rewardserve.metrics import ModelMetrics
 from rewardserve.postprocess.members import fold_members
 from rewardserve.service.finish import Finishing
 from rewardserve.types import (
+    FINISHED,
     Aggregate,
     EnsembleScore,
     GroupScore,
+    How,
     ItemCode,
     ItemFailure,
     ItemScore,
@@ -40,7 +43,8 @@ class Ensemble:
         """Its version, and what of what is configured is for it; `members` are names and versions, in their order."""
         version = version_of(self, members)
         if version != self._of_version[0]:
-            self._of_version = version, self.configured.of(self.name, version)
+            alike = [version_of(self, _adapted(members, adapted)) for adapted in ("", ADAPTED)]
+            self._of_version = version, self.configured.of(self.name, version, alike)
         return self._of_version
 
     def version(self, members: Sequence[tuple[str, str]]) -> str:
@@ -74,6 +78,15 @@ def version_of(ensemble: Ensemble, members: Sequence[tuple[str, str]]) -> str:
     return "ensemble-" + hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
 
 
+def _adapted(members: Sequence[tuple[str, str]], adapted: str) -> list[tuple[str, str]]:
+    """As if all of them applied adapters in the same way, which no calibration depends on."""
+    found = []
+    for name, version in members:
+        loaded, finished, how = version.partition(FINISHED)
+        found.append((name, loaded.removesuffix(ADAPTED) + adapted + finished + how))
+    return found
+
+
 def _group(parts: Sequence[GroupScore], ensemble: Ensemble, finishing: Finishing, by_step: bool) -> GroupScore:
     items = zip(*(part.items for part in parts), strict=True)
     return GroupScore(parts[0].id, tuple(_item(each, ensemble, finishing, by_step) for each in items))
@@ -95,11 +108,10 @@ def _item(parts: Sequence[ItemScore], ensemble: Ensemble, finishing: Finishing, 
     raw_scores = tuple(part.raw for part in parts if part.raw is not None)
     assert len(scores) == len(raw_scores) == len(parts), "what has not failed has both"
     folded = fold_members(scores, ensemble.aggregate)
-    kind, num_response_tokens = parts[0].kind, max(part.num_response_tokens for part in parts)
-    penalty = finishing.length_penalty * num_response_tokens
+    kind, num_response_tokens = _kind(parts, ensemble.aggregate), max(part.num_response_tokens for part in parts)
 
     def finished(score: float) -> float:
-        return finishing.calibrated(score, kind is ScoreKind.PROBABILITY) - penalty
+        return finishing.finished(score, kind is ScoreKind.PROBABILITY, num_response_tokens)
 
     return ItemScore(
         finished(folded.score),
@@ -109,11 +121,19 @@ def _item(parts: Sequence[ItemScore], ensemble: Ensemble, finishing: Finishing, 
         min(part.num_cached_tokens for part in parts),
         any(part.truncated for part in parts),
         raw=fold_members(raw_scores, ensemble.aggregate).score,
-        kind=ScoreKind.NORMALIZED if finishing.is_calibrating or penalty else kind,
+        kind=ScoreKind.NORMALIZED if finishing.is_changing else kind,
         steps=_steps(parts, ensemble.aggregate) if steps_agree else (),
         std=statistics.pstdev([finished(score) for score in scores]),
         members=EnsembleScore(finished(folded.mean), finished(folded.min), scores, raw_scores),
     )
+
+
+def _kind(parts: Sequence[ItemScore], aggregate: Aggregate) -> ScoreKind:
+    """What is made of members of several kinds has none of theirs, nor is a probability less a spread a probability."""
+    kinds = {part.kind for part in parts}
+    if len(kinds) > 1 or (kinds == {ScoreKind.PROBABILITY} and aggregate.how is How.MEAN_LESS_STD):
+        return ScoreKind.NORMALIZED
+    return parts[0].kind
 
 
 def _steps(parts: Sequence[ItemScore], aggregate: Aggregate) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ In this order; each only where it is configured or the checkpoint brings it. The
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -53,18 +53,21 @@ class Finishing:
         return self.calibration.probability if isinstance(self.calibration, Isotonic) else None
 
     @property
-    def is_calibrating(self) -> bool:
-        """Whether `calibrated` changes a score."""
-        return isinstance(self.calibration, Temperature | Affine)
+    def is_changing(self) -> bool:
+        """Whether `finished` changes a score."""
+        return isinstance(self.calibration, Temperature | Affine) or bool(self.length_penalty)
 
-    def calibrated(self, score: float, is_probability: bool) -> float:
-        """A probability becomes log-odds first, which is what is calibrated."""
+    def finished(self, score: float, is_probability: bool, num_response_tokens: int) -> float:
+        """Calibrated, less the penalty. Of a probability it is the log-odds that are changed, where anything is."""
+        if not self.is_changing:
+            return score
+        score = log_odds(score) if is_probability else score
         match self.calibration:
             case Temperature(temperature):
-                return (log_odds(score) if is_probability else score) / temperature
+                score /= temperature
             case Affine() as affine:
-                return affine.score(log_odds(score) if is_probability else score)
-        return score
+                score = affine.score(score)
+        return score - self.length_penalty * num_response_tokens
 
     def check(self, name: str, info: EngineInfo, source: str = "") -> "Finishing":
         """What of it is for this version, loaded from `source`.
@@ -74,15 +77,22 @@ class Finishing:
         if unknown := sorted(set(self.weights) - set(info.attributes)):
             known = ", ".join(info.attributes) or "none"
             raise LoadFailed(f"--attribute-weights of '{name}': no attribute {', '.join(unknown)}; it has {known}")
-        beside = Path(source) / BESIDE
-        if self.looks_beside and not self._is_of(info.version) and beside.is_file():
-            calibration, origin = read_calibration(beside)
-            return replace(self, calibration=calibration, origin=origin).of(name, info.version)
+        found = None if self._is_of([info.version]) else self.beside(source)
+        if found is not None:
+            return replace(self, calibration=found[0], origin=found[1]).of(name, info.version)
         return self.of(name, info.version)
 
-    def of(self, name: str, version: str) -> "Finishing":
-        """Without a calibration that was fitted to another version."""
-        if self.origin is None or self._is_of(version):
+    def beside(self, source: str) -> tuple[Calibration, Origin] | None:
+        """What lies beside a checkpoint, if it is looked for: it is of the model's own score, not of other weights.
+
+        Raises LoadFailed for a file that is no calibration.
+        """
+        path = Path(source) / BESIDE
+        return read_calibration(path) if self.looks_beside and not self.weights and path.is_file() else None
+
+    def of(self, name: str, version: str, alike: Sequence[str] = ()) -> "Finishing":
+        """Without a calibration that was fitted to another version, none of those `alike` either."""
+        if self.origin is None or self._is_of([version, *alike]):
             return self
         log.warning(
             "%s is served uncalibrated: the calibration was fitted to version %s, and this is %s",
@@ -90,9 +100,10 @@ class Finishing:
         )
         return replace(self, calibration=None, origin=None)
 
-    def _is_of(self, version: str) -> bool:
+    def _is_of(self, versions: Sequence[str]) -> bool:
         """How an adapter is applied changes the rounding of scores, and no curve that was fitted to them."""
-        return self.origin is not None and self.origin.version.removesuffix(ADAPTED) == version.removesuffix(ADAPTED)
+        told = None if self.origin is None else self.origin.version.removesuffix(ADAPTED)
+        return any(version.removesuffix(ADAPTED) == told for version in versions)
 
 
 def read_calibration(path: Path) -> tuple[Calibration, Origin]:
@@ -115,8 +126,7 @@ class Finish:
         self._weights = [finishing.weights.get(name, 0.0) for name in info.attributes] if finishing.weights else []
         self._is_normalized = (info.shift, info.scale) != (0.0, 1.0) and not self._weights
         self._is_probability = info.is_probability and not self._is_normalized and not self._weights
-        penalised = bool(finishing.length_penalty)
-        self._is_changed = self._is_normalized or finishing.is_calibrating or bool(self._weights) or penalised
+        self._is_changed = self._is_normalized or finishing.is_changing or bool(self._weights)
 
     @property
     def version(self) -> str:
@@ -147,12 +157,11 @@ class Finish:
             score = math.fsum(weight * value for weight, value in zip(self._weights, item.attributes, strict=True))
         if self._is_normalized:
             score = (score - self.info.shift) / self.info.scale
-        score = self._finishing.calibrated(score, self._is_probability)
-        return raw, score - self._finishing.length_penalty * num_response_tokens
+        return raw, self._finishing.finished(score, self._is_probability, num_response_tokens)
 
     def std(self, item: EngineItem) -> float | None:
         """The model's own uncertainty of the final score, in its units; None where it has none, or of another sum."""
-        if item.std is None or self._weights or (self._is_probability and self._finishing.is_calibrating):
+        if item.std is None or self._weights or (self._is_probability and self._finishing.is_changing):
             return None
         std = item.std / self.info.scale if self._is_normalized else item.std
         match self._finishing.calibration:

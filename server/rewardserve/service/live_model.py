@@ -99,6 +99,11 @@ class LiveModel:
         self.info, self.source = info, source
         self._describe(info)
 
+    def fail(self, reason: str) -> None:
+        """Nobody is to be scored by it any more, until it is loaded anew."""
+        self.state, self.message = ModelState.FAILED, reason
+        self.metrics.up.set(0)
+
     def take_over(self, old: "LiveModel") -> None:
         """From here on this version's numbers go where the old one's went, and count towards the same limits."""
         assert self.info is not None
@@ -165,7 +170,9 @@ class LiveModel:
             raise LoadFailed(f"it was loaded, but cannot score: {failure.message}")
 
     def _use(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
-        self.finishing = self.configured.check(self.name, info, self.source)
+        # After a restart scores stay as they were, whatever lies beside the checkpoint by now.
+        if self.info is None or info.version != self.info.version:
+            self.finishing = self.configured.check(self.name, info, self.source)
         self.info = info
         self.encoder = Encoder(
             tokenizer,

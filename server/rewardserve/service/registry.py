@@ -137,17 +137,31 @@ class Registry:
         Raises LoadFailed, and nothing has changed; Unavailable if the engine died of it, and comes back as it was.
         """
         model = self.serving(name)
+        model.configured.beside(source)  # for its error, while nothing has changed
         with model.closed():
             await _idle(model, grace_s=None)
-            info, before = await model.engine.update_weights(source), model.source
+            assert model.info is not None
+            before = model.source, model.info.version
+            info = await model.engine.update_weights(source)
             try:
                 model.use_weights(info, source)
                 await model.warm_up()
-            except LoadFailed:  # as it was: nobody is to be scored by these
-                model.use_weights(await model.engine.update_weights(before), before)
+            except LoadFailed:  # nobody is to be scored by these
+                await self._go_back(model, *before)
                 raise
         log.info("%s has new weights: %s, version %s", name, source, model.version)
         return model
+
+    async def _go_back(self, model: LiveModel, source: str, version: str) -> None:
+        """To the weights it had; where these are not there any more it has failed."""
+        try:
+            info = await model.engine.update_weights(source)
+            if info.version != version:
+                raise LoadFailed(f"{source} is not what it was: version {info.version}, not {version}")
+            model.use_weights(info, source)
+        except LoadFailed as error:
+            model.fail(f"cannot go back to the weights it had: {error}; unload it, and load it anew")
+            self._changed(model)
 
     async def flip(self, old: LiveModel, new: LiveModel, grace_s: float, keep_previous: bool) -> None:
         """Requests that come from here on go to `new`; `old` finishes what it has, and goes away or is kept.
