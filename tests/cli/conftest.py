@@ -109,6 +109,13 @@ def server(toy_info: EngineInfo) -> Iterator[Server]:
 
 
 @pytest.fixture
+def slow_server(toy_info: EngineInfo) -> Iterator[Server]:
+    """As `server`, for what must be met half-way: a hundred requests a second, of one at a time."""
+    with _serving(lambda *_: FakeEngine(toy_info, delay_s=0.01), model=["toy=anywhere"]) as running:
+        yield running
+
+
+@pytest.fixture
 def controlled_server(toy_info: EngineInfo) -> Iterator[Server]:
     """Serves `toy`, and lets clients load and unload."""
     make_engine = lambda *_: FakeEngine(toy_info)  # noqa: E731

@@ -23,12 +23,12 @@ def accuracy(folder) -> dict:
     return json.loads((folder / "report.json").read_text())["ranking"]["accuracy"]
 
 
-def test_after_ctrl_c_what_is_scored_stays_and_the_rest_is_scored(cli, server, rows_file, tmp_path):
+def test_after_ctrl_c_what_is_scored_stays_and_the_rest_is_scored(cli, slow_server, server, rows_file, tmp_path):
     num_rows, folder = 4000, tmp_path / "out"
     source = rows_file(*rows(num_rows))
-    command = [sys.executable, "-m", "rewardserve", "eval", str(source), "--window=4", "--no-suites", server.endpoint]
+    command = [sys.executable, "-m", "rewardserve", "eval", str(source), "--window=4", "--no-suites"]
     process = subprocess.Popen(
-        [*command, f"--output={folder}"],
+        [*command, slow_server.endpoint, f"--output={folder}"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
         text=True,

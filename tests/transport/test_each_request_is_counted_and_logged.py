@@ -86,10 +86,10 @@ async def test_a_deadline_that_passed_is_counted_as_such_whoever_noticed_first(s
     calls = [served.scoring.Score(kit.ids_request([1], [[2]]), timeout=timeout_s) for _ in range(20)]
     assert {(await kit.refused(call)).code for call in calls} == {Code.DEADLINE_EXCEEDED}
     await kit.eventually(lambda: served.engine.num_in_flight == 0)
-    await kit.eventually(lambda: sum(counted(served).values()) == len(served.engine.seen))
-    assert set(counted(served)) == {"DEADLINE_EXCEEDED"}
-    lines = logged()
-    assert len(lines) == len(served.engine.seen)
+    # On a busy machine one may be late before the engine sees it, and is counted all the same.
+    await kit.eventually(lambda: sum(counted(served).values()) >= len(served.engine.seen))
+    lines, counts = logged(), counted(served)
+    assert counts == {"DEADLINE_EXCEEDED": len(lines)}
     assert all(line["status"] == "DEADLINE_EXCEEDED" and "deadline passed" in line["error"] for line in lines)
 
 
