@@ -32,6 +32,8 @@ def test_after_ctrl_c_what_is_scored_stays_and_the_rest_is_scored(cli, slow_serv
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
         text=True,
+        # Where these tests are run by a script's job in the background, SIGINT is ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     scores = folder / "scores.jsonl"
     while not scores.exists() or scores.stat().st_size < 5000:
