@@ -168,6 +168,20 @@ def test_a_wrong_value_names_its_option_and_itself(name: str, way: str, file, mo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--ensemble=e=mean(a+b)", "--calibration=e=none"], "nothing lies beside an ensemble"),
+        (["--calibration=a=/f", "--attribute-weights=a=good:1"], "'a' was fitted to the model's own score"),
+    ],
+)
+def test_a_calibration_that_cannot_be_applied_is_refused(arguments: list[str], words: str) -> None:
+    models = ["--model=a=/x", "--model=b=/y"]
+    load_config([*models, "--calibration=a=none", "--attribute-weights=a=good:1"]).check()
+    with pytest.raises(ConfigError, match=words):
+        load_config([*models, *arguments]).check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (["--port", "65536"], "port"),
         (["--port", "-1"], "port"),
         (["--metrics-port", "-2"], "metrics-port"),

@@ -150,7 +150,11 @@ class ServeConfig(Options):
         self.require(self.path != "padded" or not self.quantize, "--quantize needs the packed path, not --path padded")
         self._check_engine()
         _ = (self.ensembles, self.length_penalties)
-        for name in {name for name, file in self.calibrations.items() if file} & set(self.weights_of_attributes):
+        calibrated = self.calibrations
+        for name in self.ensembles:
+            if name in calibrated and calibrated[name] is None:
+                raise ConfigError(f"--calibration '{name}=none': nothing lies beside an ensemble; leave it out")
+        for name in {name for name, file in calibrated.items() if file} & set(self.weights_of_attributes):
             raise ConfigError(
                 f"--calibration '{name}' was fitted to the model's own score, and --attribute-weights makes another; "
                 "leave one of them out"

@@ -53,13 +53,11 @@ def test_a_device_that_is_not_there_is_named(start, bf16_checkpoint):
     assert any("cuda:7" in line for line in broken.log)
 
 
-def test_scores_are_refused_by_nobody_while_an_engine_restarts(server, load):
+def test_scores_are_refused_by_nobody_while_an_engine_restarts(server, kit, load):
+    wanted = [kit.scores_of(server.scoring.Score(request, timeout=60)) for request in load[:10]]
+    kit.until(lambda: len(server.engines()) == 2)
     server.engines()[1].kill()
-    for request in load[:10]:
-        try:
-            server.scoring.Score(request, timeout=60)
-        except grpc.RpcError as error:
-            pytest.fail(f"{error.code()}: {error.details()}")
+    assert [kit.scores_of(server.scoring.Score(request, timeout=60)) for request in load[:10]] == wanted
 
 
 def test_weights_are_taken_over_on_every_device_or_none(server, kit, load, bf16_checkpoint, tmp_path):
@@ -73,9 +71,19 @@ def test_weights_are_taken_over_on_every_device_or_none(server, kit, load, bf16_
     shutil.copytree(bf16_checkpoint, tmp_path / "doubled")
     tensors = load_file(tmp_path / "doubled" / "model.safetensors")
     save_file({**tensors, "score.weight": 2 * tensors["score.weight"]}, tmp_path / "doubled" / "model.safetensors")
-    updated = server.models.UpdateWeights(
-        models_pb2.UpdateWeightsRequest(name="tiny", source=str(tmp_path / "doubled")), timeout=60
-    )
+    replies = []
+
+    def taken_over():
+        """An engine that was killed before may not be up yet."""
+        wanted = models_pb2.UpdateWeightsRequest(name="tiny", source=str(tmp_path / "doubled"))
+        try:
+            replies.append(server.models.UpdateWeights(wanted, timeout=60))
+        except grpc.RpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE and "is restarting" in error.details()
+        return replies
+
+    kit.until(taken_over)
+    (updated,) = replies
     assert updated.device == "cpu,cpu" and updated.version != before[0].model.version
     after = on_both()
     assert {reply.model.version for reply in after} == {updated.version}

@@ -80,8 +80,8 @@ def request(name: str, *groups: EncodedGroup) -> EngineRequest:
     return EngineRequest(name, groups)
 
 
-async def started(*engines: Held, listener: EngineListener | None = None) -> Replicas:
-    replicas = Replicas(engines)
+async def started(*engines: Held, listener: EngineListener | None = None, source: str = "v1") -> Replicas:
+    replicas = Replicas(engines, source)
     await replicas.start(listener or EngineListener())
     return replicas
 
@@ -209,8 +209,7 @@ async def test_who_leaves_takes_all_parts_of_the_request_along() -> None:
 
 async def test_weights_are_taken_over_by_all_engines() -> None:
     a, b = Held(), Held(replace(INFO, device="cuda:1"))
-    replicas = Replicas([a, b], "v1")
-    await replicas.start(EngineListener())
+    replicas = await started(a, b)
     info = await replicas.update_weights("v2")
     assert (info.version, info.device) == ("v2", "cuda:0,cuda:1")
     b.listener.on_down("killed")
@@ -223,8 +222,7 @@ async def test_weights_are_taken_over_by_all_engines() -> None:
 
 async def test_where_one_engine_cannot_take_weights_over_all_have_what_they_had() -> None:
     a, b = Held(), Held(refuses=("v2",))
-    replicas = Replicas([a, b], "v1")
-    await replicas.start(EngineListener())
+    replicas = await started(a, b)
     with pytest.raises(LoadFailed, match="v2: other shapes"):
         await replicas.update_weights("v2")
     assert (a.updates, a.info.version, b.info.version) == (["v2", "v1"], "v1", "v1")
@@ -234,8 +232,7 @@ async def test_where_one_engine_cannot_take_weights_over_all_have_what_they_had(
 
 async def test_an_engine_that_cannot_go_back_is_left_out() -> None:
     a, b = Held(refuses=("v1",)), Held(refuses=("v2",))
-    replicas = Replicas([a, b], "v1")
-    await replicas.start(EngineListener())
+    replicas = await started(a, b)
     with pytest.raises(LoadFailed, match="v2: other shapes"):
         await replicas.update_weights("v2")
     await sent(replicas, *(request(str(i), group(100 + i)) for i in range(3)))
@@ -245,8 +242,7 @@ async def test_an_engine_that_cannot_go_back_is_left_out() -> None:
 async def test_weights_that_are_not_what_they_were_are_not_gone_back_to() -> None:
     """As where a checkpoint was written over in its folder."""
     a, b = Held(), Held(refuses=("v2",))
-    replicas = Replicas([a, b], "folder")
-    await replicas.start(EngineListener())
+    replicas = await started(a, b, source="folder")
     with pytest.raises(LoadFailed, match="v2: other shapes"):
         await replicas.update_weights("v2")
     await sent(replicas, *(request(str(i), group(100 + i)) for i in range(3)))
@@ -255,8 +251,7 @@ async def test_weights_that_are_not_what_they_were_are_not_gone_back_to() -> Non
 
 async def test_an_engine_that_was_left_out_takes_part_again_once_it_is_as_the_others() -> None:
     a, b = Held(refuses=("v1",)), Held(refuses=("v2",))
-    replicas = Replicas([a, b], "v1")
-    await replicas.start(EngineListener())
+    replicas = await started(a, b)
     with pytest.raises(LoadFailed):
         await replicas.update_weights("v2")  # `a` has it, and cannot go back
     b.refuses = ()
@@ -268,8 +263,7 @@ async def test_an_engine_that_was_left_out_takes_part_again_once_it_is_as_the_ot
 
 async def test_an_engine_that_dies_while_the_others_take_weights_over_is_judged_afterwards() -> None:
     a, b = Held(), Held(slow=True)
-    replicas = Replicas([a, b], "v1")
-    await replicas.start(EngineListener())
+    replicas = await started(a, b)
     updating = asyncio.create_task(replicas.update_weights("v2"))
     await asyncio.sleep(0)
     await asyncio.sleep(0)

@@ -8,14 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rewardserve.cli.rows import Row
-from rewardserve.cli.score import PROBABILITY, RAW_LOGIT, Tally, open_output, score_rows
+from rewardserve.cli.score import Tally, open_output, score_rows
 from rewardserve.cli.scorer import Scorer
 from rewardserve.evaluation.calibration_file import log_odds
 from rewardserve.evaluation.data import Judged, Prompt, Scored, ScoredPrompt
 from rewardserve.evaluation.suites import Altered
 from rewardserve.options import ConfigError
+from rewardserve.types import ScoreKind
 
 FILE = "scores.jsonl"
+RAW_LOGIT, PROBABILITY = (kind.name.lower() for kind in (ScoreKind.RAW_LOGIT, ScoreKind.PROBABILITY))
 
 
 @dataclass(frozen=True, slots=True)

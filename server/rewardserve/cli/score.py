@@ -26,9 +26,6 @@ from rewardserve.cli.running import counted, guarded
 from rewardserve.cli.scorer import Scorer, ScoringOptions, open_scorer
 from rewardserve.client import ItemScore
 from rewardserve.options import ConfigError, load_options
-from rewardserve.types import ScoreKind
-
-RAW_LOGIT, PROBABILITY = (kind.name.lower() for kind in (ScoreKind.RAW_LOGIT, ScoreKind.PROBABILITY))
 
 
 class ScoreOptions(ScoringOptions):

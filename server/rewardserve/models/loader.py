@@ -188,5 +188,5 @@ def _renamed(spec: ModelSpec, empty: PreTrainedModel) -> dict[str, torch.Tensor]
         spec.config, "quantization_config", None
     ):
         return None
-    bare = {key: WRAPPERS.sub("", key) for key in keys}
+    bare = {key: bare_name(key, empty) for key in keys}
     return {name: checkpoint.tensor(key) for key, name in bare.items() if name in names} or None
