@@ -1,0 +1,166 @@
+"""A child process that holds an engine, and the sockets to it."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+
+import zmq
+
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.vllm_options import VllmOptions
+
+RETRY_SEND_S = 0.01
+MESSAGES_AT_ONCE = 64
+DESCENDANTS_END_S = 5.0
+
+
+class ChildProcess:
+    """One child process and the sockets to it. A new child gets new sockets: nothing of the old one can arrive.
+
+    The sockets are zmq's plain ones, watched by the event loop: zmq.asyncio makes futures and timers for each message,
+    several times the cost of moving it.
+    """
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, folder: str, sockets: tuple[zmq.Socket[bytes], ...]
+    ) -> None:
+        self.process = process
+        self._folder = folder
+        self._to_child, self._from_child = sockets
+        self._outbox: deque[bytes] = deque()
+        self._retry: asyncio.TimerHandle | None = None
+        self._hear: Callable[[bytes], None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._from_child.FD, self._on_readable)
+
+    @classmethod
+    async def spawn(
+        cls,
+        program: Sequence[str],
+        options: NativeOptions | VllmOptions,
+        log_options: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> "ChildProcess":
+        """`environment` is what it has besides this process's."""
+        folder = tempfile.mkdtemp(prefix="rewardserve-")
+        context = zmq.Context.instance()
+        sockets = tuple(context.socket(kind) for kind in (zmq.PUSH, zmq.PULL))
+        try:
+            for socket, name in zip(sockets, ("in", "out"), strict=True):
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
+                socket.bind(f"ipc://{folder}/{name}")
+            said = (options.engine, json.dumps(asdict(options)), *log_options)
+            command = (*program, folder, str(os.getpid()), *said)
+            # A session of its own: processes it starts can be found when it is dead, and a terminal's Ctrl-C ends none.
+            process = await asyncio.create_subprocess_exec(
+                *command, start_new_session=True, env={**os.environ, **environment}
+            )
+        except BaseException:  # cancelled, too: a model may be unloaded while its engine is restarted
+            for socket in sockets:
+                socket.close()
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return cls(process, folder, sockets)
+
+    def send(self, message: bytes) -> None:
+        """Never waits: a socket whose other end died takes nothing, and what is in flight goes to the next child."""
+        self._outbox.append(message)
+        if self._retry is None:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._retry = None
+        try:
+            while self._outbox:
+                self._to_child.send(self._outbox[0], zmq.NOBLOCK)
+                self._outbox.popleft()
+        except zmq.Again:  # nobody is connected: not yet, or not any more
+            self._retry = self._loop.call_later(RETRY_SEND_S, self._flush)
+
+    def listen(self, hear: Callable[[bytes], None]) -> None:
+        """Every message from now on, those already here first."""
+        self._hear = hear
+        self.drain()
+
+    def drain(self) -> None:
+        """Hands over all that has arrived: zmq's descriptor tells only of what comes after."""
+        while self._take_one():
+            pass
+
+    def _on_readable(self) -> None:
+        """The same in parts, for the event loop has others to serve."""
+        for _ in range(MESSAGES_AT_ONCE):
+            if not self._take_one():
+                return
+        self._loop.call_soon(self._on_readable)
+
+    def _take_one(self) -> bool:
+        if self._hear is None:
+            return False
+        try:
+            message = self._from_child.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        self._hear(message)
+        return True
+
+    async def next_message(self) -> bytes:
+        first: asyncio.Future[bytes] = self._loop.create_future()
+
+        def hear(message: bytes) -> None:
+            self._hear = None  # what follows waits for `listen`
+            first.set_result(message)
+
+        self.listen(hear)
+        try:
+            return await first
+        finally:
+            self._hear = None
+
+    async def end(self, stop_message: bytes, patience_s: float = 10.0) -> None:
+        """Asks it to stop, and kills it if it does not."""
+        self.send(stop_message)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.process.wait(), patience_s)
+        await self.kill()
+
+    async def kill(self) -> None:
+        if self._from_child.closed:
+            return
+        self._hear = None
+        self._loop.remove_reader(self._from_child.FD)
+        if self._retry is not None:
+            self._retry.cancel()
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            await self.process.wait()
+        await _end_session(self.process.pid)
+        self._to_child.close()
+        self._from_child.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+async def _end_session(leader: int) -> None:
+    """Of a leader that is dead: vLLM's processes outlive it, and would hold the device that the next one needs.
+
+    They are asked first, for then they remove what they shared.
+    """
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + DESCENDANTS_END_S
+        try:
+            os.killpg(leader, number)
+            while time.monotonic() < deadline:
+                os.killpg(leader, 0)
+                await asyncio.sleep(0.05)
+        except ProcessLookupError:  # nobody is left
+            return
