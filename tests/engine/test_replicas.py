@@ -16,7 +16,7 @@ from rewardserve.engine.base import (
 )
 from rewardserve.engine.fake import fake_info
 from rewardserve.engine.replicas import Replicas
-from rewardserve.errors import LoadFailed, Unavailable
+from rewardserve.errors import EngineDied, LoadFailed, Unavailable
 from rewardserve.types import EncodedGroup
 from scoring import pack
 
@@ -33,6 +33,7 @@ class Held:
     listener: EngineListener | None = None
     stopped: bool = False
     refuses: tuple[str, ...] = ()
+    dies_of: tuple[str, ...] = ()
     slow: bool = False  # to take over weights
     updates: list[str] = field(default_factory=list)
 
@@ -57,8 +58,14 @@ class Held:
             await self.go.wait()
         if source.startswith(self.refuses):
             raise LoadFailed(f"{source}: other shapes")
+        if source.startswith(self.dies_of):
+            self.listener.on_down("killed")
+            raise EngineDied("killed")
         self.info = replace(self.info, version=source)
         return self.info
+
+    def come_back(self) -> None:
+        self.listener.on_up(self.info)
 
     async def stop(self) -> None:
         self.stopped = True
@@ -153,10 +160,12 @@ async def test_an_engine_that_is_down_gets_nothing_and_the_others_go_on() -> Non
 
 async def test_an_engine_that_comes_back_with_another_checkpoint_is_left_out() -> None:
     """Two versions under one name would be a lie in every reply."""
-    a, b = Held(), Held()
+    a, b = Held(), Held(refuses=("v1",))
     replicas = await started(a, b)
     b.listener.on_down("killed")
     b.listener.on_up(replace(INFO, version="v2"))
+    await asyncio.sleep(0)
+    assert b.updates == ["v1"], "it is asked to be as the others"
     await sent(replicas, *(request(str(i), group(100 + i)) for i in range(4)))
     assert b.prompts == []
 
@@ -237,6 +246,42 @@ async def test_an_engine_that_cannot_go_back_is_left_out() -> None:
         await replicas.update_weights("v2")
     await sent(replicas, *(request(str(i), group(100 + i)) for i in range(3)))
     assert (a.prompts, len(b.prompts)) == ([], 3)
+
+
+async def test_an_engine_that_died_on_its_way_back_takes_over_what_the_others_have() -> None:
+    a, b = Held(dies_of=("v1",)), Held(refuses=("v2",))
+    replicas = await started(a, b)
+    with pytest.raises(LoadFailed, match="v2: other shapes"):
+        await replicas.update_weights("v2")
+    a.come_back()  # with v2, which it had taken over
+    await asyncio.sleep(0)  # and dies once more
+    with pytest.raises(Unavailable, match="restarting"):
+        await replicas.update_weights("v3")
+    await sent(replicas, request("1", group(100)))
+    assert (a.prompts, b.prompts) == ([], [100])
+    a.dies_of = ()
+    a.come_back()
+    await asyncio.sleep(0)
+    assert (a.updates, a.info.version) == (["v2", "v1", "v1", "v1"], "v1")
+    await sent(replicas, request("2", group(200)))
+    assert a.prompts == [200]
+
+
+async def test_weights_are_taken_over_even_if_all_engines_die_right_after() -> None:
+    class DiesAfterwards(Held):
+        async def update_weights(self, source: str) -> EngineInfo:
+            info = await super().update_weights(source)
+            self.listener.on_down("killed")
+            return info
+
+    a = DiesAfterwards()
+    replicas = await started(a)
+    assert (await replicas.update_weights("v2")).version == "v2"
+    with pytest.raises(Unavailable, match="restarting"):
+        await replicas.score(request("1", group(100)))
+    a.come_back()
+    await sent(replicas, request("2", group(100)))
+    assert a.prompts == [100]
 
 
 async def test_weights_that_are_not_what_they_were_are_not_gone_back_to() -> None:

@@ -48,6 +48,7 @@ class Replicas:
         self._source = source
         self._updating = False
         self._came_back: list[tuple[_Replica, EngineInfo]] = []  # while the others were taking weights over
+        self._catching_up: set[asyncio.Task[None]] = set()
         self._replicas = [_Replica(engine, number) for number, engine in enumerate(engines)]
         self._seen: OrderedDict[int, int] = OrderedDict()  # hash of a prompt -> number of the engine it went to last
         self._listener = EngineListener()
@@ -128,10 +129,11 @@ class Replicas:
             assert replica.info is not None
             if isinstance(outcome, EngineInfo) and outcome.version == replica.info.version:
                 continue
-            why = "it is not what it was" if isinstance(outcome, EngineInfo) else outcome
-            log.error("engine %d cannot go back to %s: %s", replica.number, before, why)
             if isinstance(outcome, EngineInfo | LoadFailed):  # it lives, with weights that the others do not have
-                replica.up, replica.failed = False, True
+                why = "it is not what it was" if isinstance(outcome, EngineInfo) else outcome
+                self._leave_out(replica, f"it cannot go back to {before}: {why}")
+            else:
+                log.error("engine %d died on its way back to %s: %s", replica.number, before, outcome)
 
     def restart_with(self, sources: Sequence[str]) -> None:
         """Its engines must be of several models each."""
@@ -141,6 +143,8 @@ class Replicas:
             cast(SeveralModels, replica.engine).restart_with(sources)
 
     async def stop(self) -> None:
+        for task in self._catching_up:
+            task.cancel()
         await asyncio.gather(*(replica.engine.stop() for replica in self._replicas))
 
     async def _score(self, replica: _Replica, request: EngineRequest) -> EngineResult:
@@ -200,13 +204,36 @@ class Replicas:
         if self._updating:
             self._came_back.append((replica, info))
             return
+        if self._is_as_the_others(replica, info):
+            replica.info, replica.up, replica.failed = info, True, False
+            self._listener.on_up(self._info())
+        else:
+            task = asyncio.create_task(self._catch_up(replica))
+            self._catching_up.add(task)
+            task.add_done_callback(self._catching_up.discard)
+
+    def _is_as_the_others(self, replica: _Replica, info: EngineInfo) -> bool:
         others = [r.info for r in self._replicas if r is not replica and r.up and r.info is not None]
-        if any(self._versions(other) != self._versions(info) for other in others):
-            log.error("engine %d came back with another version and is left out: reload the model", replica.number)
-            replica.failed = True
-            return
-        replica.info, replica.up, replica.failed = info, True, False
-        self._listener.on_up(self._info())
+        return all(self._versions(other) == self._versions(info) for other in others)
+
+    async def _catch_up(self, replica: _Replica) -> None:
+        """For one that died on its way back to older weights, and so came back with newer ones."""
+        log.warning("engine %d came back with another version; it is to take over %s", replica.number, self._source)
+        try:
+            info = await replica.engine.update_weights(self._source)
+        except Unavailable as error:  # it died over it: it comes back once more
+            log.error("engine %d cannot take over %s: %s", replica.number, self._source, error)
+        except LoadFailed as error:
+            self._leave_out(replica, str(error))
+        else:
+            if self._is_as_the_others(replica, info):
+                self._on_up(replica, info)
+            else:
+                self._leave_out(replica, "its weights are not those that the others have")
+
+    def _leave_out(self, replica: _Replica, reason: str) -> None:
+        log.error("engine %d is left out until the model is reloaded: %s", replica.number, reason)
+        replica.up, replica.failed = False, True
 
     def _versions(self, info: EngineInfo) -> list[str]:
         """Of the models that somebody may ask for."""
@@ -220,8 +247,12 @@ class Replicas:
             log.critical("engine %d is given up: %s", replica.number, reason)
 
     def _info(self) -> EngineInfo:
-        """Of those that are up: what one of them says, with what all of them have."""
+        """Of those that are up: what one of them says, with what all of them have.
+
+        Where all died just now, of those that come back.
+        """
         infos = [r.info for r in self._replicas if r.up and r.info is not None]
+        infos = infos or [r.info for r in self._replicas if not r.failed and r.info is not None]
         together = {
             "device": ",".join(info.device for info in infos),
             "max_length": min(info.max_length for info in infos),
