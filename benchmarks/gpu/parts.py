@@ -36,7 +36,7 @@ from rewardserve_kernels.pooling import reference as pooling_reference
 from rewardserve_kernels.pooling.reference import Norm, NormKind, Pooling
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.workspace import Workspace
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from work import ModelShape, least_seconds, shared
 
 ROUNDS = 3
@@ -159,6 +159,8 @@ def gate(part: Part) -> None:
         check(f"canary {family}", lambda: _family_is_right(part, family))  # noqa: B023
     check("a step waits for nothing", lambda: _nothing_waits(part))
     check("a pair's bits, cold, warm, batched, reordered", lambda: _engine_is_invariant(part))
+    for kind, make in {"a head that reads means": _reads_means, "models over one backbone": _over_one_backbone}.items():
+        check(f"graphs of {kind}", lambda: _graphs_change_nothing(part, make))  # noqa: B023
 
 
 _ATTENTION_OPTIONS: dict[str, dict[str, Any]] = {
@@ -335,6 +337,50 @@ def _engine_is_invariant(part: Part) -> tuple[bool, str]:
     )
 
 
+def _reads_means(folder: Path) -> list[Path]:
+    from checkpoints import save_checkpoint
+
+    save_checkpoint(folder / "mean", dtype=torch.bfloat16)
+    said = '[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n'
+    (folder / "mean" / "rewardserve.toml").write_text(said)
+    return [folder / "mean"]
+
+
+def _over_one_backbone(folder: Path) -> list[Path]:
+    from adapters import TARGETS, adapter_of, save_adapter
+    from checkpoints import save_checkpoint
+
+    save_checkpoint(folder / "base", dtype=torch.bfloat16)
+    weights = load_file(folder / "base" / "model.safetensors")
+    adapters = {"lora": TARGETS, "other": TARGETS[1:], "head": ()}
+    for name, targets in adapters.items():
+        save_adapter(folder / name, folder / "base", adapter_of(weights, targets=targets, seed=name))
+    return [folder / name for name in adapters]
+
+
+def _graphs_change_nothing(part: Part, make: Callable[[Path], list[Path]]) -> tuple[bool, str]:
+    """Every model's scores are the same, bit for bit, replayed and kernel by kernel, cold and warm."""
+    groups = _groups(part, Traffic(300, 4, 100), 2_000, seed=11)
+    groups = [([i % 200 for i in prompt], [[i % 200 for i in r] for r in responses]) for prompt, responses in groups]
+
+    async def scores(sources: list[Path], cuda_graphs: bool) -> list[list[float]]:
+        beside = tuple(map(str, sources[1:]))
+        options = {"beside": beside, "compile": "off", "prefix_cache_bytes": 64 << 20}
+        async with _engine(part, str(sources[0]), cuda_graphs=cuda_graphs, **options) as engine:
+            has_graphs = engine._loop._runner._graphs is not None
+            if has_graphs != (cuda_graphs and part.on_gpu):
+                raise RuntimeError(f"cuda_graphs = {cuda_graphs}, and there are {'some' if has_graphs else 'none'}")
+            rounds = [variant for _ in range(2) for variant in range(len(sources))]
+            return [_scores(await _score(engine, groups, variant)) for variant in rounds]
+
+    with tempfile.TemporaryDirectory() as folder:
+        sources = make(Path(folder))
+        replayed, eager = (asyncio.run(scores(sources, on)) for on in (True, False))
+    worst = max(abs(a - b) for one, other in zip(replayed, eager, strict=True) for a, b in zip(one, other, strict=True))
+    distinct = len({tuple(each) for each in eager})
+    return replayed == eager and distinct == len(sources), f"{distinct} models, off by {worst:.1e} at most"
+
+
 # -- the kernels -------------------------------------------------------------------------------------------------------
 
 
@@ -465,10 +511,13 @@ async def _engine(part: Part, folder: str, **options: Any) -> Any:
 _numbers = iter(range(10**9))
 
 
-async def _score(engine: NativeEngine, groups: Sequence[tuple[list[int], list[list[int]]]]) -> EngineResult:
+async def _score(
+    engine: NativeEngine, groups: Sequence[tuple[list[int], list[list[int]]]], variant: int = 0
+) -> EngineResult:
     """All at once, each group a request of its own; the result is theirs together."""
     encoded = [EncodedGroup(_bytes(prompt), tuple(map(_bytes, responses))) for prompt, responses in groups]
-    results = await asyncio.gather(*(engine.score(EngineRequest(str(next(_numbers)), (g,))) for g in encoded))
+    requests = [EngineRequest(str(next(_numbers)), (group,), variant=variant) for group in encoded]
+    results = await asyncio.gather(*(engine.score(request) for request in requests))
     return EngineResult(tuple(group for result in results for group in result.groups), 0.0, 0.0)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import TARGETS, adapter_of, save_adapter
 from checkpoints import save_checkpoint
+from safetensors.torch import load_file
 
 SUPPORT = Path(__file__).parents[1] / "support"
 pytest.importorskip("triton", reason="triton is not installed")
@@ -24,15 +26,19 @@ from rewardserve.engine.native.block_pool import BlockPool
 from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.prefix_cache import PrefixCache
+from rewardserve.engine.native.runner import PackedRunner, _Step
 from rewardserve.engine.native.scheduler import Scheduler
 from rewardserve.models.kv_pool import KVPool
+from rewardserve.models.reads import Reader
 from rewardserve.types import EncodedGroup
 from rewardserve_kernels.attention import chunked, triton
 from scoring import pack as ids
 
-graphs.MAX_POOLED, graphs.MAX_SEGMENTS, graphs.MAX_TABLE = 8, 8, 64
+graphs.MAX_READS, graphs.MAX_SEGMENTS, graphs.MAX_TABLE = 8, 8, 64
 NUM_BLOCKS = 16
-loaded = load_runner(NativeOptions(sys.argv[1], num_threads=1, prefix_cache_bytes=1 << 24, compile="off"))
+source, *beside = sys.argv[1:]
+options = NativeOptions(source, beside=tuple(beside), num_threads=1, prefix_cache_bytes=1 << 24, compile="off")
+loaded = load_runner(options)
 model, backbone = loaded.model, loaded.model.backbone
 assert loaded.info.path == "packed", loaded.info.path_reason
 
@@ -43,52 +49,105 @@ def poisoned():
     for pair in pool._layers:
         for tensor in pair:
             tensor.fill_(float("nan"))
+    if model.takes_mean:
+        pool.keep_sums(backbone.config.hidden_size, backbone.device)
+        pool.sums.fill_(float("nan"))
     return pool
 
 
-scheduler = Scheduler(PrefixCache(BlockPool(NUM_BLOCKS)), 120, 8)
+class Replay:
+    # What a CUDA graph does: the same once more, from where its inputs lie to where its outputs lie.
+    num_replays = 0
+
+    def __init__(self, step):
+        self.step, self.hidden = step, step.compute().clone()
+
+    def replay(self):
+        self.num_replays += 1
+        self.hidden.copy_(self.step.compute())
+
+
+readers = [Reader(plan) for plan in loaded.reads]
+scheduler = Scheduler(PrefixCache(BlockPool(NUM_BLOCKS)), 120, 8, readers=readers, trunks=loaded.trunks)
 common = list(range(3, 133))
 groups = [(common + [5] * 3, [[7] * 20, [8], [9] * 33]), (common + [6, 4], [[7] * 9, [1] * 40]), ([11, 12], [[13]])]
-for number, (prompt, responses) in enumerate(groups):
-    group = EncodedGroup(ids(prompt), tuple(map(ids, responses)))
-    scheduler.add(EngineRequest(str(number), (group,)))
+for variant in range(len(sys.argv) - 1):
+    for number, (prompt, responses) in enumerate(groups):
+        group = EncodedGroup(ids(prompt), tuple(map(ids, responses)))
+        scheduler.add(EngineRequest(f"{variant} {number}", (group,), variant=variant))
 
 plain, eager, fixed = poisoned(), poisoned(), poisoned()
-step, num_filled, num_steps = None, 0, 0
+server, num_steps, variants = None, 0, set()
 while (plan := scheduler.schedule()) is not None:
+    model.use(plan.variant)
     backbone.attention = chunked
-    wanted = model.features_packed(build_pack(plan, backbone, for_gpu=False), plain)
+    wanted = model.features_packed(build_pack(plan, backbone, False, model.takes_mean), plain)
     backbone.attention = triton
-    got = model.features_packed(build_pack(plan, backbone, for_gpu=True), eager)
+    pack = build_pack(plan, backbone, True, model.takes_mean)
+    got = model.features_packed(pack, eager)
     assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
-    if step is None and plan.num_scored:  # the model has met all its kinds of attention
+    if server is None and plan.num_scored:  # the model has met all its kinds of attention
         step = graphs.StaticStep(model, fixed, 128, spare_block=NUM_BLOCKS)
-    pack = build_pack(plan, backbone, for_gpu=True)
-    if step is not None and step.fill(pack):
-        num_filled += 1
-        got = step.compute()[: plan.num_scored]
-        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
-    else:  # as the server does: what no graph holds runs kernel by kernel
-        got = model.features_packed(pack, fixed)
-        assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
+        graph = Replay(step)
+        held = graphs.Graphs(model, fixed, [(step, graph, graph.hidden)])
+        server = PackedRunner(model, fixed, NUM_BLOCKS, held)
+    if server is None:
+        got = model.features_packed(build_pack(plan, backbone, True, model.takes_mean), fixed)
+    else:
+        model.use(0)  # the plan says which one
+        before = graph.num_replays
+        inputs = build_pack(plan, backbone, True, model.takes_mean)  # `prepare` would build it as for a CPU
+        got = torch.tensor(server.launch(_Step(inputs, plan.moves, plan.variant)).features())
+        if graph.num_replays > before:
+            variants.add(plan.variant)
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
     num_steps += 1
     scheduler.complete(plan, wanted.tolist())
-for layer, (ours, theirs) in enumerate(zip(fixed._layers, plain._layers, strict=True)):
+pairs = list(zip(fixed._layers, plain._layers, strict=True))
+for layer, (ours, theirs) in enumerate(pairs + [([fixed.sums], [plain.sums])] * model.takes_mean):
     for one, other in zip(ours, theirs, strict=True):
         one, other = one[:NUM_BLOCKS], other[:NUM_BLOCKS]
         assert torch.equal(one.isnan(), other.isnan()), "something was stored elsewhere"
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True), layer
-print(num_steps, num_filled)
+print(num_steps, graph.num_replays, len(variants))
 """
+
+
+def run(*folders: Path) -> tuple[int, ...]:
+    """Steps, those that were replayed, models among these; the program compares scores and stored keys itself."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *map(str, folders)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=170,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return tuple(map(int, done.stdout.split()[-3:]))
 
 
 def test_scores_and_stored_keys_are_those_of_the_plain_path(tmp_path: Path) -> None:
     """gemma2: layers with and without a window, softcaps, groups of heads."""
     save_checkpoint(tmp_path, "gemma2", torch.float32)
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=170
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    num_steps, num_filled = map(int, done.stdout.split()[-2:])
-    assert num_steps >= 3 and num_filled >= 2
+    num_steps, num_replays, _ = run(tmp_path)
+    assert num_steps >= 3 and num_replays >= 2
+
+
+def test_means_are_those_of_the_plain_path(tmp_path: Path) -> None:
+    """All rows are what they are made of, and sums of stored ones are kept beside their keys."""
+    save_checkpoint(tmp_path)
+    (tmp_path / "rewardserve.toml").write_text('[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n')
+    num_steps, num_replays, _ = run(tmp_path)
+    assert num_steps >= 3 and num_replays >= 2
+
+
+def test_models_over_one_backbone_share_its_graphs(tmp_path: Path) -> None:
+    """One captured with the first one's adapter computes with that of the model in use, and each head is its own."""
+    save_checkpoint(tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    names = {"lora": TARGETS, "other": TARGETS[1:], "head": ()}
+    for name, targets in names.items():
+        save_adapter(tmp_path / name, tmp_path / "base", adapter_of(weights, targets=targets, seed=name))
+    *_, num_variants = run(*(tmp_path / name for name in names))
+    assert num_variants == len(names)

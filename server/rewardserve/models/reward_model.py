@@ -48,10 +48,20 @@ class RewardModel:
     @torch.inference_mode()
     def features_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
         """Features of the pack's reads, [len(pack.reads), features] fp32."""
-        if not self.takes_mean:
-            return self._features(self.backbone.run_packed(pack, pool))
-        assert pack.means is not None and pool.sums is not None
-        return self._features(running_means(self.backbone.run_all_rows(pack, pool), pack.means, pool.sums))
+        return self.features_of(self.hidden_packed(pack, pool), pack, pool)
+
+    @torch.inference_mode()
+    def hidden_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
+        """What features are made of: hidden states [reads, hidden_size] or, for a mean, [rows, hidden_size]."""
+        return self.backbone.run_all_rows(pack, pool) if self.takes_mean else self.backbone.run_packed(pack, pool)
+
+    @torch.inference_mode()
+    def features_of(self, hidden: torch.Tensor, pack: Pack, pool: KVPool) -> torch.Tensor:
+        """The second half of `features_packed`: the part that is not the same for every model with this backbone."""
+        if self.takes_mean:
+            assert pack.means is not None and pool.sums is not None
+            hidden = running_means(hidden, pack.means, pool.sums)
+        return self._features(hidden)
 
     @torch.inference_mode()
     def states_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:

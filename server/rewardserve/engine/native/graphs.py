@@ -2,12 +2,15 @@
 
 A graph computes on tensors that stay where they are, of a size that stays what it is. So a pack's inputs are copied
 into those of the next larger bucket; what is left of the bucket does nothing: tiles without rows, rows that nobody
-reads, stores to a block that belongs to nobody.
+reads, stores to a block that belongs to nobody. A graph ends where the head begins: models over one backbone have heads
+of their own, and means are of as many rows as there are.
 """
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import astuple
+from typing import Protocol
 
 import torch
 from rewardserve_kernels.kv_cache.paged import StoreIndex
@@ -81,25 +84,34 @@ class StaticStep:
         return True
 
     def compute(self) -> torch.Tensor:
-        """Features [MAX_READS, features], of which as many rows count as were filled in."""
-        return self._model.features_packed(self._pack, self._pool)
+        """Hidden states as of `hidden_packed`, of which as many rows count as were filled in."""
+        return self._model.hidden_packed(self._pack, self._pool)
+
+
+class Replayed(Protocol):
+    """torch.cuda.CUDAGraph."""
+
+    def replay(self) -> None: ...
 
 
 class Graphs:
     """A captured step for every bucket."""
 
-    def __init__(self, captured: list[tuple[StaticStep, torch.cuda.CUDAGraph, torch.Tensor]]) -> None:
-        """Smallest first; the tensors are where the graphs leave their features."""
-        self._captured = captured
+    def __init__(
+        self, model: RewardModel, pool: KVPool, captured: Sequence[tuple[StaticStep, Replayed, torch.Tensor]]
+    ) -> None:
+        """Smallest first; the tensors are where the graphs leave their hidden states."""
+        self._model, self._pool, self._captured = model, pool, captured
 
     def launch(self, pack: Pack) -> torch.Tensor | None:
-        """Features [len(pack.reads), features], valid until the next launch; None if no graph holds the pack."""
-        for step, graph, features in self._captured:
+        """Features [len(pack.reads), features] of the model in use; None if no graph holds the pack."""
+        for step, graph, hidden in self._captured:
             if len(pack.input_ids) <= step.num_rows:
                 if not step.fill(pack):
                     return None
                 graph.replay()
-                return features[: len(pack.reads)]
+                count = len(pack.input_ids) if self._model.takes_mean else len(pack.reads)
+                return self._model.features_of(hidden[:count], pack, self._pool)
         return None
 
 
@@ -118,12 +130,12 @@ def capture(model: RewardModel, pool: KVPool, spare_block: int) -> Graphs | None
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
-                features = step.compute()
-            captured.append((step, graph, features))
+                hidden = step.compute()
+            captured.append((step, graph, hidden))
     except Exception as error:
         log.warning(
             "small forwards are not captured as CUDA graphs: %s", f"{type(error).__name__}: {error}".splitlines()[0]
         )
         return None
     log.info("CUDA graphs for up to %d tokens captured in %.1f s", BUCKETS[-1], time.perf_counter() - started)
-    return Graphs(captured[::-1])
+    return Graphs(model, pool, captured[::-1])

@@ -204,9 +204,8 @@ def _pack(padded: Loaded, options: NativeOptions, device: torch.device, dtype: t
     if padded.model.takes_mean:
         pool.keep_sums(padded.model.backbone.config.hidden_size, device)
     graphs = None
-    small = padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS and not padded.model.takes_mean
-    alone = len(padded.specs) == 1  # a graph has one model's head in it
-    if device.type == "cuda" and options.cuda_graphs and small and alone:
+    small = padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS
+    if device.type == "cuda" and options.cuda_graphs and small:
         graphs = capture(padded.model, pool, spare_block=num_blocks)
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:
