@@ -1,6 +1,8 @@
 """One declaration is a flag, a variable, a key of the file, a default and a help text; whatever is wrong is named."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
@@ -120,6 +122,13 @@ def test_help_lists_every_flag_with_its_text(capsys: pytest.CaptureFixture[str])
     for name, field in FIELDS.items():
         assert "--" + name.replace("_", "-") in text
         assert field.description.split("%")[0] in text, name
+
+
+@pytest.mark.parametrize("verb", ["serve", *OTHER_VERBS])
+def test_help_says_types_and_defaults_as_a_person_would(verb: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "rewardserve", verb, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--config TEXT" in done.stdout
+    assert not re.search(r"list\[|\{,|,\W?\}|\(default:\s*\W?\)|\[\]|True|False|\0", done.stdout), done.stdout
 
 
 @pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.annotation is not str])

@@ -5,12 +5,13 @@ The server's variables begin with REWARDSERVE_, its keys stand at the top of the
 REWARDSERVE_<VERB>_ and stand in the file's table [<verb>].
 """
 
+import argparse
 import difflib
 import json
 import os
 import re
 import tomllib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -29,6 +30,10 @@ KUBERNETES = re.compile(
     rf"{PREFIX}(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(ADDR|PORT|PROTO))?)"
 )
 KUBERNETES_PORT = re.compile(r"(tcp|udp|sctp)://")  # the value of <SERVICE>_PORT, which can be a name of ours
+
+NONE = "\0"  # for pydantic-settings: "null" is a text like any other
+METAVARS = {"str": "TEXT", "list[str]": "TEXT", "int": "N", "float": "NUMBER", f"{{float,{NONE}}}": "NUMBER"}
+DEFAULTS = {"True": " (default: on)", "False": " (default: off)", "": "", NONE: "", "[]": ""}  # others as they are
 
 O = TypeVar("O", bound="Options")  # noqa: E741
 
@@ -97,6 +102,24 @@ def at_top_of_file(cls: type[O]) -> type[O]:
     return cls
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Types and defaults as a person would say them, not as Python does."""
+
+    def add_usage(self, usage: str | None, actions: Iterable[argparse.Action], *rest: Any, **more: Any) -> None:
+        super().add_usage(usage, [_said_plainly(action) for action in actions], *rest, **more)
+
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(_said_plainly(action))
+
+
+def _said_plainly(action: argparse.Action) -> argparse.Action:
+    if isinstance(action.metavar, str):
+        action.metavar = METAVARS.get(action.metavar, action.metavar.replace("{,", "{"))
+    if action.help:
+        action.help = re.sub(r" \(default: (.*)\)$", lambda found: DEFAULTS.get(found[1], found[0]), action.help)
+    return action
+
+
 def load_options(cls: type[O], verb: str, arguments: Sequence[str], file: Path | None = None) -> O:
     """Raises ConfigError for unknown or wrong options, with the nearest spelling. `--help` exits.
 
@@ -113,7 +136,8 @@ def load_options(cls: type[O], verb: str, arguments: Sequence[str], file: Path |
             cli_parse_args=_gather(arguments, repeated),
             cli_prog_name=f"rewardserve {verb}",
             cli_exit_on_error=False,
-            cli_parse_none_str="\0",  # "null" is a text like any other
+            cli_parse_none_str=NONE,
+            formatter_class=_Help,
         )
         return cls(_cli_settings_source=flags, _env_prefix=prefix, **values)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
