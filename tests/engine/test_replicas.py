@@ -267,6 +267,48 @@ async def test_an_engine_that_died_on_its_way_back_takes_over_what_the_others_ha
     assert a.prompts == [200]
 
 
+async def test_after_both_died_the_first_to_come_back_does_not_bring_the_weights_that_were_refused() -> None:
+    a, b = Held(dies_of=("v1",)), Held(dies_of=("v2",))
+    replicas = await started(a, b)
+    with pytest.raises(EngineDied):
+        await replicas.update_weights("v2")
+    a.dies_of = ()
+    a.come_back()  # with v2
+    await asyncio.sleep(0)
+    b.come_back()  # with v1, which is what it was started with
+    await sent(replicas, *(request(str(i), group(100 + i)) for i in range(2)))
+    assert (a.info.version, b.info.version) == ("v1", "v1")
+    assert a.prompts and b.prompts
+
+
+async def test_where_all_died_and_a_checkpoint_has_changed_the_first_to_come_back_says_what_is_served() -> None:
+    told: list[str] = []
+    a, b = Held(refuses=("v1",)), Held(refuses=("v1",))
+    listener = EngineListener(on_up=lambda info: told.append(info.version), on_failed=told.append)
+    replicas = await started(a, b, listener=listener)
+    for engine in (a, b):
+        engine.listener.on_down("killed")
+        engine.info = replace(engine.info, version="changed")
+    for engine in (a, b):
+        engine.come_back()
+        await asyncio.sleep(0)
+    await sent(replicas, *(request(str(i), group(100 + i)) for i in range(2)))
+    assert a.prompts and b.prompts and told == ["changed", "changed"]
+
+
+async def test_the_last_one_serves_what_it_has_and_says_so() -> None:
+    told: list[str] = []
+    a, b = Held(refuses=("v1",)), Held()
+    listener = EngineListener(on_up=lambda info: told.append(info.version), on_failed=told.append)
+    replicas = await started(a, b, listener=listener)
+    a.listener.on_down("killed")
+    b.listener.on_failed("given up")
+    a.listener.on_up(replace(INFO, version="changed"))
+    await asyncio.sleep(0)
+    await sent(replicas, request("1", group(100)))
+    assert a.prompts == [100] and told == ["changed"]
+
+
 async def test_weights_are_taken_over_even_if_all_engines_die_right_after() -> None:
     class DiesAfterwards(Held):
         async def update_weights(self, source: str) -> EngineInfo:

@@ -49,6 +49,7 @@ class Replicas:
         self._updating = False
         self._came_back: list[tuple[_Replica, EngineInfo]] = []  # while the others were taking weights over
         self._catching_up: set[asyncio.Task[None]] = set()
+        self._wanted: EngineInfo | None = None  # whose versions all of them are to have
         self._replicas = [_Replica(engine, number) for number, engine in enumerate(engines)]
         self._seen: OrderedDict[int, int] = OrderedDict()  # hash of a prompt -> number of the engine it went to last
         self._listener = EngineListener()
@@ -69,6 +70,7 @@ class Replicas:
             raise
         for replica, info in zip(self._replicas, infos, strict=True):
             replica.info, replica.up = info, True
+        self._wanted = infos[0]
         return self._info()
 
     async def score(self, request: EngineRequest) -> EngineResult:
@@ -118,7 +120,7 @@ class Replicas:
             raise errors[0]
         for replica, info in zip(taking, outcomes, strict=True):
             assert isinstance(info, EngineInfo)
-            replica.info = info
+            replica.info = self._wanted = info
         self._source = source
         self._seen.clear()
 
@@ -204,32 +206,40 @@ class Replicas:
         if self._updating:
             self._came_back.append((replica, info))
             return
-        if self._is_as_the_others(replica, info):
-            replica.info, replica.up, replica.failed = info, True, False
-            self._listener.on_up(self._info())
+        if self._is_wanted(info):
+            self._take_part(replica, info)
         else:
-            task = asyncio.create_task(self._catch_up(replica))
+            task = asyncio.create_task(self._catch_up(replica, info))
             self._catching_up.add(task)
             task.add_done_callback(self._catching_up.discard)
 
-    def _is_as_the_others(self, replica: _Replica, info: EngineInfo) -> bool:
-        others = [r.info for r in self._replicas if r is not replica and r.up and r.info is not None]
-        return all(self._versions(other) == self._versions(info) for other in others)
+    def _is_wanted(self, info: EngineInfo) -> bool:
+        assert self._wanted is not None
+        return self._versions(info) == self._versions(self._wanted)
 
-    async def _catch_up(self, replica: _Replica) -> None:
-        """For one that died on its way back to older weights, and so came back with newer ones."""
+    def _take_part(self, replica: _Replica, info: EngineInfo) -> None:
+        replica.info, replica.up, replica.failed = info, True, False
+        self._listener.on_up(self._info())
+
+    async def _catch_up(self, replica: _Replica, info: EngineInfo) -> None:
+        """For one that died on its way back to older weights, and so came back with newer ones.
+
+        Where nobody else is up, what it comes to is what the others are to have: the checkpoint has changed.
+        """
         log.warning("engine %d came back with another version; it is to take over %s", replica.number, self._source)
+        reason = "its weights are not those that the others have"
         try:
             info = await replica.engine.update_weights(self._source)
         except Unavailable as error:  # it died over it: it comes back once more
             log.error("engine %d cannot take over %s: %s", replica.number, self._source, error)
+            return
         except LoadFailed as error:
-            self._leave_out(replica, str(error))
-        else:
-            if self._is_as_the_others(replica, info):
-                self._on_up(replica, info)
-            else:
-                self._leave_out(replica, "its weights are not those that the others have")
+            reason = str(error)
+        if not self._is_wanted(info) and any(r.up for r in self._replicas):
+            self._leave_out(replica, reason)
+            return
+        self._wanted = info
+        self._take_part(replica, info)
 
     def _leave_out(self, replica: _Replica, reason: str) -> None:
         log.error("engine %d is left out until the model is reloaded: %s", replica.number, reason)

@@ -1,8 +1,16 @@
-"""How cuBLAS is set up, once for a process, before its first product."""
+"""How a process is set up for its GPU, before its first product."""
 
 import os
 
 import torch
+
+
+def use_device(device: torch.device) -> None:
+    """Makes it the calling thread's own, which another is not: streams and events, Triton's launches and captures are
+    of the thread's device, whichever one the tensors lie on. Without a number it is the first one, as it is anyway.
+    """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def make_batch_invariant() -> None:

@@ -12,7 +12,7 @@ from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 from rewardserve.engine.base import ADAPTED, EngineInfo
 from rewardserve.engine.native.canary import Canary
-from rewardserve.engine.native.gpu import make_batch_invariant
+from rewardserve.engine.native.gpu import make_batch_invariant, use_device
 from rewardserve.engine.native.graphs import capture
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner, PaddedRunner, Runner
@@ -86,9 +86,10 @@ class Loaded:
 
 
 def load_runner(options: NativeOptions) -> Loaded:
-    """Loads, checks and sizes everything. Raises LoadFailed with what to do about it."""
+    """Loads, checks and sizes everything, on the thread that is to run it. Raises LoadFailed with what to do."""
     specs = tuple(_read_specs(options))
     device = loader.choose_device(options.device)
+    use_device(device)
     if options.quantize and options.dtype not in ("auto", "bfloat16"):
         raise LoadFailed(f"quantize = {options.quantize} runs in bfloat16, not {options.dtype}; leave one of them out")
     dtype = torch.bfloat16 if options.quantize else loader.choose_dtype(options.dtype, specs[0], device)

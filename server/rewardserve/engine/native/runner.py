@@ -7,6 +7,7 @@ import torch
 from rewardserve_kernels.workspace import Workspace
 
 from rewardserve.engine.native.batch import build_pack, build_rows
+from rewardserve.engine.native.gpu import use_device
 from rewardserve.engine.native.graphs import Graphs
 from rewardserve.engine.native.sequence import BatchPlan, Move
 from rewardserve.models.backbone import Pack, rope_switch
@@ -99,6 +100,7 @@ class PackedRunner:
 
     def prepare(self, plan: BatchPlan) -> "_Step":
         backbone = self._model.backbone
+        use_device(backbone.device)  # of the planner's thread
         pack = build_pack(plan, backbone, backbone.device.type != "cpu", self._model.takes_mean)
         return _Step(pack, plan.moves, plan.variant)
 
