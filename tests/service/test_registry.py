@@ -4,13 +4,21 @@ import asyncio
 import dataclasses
 
 import pytest
-from rewardserve.errors import Draining, InvalidRequest, LoadFailed, ModelExists, ModelNotFound, Unavailable
+from rewardserve.errors import (
+    Draining,
+    InvalidRequest,
+    LoadFailed,
+    ModelExists,
+    ModelNotFound,
+    SwapRefused,
+    Unavailable,
+)
 from rewardserve.evaluation import calibration_file
 from rewardserve.evaluation.calibration_file import BESIDE, Origin, Temperature
 from rewardserve.service.finish import Finishing
 from rewardserve.service.live_model import ModelState
 from rewardserve.service.swap import SwapPlan, rollback, swap
-from rewardserve.types import ItemCode, ItemFailure, Probe, TextSpec
+from rewardserve.types import Aggregate, How, ItemCode, ItemFailure, Probe, TextSpec
 from tokenizers import Tokenizer, models
 
 LOADING, SERVING, RESTARTING = ModelState.LOADING, ModelState.SERVING, ModelState.RESTARTING
@@ -358,6 +366,46 @@ async def test_text_that_cannot_be_reproduced_after_a_restart_fails_the_model(ho
     listener.on_down("died")
     listener.on_up(dataclasses.replace(tools.INFO, text=text_spec(Probe((), False, "a", (1,)))))
     assert model.state is FAILED and "reproduced" in model.message
+
+
+async def test_nobody_who_waited_is_scored_by_weights_that_could_not_be_given_back(house, tools) -> None:
+    await house.serve()
+    engine = house.engines["m"]
+    engine.weights = {"/models/m": "v3", "/new": "v2"}
+    engine.warm_up_failure = ItemFailure(ItemCode.INTERNAL, "no memory")
+    engine.may_score.clear()
+    under_way = asyncio.create_task(house.service.score(tools.request()))
+    await asyncio.sleep(0.01)
+    update = asyncio.create_task(house.registry.update_weights("m", "/new"))
+    await asyncio.sleep(0.01)
+    waiting = asyncio.create_task(house.service.score(tools.request()))
+    await asyncio.sleep(0.01)
+    engine.may_score.set()
+    assert (await under_way).version == "v1"
+    with pytest.raises(LoadFailed):
+        await update
+    with pytest.raises(Unavailable, match="is not what it was"):
+        await waiting
+
+
+async def test_draining_waits_for_those_who_wait_for_other_weights(house, tools) -> None:
+    model = await house.serve()
+    with model.closed():
+        waiting = asyncio.create_task(house.service.score(tools.request()))
+        await asyncio.sleep(0.01)
+        house.registry.stop_admitting()
+        drain = asyncio.create_task(house.registry.drain(30))
+        await asyncio.sleep(0.05)
+        assert not drain.done()
+    await asyncio.gather(waiting, drain)
+
+
+async def test_an_ensemble_is_not_changed_as_a_model_is(house) -> None:
+    await house.serve("a")
+    await house.serve("b")
+    house.registry.add_ensemble("both", ("a", "b"), Aggregate(How.MEAN))
+    with pytest.raises(SwapRefused, match="'both' is an ensemble of a, b; change its members"):
+        await house.registry.update_weights("both", "/new")
 
 
 async def test_a_server_that_drains_admits_nothing_and_waits(house, tools) -> None:

@@ -62,11 +62,14 @@ class Registry:
         return list(self._models.values())
 
     def get(self, name: str) -> LiveModel:
-        """An empty name means the only model. Raises ModelNotFound."""
+        """An empty name means the only model. Raises ModelNotFound, or SwapRefused for an ensemble."""
         if not name and len(self._models) == 1 and not self._ensembles:
             return next(iter(self._models.values()))
         if name in self._models:
             return self._models[name]
+        if name in self._ensembles:
+            members = ", ".join(self._ensembles[name].members)
+            raise SwapRefused(f"'{name}' is an ensemble of {members}; change its members")
         served = ", ".join(sorted([*self._models, *self._ensembles])) or "none"
         wanted = f"no model '{name}' here" if name else "name a model: there is not exactly one here"
         raise ModelNotFound(f"{wanted}; served are: {served}")
@@ -241,18 +244,18 @@ class Registry:
         self._draining = True
 
     async def drain(self, grace_s: float) -> None:
-        """Waits for what is in flight, as long as `grace_s`."""
-        await asyncio.gather(*(_idle(model, grace_s) for model in [*self.models, *self._retiring]))
+        """Waits for what is in flight, or admitted and waiting for other weights, as long as `grace_s`."""
+        await asyncio.gather(*(_idle(model, grace_s, admitted=True) for model in [*self.models, *self._retiring]))
 
     async def stop(self) -> None:
         kept = [model.previous.kept for model in self.models if model.previous is not None and model.previous.kept]
         await asyncio.gather(*(model.engine.stop() for model in [*self.models, *kept, *self._retiring]))
 
 
-async def _idle(model: LiveModel, grace_s: float | None) -> None:
+async def _idle(model: LiveModel, grace_s: float | None, admitted: bool = False) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(grace_s):
-            while model.num_users:
+            while model.num_users or (admitted and model.admission.num_requests):
                 await asyncio.sleep(0.02)
 
 

@@ -11,7 +11,7 @@ from rewardserve.metrics import ModelMetrics
 from rewardserve.service.deadlines import Deadlines
 from rewardserve.service.ensemble import Ensemble, combine
 from rewardserve.service.finish import Finish, check_steps
-from rewardserve.service.live_model import LiveModel
+from rewardserve.service.live_model import LiveModel, ModelState
 from rewardserve.service.registry import Registry
 from rewardserve.text.encoder import EncodedItem, EncodedRequest
 from rewardserve.types import GroupScore, ItemScore, ScoreRequest, ScoreResult, Timings
@@ -36,6 +36,8 @@ class ScoringService:
         metrics = model.metrics
         with model.admission.admit(request), self._deadlines.until(request.deadline):
             await model.opened()
+            if model.state is ModelState.FAILED:  # over the weights that it was taking over meanwhile
+                model.check_serving()
             with model.used():
                 result = await self._score(model, request)
         observe(metrics, result)

@@ -58,7 +58,6 @@ async def swap(service: ScoringService, registry: Registry, plan: SwapPlan, grac
 
 async def _swap(service: ScoringService, registry: Registry, plan: SwapPlan, grace_s: float) -> SwapReport:
     old = registry.serving(plan.name)
-    previous_version = old.version
     new = await registry.load_beside(old, plan.source, plan.dtype)
     try:
         num_right = await _try_canaries(service, new, plan)
@@ -66,6 +65,7 @@ async def _swap(service: ScoringService, registry: Registry, plan: SwapPlan, gra
     except BaseException:
         await new.engine.stop()
         raise
+    previous_version = old.version  # now: its weights may have been updated while the new one was loading
     log.info("swapping %s: version %s to %s", plan.name, previous_version, new.version)
     await registry.flip(old, new, grace_s, plan.keep_previous)
     return SwapReport(
