@@ -114,6 +114,8 @@ def test_failed_requests_are_named_and_without_any_answer_nothing_is_measured(ru
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--workload=short_items", "--scale=2"], "--scale goes with --workload grpo_64"),
+        (["--workload=in", "--data=x"], "--data goes with workloads that have a name, not with a file"),
         (["--mode=open"], "--mode open needs --rate"),
         (["--rate=5"], "--rate goes with --mode open"),
         (["--mode=open", "--rate=0"], "--rate: 0: these are numbers above 0"),

@@ -48,14 +48,14 @@ def test_rank_agrees_with_score(cli, server, rows_file):
 
 
 def test_responses_may_stand_apart_from_the_equals_sign_and_in_a_file(cli, server, tmp_path):
-    (tmp_path / "responses").write_text('plain, line\n\n"with\\nbreak"\n"no" JSON\n')
+    (tmp_path / "responses").write_text('plain, line\n\n"with\\nbreak"\n"no" JSON\na\u2028b\x0cc\x85d\n', "utf-8")
     (tmp_path / "prompt").write_text("two?\n")
     ran = cli(
         *("rank", "--prompt-file", tmp_path / "prompt", "--responses-file", tmp_path / "responses"),
         *("--response", "one, two", "--json", server.endpoint),
     )
     texts = {each["response"] for each in json.loads(ran.out)["ranked"]}
-    assert texts == {"one, two", "plain, line", "with\nbreak", '"no" JSON'}
+    assert texts == {"one, two", "plain, line", "with\nbreak", '"no" JSON', "a\u2028b\x0cc\x85d"}
 
 
 def test_failed_responses_have_no_rank_and_say_why(cli, server):

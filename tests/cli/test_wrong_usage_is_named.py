@@ -72,6 +72,11 @@ def test_a_bad_row_is_named_by_line_and_field_and_what_came_before_is_scored(cli
         ("models", ["lst"], "no action 'lst'; did you mean 'list'?"),
         ("models", ["load", "x"], "usage: rewardserve models load NAME SOURCE"),
         ("models", ["list", "x"], "usage: rewardserve models list"),
+        ("models", ["update", "a", "x", "--canaries=/no/such"], "--canaries does nothing for update: it is for swap; "),
+        ("models", ["update", "a", "x", "--dtype=float32"], "--dtype does nothing for update: it is for load and swap"),
+        ("models", ["load", "a", "x", "--keep-previous"], "--keep-previous does nothing for load: it is for swap"),
+        ("models", ["rollback", "a", "--min-rank-correlation=0"], "--min-rank-correlation does nothing for rollback"),
+        ("models", ["swap", "a", "x", "--canaries=/dev/full/x"], "--canaries /dev/full/x: Not a directory"),
         ("score", ["/dev/null", "-", "--timeout=1e10"], "--timeout"),
         ("score", ["in", "out", "--model=x", "--threads=100000"], "--threads"),
         ("score", ["/dev/null", "-", "--name=\udcff"], r"'\udcff' is not UTF-8"),
@@ -90,6 +95,28 @@ def test_wrong_usage_is_one_line_and_exit_code_2(cli, verb, arguments, said):
     ran = cli(verb, *arguments)
     assert ran.code == 2 and ran.err.count("\n") == 1
     assert ran.err.startswith(f"rewardserve {verb}: ") and said in ran.err
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (b'{"prompt": 5, "chosen": "a", "rejected": "b"}', "prompt: Input should be a valid string"),
+        (
+            b'{"messages": [{"role": "user", "content": "x", "name": "y"}], "chosen": "a", "rejected": "b"}',
+            "name: Extra",
+        ),
+        (b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}', "Invalid JSON"),
+        (b'{"chosen": "a", "rejected": "b"}', "prompt: is missing"),
+        (b'{"prompt": "x", "chosen": "a"}', "rejected: Field required"),
+    ],
+)
+def test_a_canary_that_is_none_is_named_by_its_line(cli, tmp_path, row, said):
+    file = tmp_path / "canaries"
+    good = '{"prompt": "x\u2028y", "chosen": "a\x85", "rejected": "b"}'.encode()
+    file.write_bytes(b"\n".join((good, b"", row, b"")))
+    ran = cli("models", "swap", "a", "x", f"--canaries={file}", "--endpoint=127.0.0.1:1")
+    assert ran.code == 2 and ran.err.count("\n") == 1
+    assert f"--canaries {file}, line 3: " in ran.err and said in ran.err
 
 
 def test_an_environment_variable_is_an_option_and_a_flag_wins_over_it(cli, server, rows_file, monkeypatch):

@@ -103,6 +103,9 @@ class BenchOptions(Options):
         self.require(not self.shares or self.mode == "sweep", "--shares goes with --mode sweep")
         both = self.warm and "cold_fraction" in self.model_fields_set
         self.require(not both, "--warm is --cold-fraction 0: give one of them")
+        self.require(self.scale == 1 or self.workload == "grpo_64", "--scale goes with --workload grpo_64")
+        made = self.workload in workloads.names()
+        self.require(not self.data or made, "--data goes with workloads that have a name, not with a file")
         self.loads, self.percents  # noqa: B018 (raise for what is no number)
         self._check_files()
 
@@ -240,7 +243,9 @@ def _file_workload(options: BenchOptions) -> Workload:
         groups = tuple(read_rows(lines))
     if not groups:
         raise ConfigError(f"--workload {options.workload}: there is no row in it")
-    return Workload(options.workload, f"the {counted(len(groups), 'row')} of a file", groups[: options.groups or None])
+    taken = groups[: options.groups or None]
+    said = f"the {counted(len(groups), 'row')}" if len(taken) == len(groups) else f"{len(taken)} of {len(groups)} rows"
+    return Workload(options.workload, f"{said} of a file", taken)
 
 
 # -- the measurement ---------------------------------------------------------------------------------------------------

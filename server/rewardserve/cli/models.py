@@ -4,6 +4,7 @@ Exit codes: 0; 1 if a server could not or would not do it; 2 for wrong usage.
 """
 
 import asyncio
+import codecs
 import dataclasses
 import difflib
 import json
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import pydantic
 from pydantic import Field
 from pydantic_settings import CliPositionalArg
 from pydantic_settings import SettingsConfigDict as SettingsConfig
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rewardserve.cli.rows import NonEmpty, Turn, explain, one_of
 from rewardserve.cli.running import DEFAULT_ENDPOINT, MAX_TIMEOUT_S, connect, guarded
 from rewardserve.cli.table import TABLE, make_console, one_line
 from rewardserve.client import AsyncRewardClient, CanaryPair, ModelInfo, SwapResult
@@ -34,6 +37,13 @@ ACTIONS = {
     "update": ("NAME", "SOURCE"),
 }
 STYLES = {"serving": "green", "failed": "bold red"}  # of a state; any other is passing
+MEANT_FOR = {  # actions
+    "dtype": ("load", "swap"),
+    "canaries": ("swap",),
+    "shadow_share": ("swap",),
+    "min_rank_correlation": ("swap",),
+    "keep_previous": ("swap",),
+}
 SUFFIX = "ForSequenceClassification"  # of every architecture that can be served
 
 
@@ -76,6 +86,15 @@ class ModelsOptions(Options):
         wanted = ACTIONS[self.action]
         given = [value for value in (self.name, self.source) if value]
         self.require(len(given) == len(wanted), f"usage: rewardserve models {' '.join((self.action, *wanted))}")
+        if self.action in ("list", "get"):  # they change nothing, and a file may say how to swap
+            return
+        for name, actions in MEANT_FOR.items():
+            is_given = getattr(self, name) != type(self).model_fields[name].default
+            flag = f"--{name.replace('_', '-')}"
+            self.require(
+                not is_given or self.action in actions,
+                f"{flag} does nothing for {self.action}: it is for {' and '.join(actions)}; leave it out",
+            )
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -119,20 +138,35 @@ async def _ask(client: AsyncRewardClient, options: ModelsOptions) -> tuple[Model
             return ()
 
 
+class _PairIn(pydantic.BaseModel):
+    """A canary as it stands in the file. What else it holds is left alone."""
+
+    model_config = pydantic.ConfigDict(strict=True, extra="allow")
+    prompt: NonEmpty[str] | None = None
+    messages: NonEmpty[list[Turn]] | None = None
+    chosen: str
+    rejected: str
+
+
 def read_pairs(path: str) -> list[CanaryPair]:
-    """Raises ConfigError naming the line that is wrong."""
+    """Empty lines are passed over. Raises ConfigError naming the line that is wrong."""
     pairs = []
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise ConfigError(f"--canaries {path}: {error.strerror}") from error
     for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-            pairs.append(CanaryPair(row.get("messages") or row["prompt"], row["chosen"], row["rejected"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            wrong = f'{{"prompt", "chosen", "rejected"}} is needed ({type(error).__name__}: {error})'
-            raise ConfigError(f"--canaries {path}, line {number}: {wrong}") from error
+            row = _PairIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
+            is_text = one_of(row, ("prompt", "messages")) == "prompt"
+        except pydantic.ValidationError as error:
+            raise ConfigError(f"--canaries {path}, line {number}: {explain(error.errors()[0])}") from None
+        except ValueError as error:
+            raise ConfigError(f"--canaries {path}, line {number}: {error}") from None
+        prompt = row.prompt if is_text else [turn.model_dump() for turn in row.messages or ()]
+        pairs.append(CanaryPair(prompt, row.chosen, row.rejected))
     return pairs
 
 

@@ -66,7 +66,7 @@ async def _rank(options: RankOptions) -> int:
 def _row_of(options: RankOptions) -> Row:
     """The one group given by flags. Raises ConfigError."""
     prompt = options.prompt or _read(options.prompt_file).rstrip("\n")
-    lines = _read(options.responses_file).splitlines() if options.responses_file else []
+    lines = _read(options.responses_file).split("\n") if options.responses_file else []  # as other files are cut
     responses = [*options.response, *(_response(line) for line in lines if line.strip())]
     if not prompt.strip() or not responses:
         raise ConfigError(f"{'--responses-file' if prompt.strip() else 'the prompt'} is empty")
