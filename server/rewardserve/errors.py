@@ -18,6 +18,8 @@ RewardServeError
 What concerns one of many responses is no exception: it is an `ItemFailure` among the scores (types.py).
 """
 
+BACK_SOON_S = 1.0  # to ask again after, where an engine or a server starts anew
+
 
 class RewardServeError(Exception):
     """Base of all errors a caller may see. `grpc` names a grpc.StatusCode."""
@@ -78,6 +80,11 @@ class DeadlineExceeded(RewardServeError):
 
 class Unavailable(RewardServeError):
     grpc = "UNAVAILABLE"
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        """`retry_after_s`: where it will be back by itself, when it is worth asking again."""
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class EngineDied(Unavailable):

@@ -2,9 +2,12 @@
 
 import asyncio
 
+import grpc
 import pytest
-from rewardserve.client import AsyncRewardClient, Group, RetryPolicy, Unavailable, VersionMismatch
+from google.rpc import error_details_pb2
+from rewardserve.client import AsyncRewardClient, Group, InvalidRequest, RetryPolicy, Unavailable, VersionMismatch
 
+FAST = RetryPolicy(initial_backoff_s=0.01, max_backoff_s=0.1)
 GROUPS = [Group(f"prompt {n}", ["a", "b"], id=str(n)) for n in range(30)]
 
 
@@ -92,6 +95,69 @@ async def test_an_endpoint_that_dies_in_the_middle_of_a_call_loses_nothing(serve
     assert [group.scores for group in result.groups] == [expected(group) for group in GROUPS]
 
 
+async def test_one_endpoint_that_changed_its_version_between_two_parts_is_not_mixed(servers, targets):
+    """After a failover two parts are with the same endpoint, one of them scored before the change."""
+    first, second = servers[:2]
+    second.servicer.hang = True
+    async with AsyncRewardClient(targets[:2]) as client:
+        call = asyncio.create_task(client.score(GROUPS, timeout=20))
+        async with asyncio.timeout(10):
+            while not (first.servicer.prompts and second.servicer.requests):
+                await asyncio.sleep(0.01)
+        first.servicer.version = "v2"
+        await asyncio.to_thread(second.stop)
+        with pytest.raises(VersionMismatch) as caught:
+            await call
+    assert set(caught.value.versions.values()) == {"toy v1", "toy v2"}
+
+
+async def test_a_wrong_group_is_named_by_its_place_in_the_whole_call(servers, targets, failure):
+    violation = error_details_pb2.BadRequest.FieldViolation(
+        field="groups[1].responses", description="must not be empty"
+    )
+    detail = error_details_pb2.BadRequest(field_violations=[violation])
+    wrong = failure(grpc.StatusCode.INVALID_ARGUMENT, "groups[1].responses: must not be empty", detail)
+    for server in servers[1:]:
+        server.servicer.delay_s = 5.0
+    servers[0].servicer.failures.append(wrong)
+    async with AsyncRewardClient(targets) as client:
+        with pytest.raises(InvalidRequest) as caught:
+            await client.score(GROUPS)
+    sent = [group.prompt.text for group in servers[0].servicer.requests[0].groups]
+    index = next(n for n, group in enumerate(GROUPS) if group.prompt == sent[1])
+    assert index != 1 and str(caught.value).startswith(f"INVALID_ARGUMENT: groups[{index}].responses: must not")
+    assert caught.value.violations == [(f"groups[{index}].responses", "must not be empty")]
+
+
+async def test_a_server_that_is_replaced_is_waited_for(serve, expected):
+    """An address that has answered is right; one that never has is given up soon."""
+    server = serve()
+    async with AsyncRewardClient(server.target, retry=FAST) as client:
+        await client.score(GROUPS[:1])
+        server.stop()
+        call = asyncio.create_task(client.score(GROUPS, timeout=60))
+        await asyncio.sleep(1.5)  # many more attempts than a stranger gets
+        assert not call.done()
+        server.start()
+        result = await call
+        assert [group.scores for group in result.groups] == [expected(group) for group in GROUPS]
+        server.stop()
+    async with AsyncRewardClient(server.target, retry=FAST) as client:
+        with pytest.raises(Unavailable, match="after 6 attempts"):
+            await client.score(GROUPS, timeout=60)
+
+
+async def test_a_server_that_says_when_to_come_back_is_asked_until_there_is_no_time(serve, failure, come_back_in):
+    server = serve()
+    async with AsyncRewardClient(server.target, retry=FAST) as client:
+        server.servicer.failures += [failure(grpc.StatusCode.UNAVAILABLE, "restarting", come_back_in(0.01))] * 20
+        await client.score(GROUPS, timeout=60)
+        assert len(server.servicer.requests) == 21
+        server.servicer.failures += [failure(grpc.StatusCode.UNAVAILABLE, "failed for good")] * 20
+        with pytest.raises(Unavailable, match="after 6 attempts"):
+            await client.score(GROUPS, timeout=60)
+
+
 async def test_a_call_fails_only_when_no_endpoint_is_left(servers, targets, expected):
     policy = RetryPolicy(max_attempts=1)  # no waiting, but still every endpoint
     async with AsyncRewardClient(targets, retry=policy) as client:
@@ -107,7 +173,6 @@ async def test_a_call_fails_only_when_no_endpoint_is_left(servers, targets, expe
 
 
 async def test_an_error_that_is_not_unavailability_does_not_move_the_group(servers, targets, failure):
-    import grpc
 
     for server in servers:
         server.servicer.failures = [failure(grpc.StatusCode.INTERNAL, "bug")]

@@ -11,6 +11,7 @@ from rewardserve.client import (
     Group,
     GroupScore,
     InvalidRequest,
+    Overloaded,
     PermissionDenied,
     RetryPolicy,
     Unavailable,
@@ -173,6 +174,20 @@ async def test_each_failed_group_has_an_error_of_its_own(server):
         outcomes = [outcome async for _, outcome in client.score_stream(many(5))]
     assert all(isinstance(outcome, Unavailable) and outcome.attempts == 2 for outcome in outcomes)
     assert len({id(outcome) for outcome in outcomes}) == 5
+
+
+async def test_a_group_that_is_too_large_for_the_server_fails_alone(server):
+    """gRPC ends the whole stream over it: 4 MiB is what this server takes."""
+    server.servicer.delay_s = 0.05
+    groups = [*many(10), Group("x" * 5_000_000, ["a"], id="large"), *many(10)]
+    async with AsyncRewardClient(server.target, retry=PATIENT) as client:
+        outcomes = [(group, outcome) async for group, outcome in client.score_stream(groups, window=30)]
+    assert len(outcomes) == 21
+    for group, outcome in outcomes:
+        if group.id == "large":
+            assert isinstance(outcome, Overloaded) and outcome.retry_after_s is None and "larger" in outcome.message
+        else:
+            assert isinstance(outcome, GroupScore)
 
 
 async def test_leaving_early_ends_the_stream_at_the_server(server):

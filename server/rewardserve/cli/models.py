@@ -25,6 +25,7 @@ from rewardserve.cli.rows import NonEmpty, Turn, explain, one_of
 from rewardserve.cli.running import DEFAULT_ENDPOINT, MAX_TIMEOUT_S, connect, guarded
 from rewardserve.cli.table import TABLE, make_console, one_line
 from rewardserve.client import AsyncRewardClient, CanaryPair, ModelInfo, SwapResult
+from rewardserve.client.types import Prompt
 from rewardserve.options import ConfigError, Options, Repeated, load_options
 
 ACTIONS = {
@@ -165,7 +166,7 @@ def read_pairs(path: str) -> list[CanaryPair]:
             raise ConfigError(f"--canaries {path}, line {number}: {explain(error.errors()[0])}") from None
         except ValueError as error:
             raise ConfigError(f"--canaries {path}, line {number}: {error}") from None
-        prompt = row.prompt if is_text else [turn.model_dump() for turn in row.messages or ()]
+        prompt: Prompt = row.prompt or "" if is_text else [turn.model_dump() for turn in row.messages or ()]
         pairs.append(CanaryPair(prompt, row.chosen, row.rejected))
     return pairs
 

@@ -21,6 +21,7 @@ from rewardserve.client import (
     GroupScore,
     InvalidRequest,
     ItemScore,
+    Overloaded,
     Rendered,
     RewardClientError,
     Status,
@@ -123,7 +124,8 @@ class _ClientScorer:
                 yield group, self._items(group, outcome)
 
     def _items(self, group: Group, outcome: GroupScore | RewardClientError) -> tuple[ItemScore, ...]:
-        if isinstance(outcome, InvalidRequest):
+        too_large = isinstance(outcome, Overloaded) and outcome.retry_after_s is None  # and will be so again
+        if isinstance(outcome, InvalidRequest) or too_large:
             return _all_failed(group, outcome.message)
         if isinstance(outcome, RewardClientError):
             raise outcome

@@ -221,7 +221,7 @@ class AsyncRewardClient:
         """
         request = models_pb2.LoadModelRequest(name=name, source=source, dtype=dtype)
         replies = await self._calls.everywhere(rpcs.LOAD, request, self._deadline(timeout))
-        messages.one_version({endpoint: _version(model) for endpoint, model in replies})
+        messages.one_version([(endpoint, _version(model)) for endpoint, model in replies])
         endpoint, model = replies[0]
         return messages.model_info(model, endpoint)
 
@@ -281,7 +281,7 @@ class AsyncRewardClient:
         """
         request = models_pb2.UpdateWeightsRequest(name=name, source=source)
         replies = await self._calls.everywhere(rpcs.UPDATE_WEIGHTS, request, self._deadline(timeout))
-        messages.one_version({endpoint: _version(model) for endpoint, model in replies})
+        messages.one_version([(endpoint, _version(model)) for endpoint, model in replies])
         endpoint, model = replies[0]
         return messages.model_info(model, endpoint)
 

@@ -12,8 +12,8 @@ from google.protobuf.message import Message
 
 from rewardserve.client.channels import SCORE, Channels, Rpc
 from rewardserve.client.endpoints import Endpoints
-from rewardserve.client.errors import RewardClientError
-from rewardserve.client.messages import Part
+from rewardserve.client.errors import InvalidRequest, RewardClientError
+from rewardserve.client.messages import Part, renumber
 from rewardserve.client.retry import Deadline, RetryPolicy, retry_delay_s
 from rewardserve.v1 import scoring_pb2
 
@@ -76,6 +76,8 @@ class Calls:
         try:
             return [Part(endpoint, tuple(indices), await self._send(send, endpoint, deadline))]
         except RewardClientError as error:
+            if isinstance(error, InvalidRequest):
+                renumber(error, indices)
             attempt = await self._next_attempt(error, endpoint, attempt, deadline)
         # Split anew: the groups of an endpoint that went away have different second choices.
         return await self._split(indices, keys, build, attempt, deadline)
@@ -105,7 +107,8 @@ class Calls:
             tried = attempt.tried | {endpoint}
             if len(tried) < len(self._endpoints):
                 return Attempt(attempt.number, tried)
-        delay_s = retry_delay_s(self._policy, error, attempt.number, deadline.remaining_s(), random.random())
+        known, left_s = self._endpoints.has_answered(endpoint), deadline.remaining_s()
+        delay_s = retry_delay_s(self._policy, error, attempt.number, left_s, random.random(), known)
         if delay_s is None:
             error.attempts = attempt.number
             raise error

@@ -30,6 +30,7 @@ class Endpoints:
         self._cool_down_s = cool_down_s
         self._clock = clock
         self._avoid_until: dict[str, float] = {}
+        self._known: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -47,7 +48,12 @@ class Endpoints:
 
     def answered(self, name: str) -> None:
         """It is back, whatever we thought."""
+        self._known.add(name)
         self._avoid_until.pop(name, None)
+
+    def has_answered(self, name: str) -> bool:
+        """Ever: so its address is right, and it will be back."""
+        return name in self._known
 
     def _is_cooling(self, name: str) -> bool:
         return self._avoid_until.get(name, 0.0) > self._clock()

@@ -5,7 +5,7 @@ RewardClientError
 ├── ModelNotFound       no model of that name is served there
 ├── Overloaded          the server is full (`retry_after_s` says for how long), or a message is larger than it takes
 ├── DeadlineExceeded    the call's own time ran out
-├── Unavailable         nobody answered, however often it was tried
+├── Unavailable         nobody answered, as long as it was tried
 ├── PermissionDenied    the server will not do this, or not for this caller
 ├── ServerError         any other status; `code` says which
 ├── ItemFailed          one response has no score, and its score was asked for
@@ -36,6 +36,7 @@ class RewardClientError(Exception):
         self.code = code
         self.endpoint = endpoint  # who said so; None where no server was asked
         self.retry_after_s = retry_after_s  # the server's wish (google.rpc.RetryInfo); None where it had none
+        self.is_reply = False  # whether a server of ours said it; if not, the connection did
         self.attempts = 1  # set by the retrying call when it gives up
 
     def __str__(self) -> str:

@@ -15,6 +15,14 @@ from rewardserve.v1 import scoring_pb2
 _SILENCE_S = 10.0  # a stream that owes answers and was silent for so long when one fell due is given up
 
 
+class StreamRefused(Exception):
+    """The stream ended with `error`, which is about one of the groups that were under way: nobody knows which."""
+
+    def __init__(self, error: RewardClientError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Link:
     """One ScoreStream call to one endpoint: requests in, each one's own reply out.
 
@@ -32,7 +40,7 @@ class Link:
         self._reader = asyncio.create_task(self._read())
 
     async def ask(self, request: scoring_pb2.ScoreRequest, timeout_s: float) -> scoring_pb2.ScoreResponse:
-        """Raises RewardClientError. `request.request_id` must be new to this stream."""
+        """Raises RewardClientError or StreamRefused. `request.request_id` must be new to this stream."""
         if not self._waiting:
             self._silent_since_s = time.monotonic()
         future: asyncio.Future[scoring_pb2.ScoreResponse] = asyncio.get_running_loop().create_future()
@@ -64,12 +72,14 @@ class Link:
                 yield request
 
     async def _read(self) -> None:
-        error: RewardClientError = Unavailable("the stream ended", code=Code.UNAVAILABLE, endpoint=self._endpoint)
+        error: Exception = Unavailable("the stream ended", code=Code.UNAVAILABLE, endpoint=self._endpoint)
         try:
             async for reply in self._call:
                 self._deliver(reply)
         except grpc.RpcError as failure:
             error = _broken(from_rpc_error(failure, self._endpoint))
+            if error.code is Code.RESOURCE_EXHAUSTED and error.retry_after_s is None:  # a message was too large
+                error = StreamRefused(error)
         except asyncio.CancelledError:
             pass  # the call was cancelled, by _end or by the channel's closing; this task is never cancelled
         finally:
@@ -85,7 +95,7 @@ class Link:
         else:
             future.set_result(reply)
 
-    def _end(self, error: RewardClientError) -> None:
+    def _end(self, error: Exception) -> None:
         self.ended = True
         self._outbox.put_nowait(None)
         for future in self._waiting.values():

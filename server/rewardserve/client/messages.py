@@ -6,6 +6,7 @@ one position are worse than none.
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from operator import attrgetter
@@ -15,7 +16,7 @@ import grpc
 from google.rpc import status_pb2
 
 from rewardserve.client import types
-from rewardserve.client.errors import ServerError, VersionMismatch
+from rewardserve.client.errors import InvalidRequest, ServerError, VersionMismatch
 from rewardserve.client.token_ids import TokenIds
 from rewardserve.client.translate import CODES
 from rewardserve.v1 import models_pb2, scoring_pb2
@@ -118,7 +119,7 @@ def prompt_key(value: scoring_pb2.Prompt) -> bytes:
 
 def score_result(request_id: str, sent: Sequence[scoring_pb2.Group], parts: Sequence[Part]) -> types.ScoreResult:
     """Puts the parts back into the order sent. Raises VersionMismatch, ServerError."""
-    model = one_version({part.endpoint: part.reply.model for part in parts})
+    model = one_version([(part.endpoint, part.reply.model) for part in parts])
     groups = dict(pair for part in parts for pair in zip(part.indices, _groups(part, sent), strict=True))
     return types.ScoreResult(
         request_id=request_id,
@@ -129,12 +130,29 @@ def score_result(request_id: str, sent: Sequence[scoring_pb2.Group], parts: Sequ
     )
 
 
-def one_version(models: Mapping[str, scoring_pb2.ModelVersion]) -> scoring_pb2.ModelVersion:
-    """The model that all of them name; `models` is keyed by endpoint. Raises VersionMismatch."""
-    versions = {endpoint: f"{model.name} {model.version}" for endpoint, model in models.items()}
+def one_version(models: Sequence[tuple[str, scoring_pb2.ModelVersion]]) -> scoring_pb2.ModelVersion:
+    """The model that all of them name; `models` are (endpoint, model). Raises VersionMismatch.
+
+    An endpoint may be there several times, and have changed its model meanwhile.
+    """
+    versions: dict[str, str] = {}
+    for endpoint, model in models:
+        version = f"{model.name} {model.version}"
+        versions[endpoint if versions.get(endpoint, version) == version else f"{endpoint}, then"] = version
     if len(set(versions.values())) > 1:
         raise VersionMismatch(f"scores of different models are not mixed: {versions}", versions=versions)
-    return next(iter(models.values()))
+    return models[0][1]
+
+
+def renumber(error: InvalidRequest, indices: Sequence[int]) -> None:
+    """`groups[i]` of a part becomes `groups[indices[i]]`, which is what the caller sent."""
+
+    def of_all(text: str) -> str:
+        names = {f"groups[{i}]": f"groups[{index}]" for i, index in enumerate(indices)}
+        return re.sub(r"\bgroups\[\d+\]", lambda found: names.get(found[0], found[0]), text)
+
+    error.message = of_all(error.message)
+    error.violations = [(of_all(field), description) for field, description in error.violations]
 
 
 def _groups(part: Part, sent: Sequence[scoring_pb2.Group]) -> list[types.GroupScore]:

@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 from rewardserve.client import messages, types
 from rewardserve.client.calls import Calls
-from rewardserve.client.channels import Channels
+from rewardserve.client.channels import SCORE, Channels
 from rewardserve.client.errors import RewardClientError, VersionMismatch
-from rewardserve.client.link import Link
+from rewardserve.client.link import Link, StreamRefused
 from rewardserve.client.retry import Deadline
 from rewardserve.v1 import scoring_pb2
 
@@ -84,12 +84,16 @@ class StreamScorer:
 
     async def _answer(self, message: scoring_pb2.Group, deadline: Deadline) -> types.GroupScore:
         async def send(endpoint: str, timeout_s: float) -> scoring_pb2.ScoreResponse:
-            return await self._link(endpoint).ask(self._request(message), timeout_s)
+            request = self._request(message)
+            try:
+                return await self._link(endpoint).ask(request, timeout_s)
+            except StreamRefused:  # each by itself, so that none fails for another
+                return await self._channels.call(SCORE, request, endpoint, deadline.remaining_s())
 
         endpoint, reply = await self._calls.one(send, messages.prompt_key(message.prompt), deadline)
         result = messages.score_result(reply.request_id, [message], [messages.Part(endpoint, (0,), reply)])
         self._model = self._model or reply.model
-        messages.one_version({"before": self._model, endpoint: reply.model})
+        messages.one_version([("before", self._model), (endpoint, reply.model)])
         return result.groups[0]
 
     def _request(self, message: scoring_pb2.Group) -> scoring_pb2.ScoreRequest:

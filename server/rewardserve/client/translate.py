@@ -45,7 +45,9 @@ def _error(code: Code, message: str, rich: status_pb2.Status | None, endpoint: s
     cls = _CLASSES.get(code, errors.ServerError)
     if cls is errors.InvalidRequest:
         return errors.InvalidRequest(message, code=code, endpoint=endpoint, violations=_violations(rich))
-    return cls(message, code=code, endpoint=endpoint, retry_after_s=retry_after_s)
+    error = cls(message, code=code, endpoint=endpoint, retry_after_s=retry_after_s)
+    error.is_reply = rich is not None
+    return error
 
 
 def _rich_status(error: grpc.RpcError) -> status_pb2.Status | None:

@@ -37,7 +37,14 @@ from rewardserve.engine.messages import (
 )
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.vllm_options import VllmOptions
-from rewardserve.errors import DeadlineExceeded, EngineDied, LoadFailed, RewardServeError, Unavailable
+from rewardserve.errors import (
+    BACK_SOON_S,
+    DeadlineExceeded,
+    EngineDied,
+    LoadFailed,
+    RewardServeError,
+    Unavailable,
+)
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +108,7 @@ class EngineProcess:
 
     async def score(self, request: EngineRequest) -> EngineResult:
         if self._child is None:
-            raise Unavailable(f"the engine of model '{self._name}' is restarting; try again in a few seconds")
+            raise self._is_restarting()
         if not self._flights:
             self._heard_at = time.monotonic()  # it had no reason to speak before
         flight = _InFlight(request, asyncio.get_running_loop().create_future())
@@ -118,7 +125,7 @@ class EngineProcess:
 
     async def update_weights(self, source: str) -> EngineInfo:
         if self._child is None:
-            raise Unavailable(f"the engine of model '{self._name}' is restarting; try again in a few seconds")
+            raise self._is_restarting()
         if self._updating is not None:
             raise LoadFailed(f"model '{self._name}' is taking over other weights already")
         self._updating = asyncio.get_running_loop().create_future()
@@ -133,6 +140,9 @@ class EngineProcess:
         self._info = updated.info
         self._options = replace(self._options, source=source)  # what a restart is to load
         return updated.info
+
+    def _is_restarting(self) -> Unavailable:
+        return Unavailable(f"the engine of model '{self._name}' is restarting; try again in a few seconds", BACK_SOON_S)
 
     def restart_with(self, sources: Sequence[str]) -> None:
         """What is loaded if it dies: models over one backbone, in the order of their variants."""

@@ -21,7 +21,7 @@ from rewardserve.engine.base import (
     EngineResult,
     SeveralModels,
 )
-from rewardserve.errors import LoadFailed, Unavailable
+from rewardserve.errors import BACK_SOON_S, LoadFailed, Unavailable
 from rewardserve.types import EncodedGroup
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Replicas:
         """All of them, or none: where one cannot, the others take back what they had."""
         taking = [replica for replica in self._replicas if not replica.failed]
         if not all(replica.up for replica in taking):
-            raise Unavailable("an engine of the model is restarting; try again in a few seconds")
+            raise Unavailable("an engine of the model is restarting; try again in a few seconds", BACK_SOON_S)
         self._updating = True
         try:
             await self._update_all(taking, source)
@@ -159,7 +159,7 @@ class Replicas:
         """The number of the engine that will have computed the group first; it counts as sent. Raises Unavailable."""
         up = [replica for replica in self._replicas if replica.up]
         if not up:
-            raise Unavailable("the model's engines are restarting; try again in a few seconds")
+            raise Unavailable("the model's engines are restarting; try again in a few seconds", BACK_SOON_S)
         prompt = hash(group.prompt)
         holder = self._seen.get(prompt)
         prompt_tokens, own_tokens = len(group.prompt) // 4, sum(map(len, group.responses)) // 4

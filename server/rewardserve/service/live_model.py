@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from rewardserve.engine.base import BatchReport, Engine, EngineInfo, EngineListener, EngineRequest
-from rewardserve.errors import Draining, LoadFailed, SwapRefused, Unavailable
+from rewardserve.errors import BACK_SOON_S, Draining, LoadFailed, SwapRefused, Unavailable
 from rewardserve.metrics import ModelMetrics
 from rewardserve.service.admission import Admission, Limits
 from rewardserve.service.finish import Finishing
@@ -204,7 +204,8 @@ class LiveModel:
         if self.state is ModelState.DRAINING:
             raise Draining(f"model '{self.name}' is being unloaded")
         if self.state is not ModelState.SERVING:
-            raise Unavailable(f"model '{self.name}' is {self.state.value}: {self.message}".removesuffix(": "))
+            soon = BACK_SOON_S if self.state in (ModelState.LOADING, ModelState.RESTARTING) else None
+            raise Unavailable(f"model '{self.name}' is {self.state.value}: {self.message}".removesuffix(": "), soon)
 
     async def encode(self, request: ScoreRequest, executor: Executor) -> EncodedRequest:
         """Text goes to `executor`, off the event loop; few token ids need less work than handing them over."""

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 
 from rewardserve.engine.base import Engine
 from rewardserve.errors import (
+    BACK_SOON_S,
     Draining,
     InvalidRequest,
     LoadFailed,
@@ -77,7 +78,7 @@ class Registry:
     def serving(self, name: str) -> LiveModel:
         """The model, if it can score now. Raises Draining, ModelNotFound or Unavailable."""
         if self._draining:
-            raise Draining("the server is shutting down")
+            raise Draining("the server is shutting down", BACK_SOON_S)  # another will be in its place
         model = self.get(name)
         model.check_serving()
         return model

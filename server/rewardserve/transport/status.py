@@ -4,7 +4,7 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import error_details_pb2, status_pb2
 
-from rewardserve.errors import InvalidRequest, Overloaded, RewardServeError
+from rewardserve.errors import InvalidRequest, Overloaded, RewardServeError, Unavailable
 
 MAX_MESSAGE_BYTES = 1000  # three times in the trailers, once percent-encoded; clients take 8 KiB of them
 
@@ -27,9 +27,9 @@ def _details(error: RewardServeError) -> list[message.Message]:
             description = _short(error.description)
             violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=description)
             return [error_details_pb2.BadRequest(field_violations=[violation])]
-        case Overloaded():
+        case Overloaded(retry_after_s=float(seconds)) | Unavailable(retry_after_s=float(seconds)):
             delay = duration_pb2.Duration()
-            delay.FromNanoseconds(int(error.retry_after_s * 1e9))
+            delay.FromNanoseconds(int(seconds * 1e9))
             return [error_details_pb2.RetryInfo(retry_delay=delay)]
         case _:
             return []
