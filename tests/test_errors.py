@@ -5,7 +5,7 @@ import re
 import grpc
 import pytest
 from rewardserve import errors
-from rewardserve.errors import InvalidRequest, ItemFailed, Overloaded, RewardServeError
+from rewardserve.errors import Draining, InvalidRequest, ItemFailed, Overloaded, RewardServeError, Unavailable
 from rewardserve.transport.status import status_of
 from rewardserve.types import ItemCode
 
@@ -73,6 +73,12 @@ def test_an_invalid_request_names_its_field_to_people_and_to_programs() -> None:
     assert str(error) == "groups[3].prompt: must not be empty"
     assert (error.field, error.description) == ("groups[3].prompt", "must not be empty")
     assert status_of(error).details[0].type_url.endswith("google.rpc.BadRequest")
+
+
+def test_what_will_be_back_by_itself_says_when_to_ask_again() -> None:
+    (detail,) = status_of(Draining("the server is shutting down", 1.0)).details
+    assert detail.type_url.endswith("google.rpc.RetryInfo") and len(detail.value) > 0
+    assert not status_of(Unavailable("failed for good")).details
 
 
 def test_overloaded_says_when_to_come_back() -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import psutil
 import pytest
+from rewardserve.client import Group, RewardClient, TokenIds
 from rewardserve.v1 import models_pb2
 
 Code = grpc.StatusCode
@@ -108,7 +109,7 @@ def test_a_kill_under_load_loses_nothing(server, kit, load):
     assert server.process.poll() is None
 
 
-def test_an_open_stream_survives_the_death_of_the_engine(server, kit, load):
+def test_an_open_stream_survives_the_death_of_the_engine_and_who_comes_meanwhile_waits(server, kit, load):
     wanted = [kit.scores_of(send(server, request)) for request in load]
     for i, request in enumerate(load):
         request.request_id = str(i)
@@ -126,6 +127,12 @@ def test_an_open_stream_survives_the_death_of_the_engine(server, kit, load):
         if not killed:
             server.engine().kill()
             killed = True
+            kit.until(lambda: not server.is_serving())
+            (group,) = load[0].groups
+            responses = [TokenIds(response.token_ids) for response in group.responses]
+            with RewardClient(server.target, timeout=60) as client:  # one that this server has never answered
+                result = client.score([Group(TokenIds(group.prompt.token_ids), responses)])
+            assert [item.score for item in result.groups[0].items] == wanted[0]
     assert set(replies) == {str(i) for i in range(NUM_REQUESTS)}
     for i, true in enumerate(wanted):
         reply = replies[str(i)]
