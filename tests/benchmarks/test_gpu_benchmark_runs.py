@@ -29,8 +29,18 @@ def test_a_model_is_measured_and_a_variant_compared_with_it(tmp_path: Path) -> N
     assert list(tmp_path.glob("*.png")) and "of the limit" in done.stdout
 
 
+def test_the_gate_is_green(tmp_path: Path) -> None:
+    """On a CPU with tiny models, in bf16 as on a GPU: what is red here would be red there."""
+    done, whole = run(tmp_path, "--only", "gate")
+    assert done.returncode == 0, done.stdout + done.stderr
+    checks = whole["parts"]["gate"]["checks"]
+    assert {check["ok"] for check in checks.values()} == {True}
+    assert {"a step waits for nothing", "a pair's bits, cold, warm, batched, reordered"} <= set(checks)
+
+
 def test_a_part_that_has_no_time_costs_itself_alone_and_all_that_is_known_is_written(tmp_path: Path) -> None:
     done, whole = run(tmp_path, "--only", "machine", "gate", "--seconds", "22")
     assert "failed" not in whole["parts"]["machine"]
     assert whole["parts"]["gate"]["failed"] == "no time was left for it"
+    assert done.returncode == 1 and "RED the gate did not come to its end" in done.stdout
     assert "FAILED" in done.stdout and done.stdout.rstrip().endswith(".json")

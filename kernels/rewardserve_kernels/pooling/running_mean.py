@@ -49,7 +49,9 @@ def plan_means(segments: Sequence[Segment], read: Sequence[int], device: torch.d
         own += pieces
 
     def tensor(values: Sequence[int] | np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(values, np.int64)).to(device)
+        found = torch.from_numpy(np.asarray(values, np.int64))
+        # From pinned memory the host goes on: a plain copy would wait for all that is queued before it.
+        return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
     def as_pieces(rows: Sequence[Sequence[int]]) -> Pieces:
         table = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
