@@ -167,6 +167,13 @@ async def test_a_stream_that_fell_silent_is_opened_again(server, monkeypatch):
     assert isinstance(last, GroupScore) and server.servicer.num_streams == 2
 
 
+async def test_the_server_hears_for_how_long_each_group_is_waited_for(server):
+    async with AsyncRewardClient(server.target) as client:
+        async for _ in client.score_stream(many(3), timeout=7):
+            pass
+    assert [6 < request.timeout_s <= 7 for request in server.servicer.requests] == [True] * 3
+
+
 async def test_each_failed_group_has_an_error_of_its_own(server):
     server.stop()
     policy = RetryPolicy(max_attempts=2, initial_backoff_s=0.001)

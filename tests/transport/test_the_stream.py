@@ -7,7 +7,7 @@ import pytest
 from grpc.aio import EOF
 from rewardserve.v1 import scoring_pb2, scoring_pb2_grpc
 
-INVALID_ARGUMENT, NOT_FOUND, INTERNAL, RESOURCE_EXHAUSTED = 3, 5, 13, 8
+INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, INTERNAL, RESOURCE_EXHAUSTED = 3, 4, 5, 13, 8
 
 
 @pytest.fixture
@@ -84,6 +84,27 @@ async def test_bytes_that_are_no_request_are_answered_and_the_stream_lives_on(se
     reply = scoring_pb2.ScoreResponse.FromString(await raw.read())
     assert reply.request_id == "good" and reply.groups
     raw.cancel()
+
+
+async def test_what_nobody_waits_for_any_more_is_dropped_and_its_error_said(served, stream, kit):
+    served.engine.hold()
+    await stream.write(kit.ids_request([1], [[1]], request_id="late", timeout_s=0.2))
+    await stream.write(kit.ids_request([2], [[1]], request_id="patient", timeout_s=60))
+    (late,) = await read(stream, 1)
+    assert (late.request_id, late.error.code) == ("late", DEADLINE_EXCEEDED)
+    await kit.eventually(lambda: served.engine.num_in_flight == 1)
+    served.engine.release()
+    (patient,) = await read(stream, 1)
+    assert patient.request_id == "patient" and not patient.HasField("error")
+    await end(stream)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+async def test_a_time_that_is_none_is_named(served, stream, kit, seconds):
+    await stream.write(kit.ids_request([1], [[1]], request_id="x", timeout_s=seconds))
+    (reply,) = await read(stream, 1)
+    assert reply.error.code == INVALID_ARGUMENT and reply.error.message.startswith("timeout_s: ")
+    await end(stream)
 
 
 async def test_an_id_that_is_under_way_may_not_be_sent_again(served, stream, kit):

@@ -84,7 +84,7 @@ class StreamScorer:
 
     async def _answer(self, message: scoring_pb2.Group, deadline: Deadline) -> types.GroupScore:
         async def send(endpoint: str, timeout_s: float) -> scoring_pb2.ScoreResponse:
-            request = self._request(message)
+            request = self._request(message, timeout_s)
             try:
                 return await self._link(endpoint).ask(request, timeout_s)
             except StreamRefused:  # each by itself, so that none fails for another
@@ -96,9 +96,11 @@ class StreamScorer:
         messages.one_version([("before", self._model), (endpoint, reply.model)])
         return result.groups[0]
 
-    def _request(self, message: scoring_pb2.Group) -> scoring_pb2.ScoreRequest:
+    def _request(self, message: scoring_pb2.Group, timeout_s: float) -> scoring_pb2.ScoreRequest:
+        """`timeout_s`: after which nobody waits for it any more, and the server need not compute it."""
         request = scoring_pb2.ScoreRequest(groups=[message])
         request.MergeFrom(self._template)
+        request.timeout_s = max(0.0, timeout_s)
         request.request_id = f"{self._template.request_id}.{next(self._numbers)}"  # a new one for each attempt
         self._channels.check_size(request)
         return request

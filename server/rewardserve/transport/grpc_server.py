@@ -6,6 +6,7 @@ parse (a string that is not UTF-8, say) should be answered INVALID_ARGUMENT, and
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class GrpcDoor:
         self, message: scoring_pb2.ScoreRequest, context: grpc.aio.ServicerContext
     ) -> scoring_pb2.ScoreResponse:
         with self._counted(message, context):
-            request = convert.score_request(message, _deadline(context), _client(context))
+            request = convert.score_request(message, _deadline(context, message.timeout_s), _client(context))
             return convert.score_response(await self._service.score(request))
 
     async def _rank(
@@ -152,7 +153,7 @@ class GrpcDoor:
                     raise InvalidRequest("request_id", f"{own_id!r} is under way on this stream already")
                 seen.add(own_id)
                 try:
-                    request = convert.score_request(message, _deadline(context), client)
+                    request = convert.score_request(message, _deadline(context, message.timeout_s), client)
                     return convert.score_response(await self._service.score(request))
                 finally:
                     seen.discard(own_id)
@@ -353,14 +354,18 @@ def _foreseen(error: Exception) -> RewardServeError:
     return InternalError("the server failed; its log says how")
 
 
-def _deadline(context: grpc.aio.ServicerContext) -> float | None:
-    """The caller's deadline on CLOCK_MONOTONIC, in seconds. Raises DeadlineExceeded if it has passed."""
+def _deadline(context: grpc.aio.ServicerContext, timeout_s: float = 0.0) -> float | None:
+    """The call's deadline, or the request's own if that is earlier, on CLOCK_MONOTONIC, in seconds.
+
+    Raises DeadlineExceeded if it has passed, InvalidRequest for a time that is none.
+    """
+    if not 0 <= timeout_s < math.inf:
+        raise InvalidRequest("timeout_s", f"{timeout_s} is no number of seconds; 0 is no limit")
     remaining = context.time_remaining()
-    if remaining is None:
-        return None
-    if remaining <= 0:
+    if remaining is not None and remaining <= 0:
         raise DeadlineExceeded("the deadline passed before the request was read")
-    return time.monotonic() + remaining
+    limits = [seconds for seconds in (remaining, timeout_s or None) if seconds is not None]
+    return time.monotonic() + min(limits) if limits else None
 
 
 def _client(context: grpc.aio.ServicerContext) -> str:

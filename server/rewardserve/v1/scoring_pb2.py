@@ -25,21 +25,21 @@ _sym_db = _symbol_database.Default()
 from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1crewardserve/v1/scoring.proto\x12\x0erewardserve.v1\x1a\x17google/rpc/status.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"=\n\x0c\x43onversation\x12-\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.rewardserve.v1.ChatMessage\"\x7f\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x34\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x1c.rewardserve.v1.ConversationH\x00\x12\x13\n\ttoken_ids\x18\x03 \x01(\x0cH\x00\x12\x12\n\x08rendered\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"\x16\n\x05Steps\x12\r\n\x05texts\x18\x01 \x03(\t\"r\n\x08Response\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\ttoken_ids\x18\x02 \x01(\x0cH\x00\x12&\n\x05steps\x18\x03 \x01(\x0b\x32\x15.rewardserve.v1.StepsH\x00\x12\x11\n\tstep_ends\x18\x04 \x03(\x05\x42\x06\n\x04kind\"h\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.rewardserve.v1.Prompt\x12+\n\tresponses\x18\x03 \x03(\x0b\x32\x18.rewardserve.v1.Response\"\xe5\x01\n\x0cScoreOptions\x12*\n\x08overflow\x18\x01 \x01(\x0e\x32\x18.rewardserve.v1.Overflow\x12\x10\n\x08priority\x18\x02 \x01(\x05\x12\x30\n\x0bgranularity\x18\x03 \x01(\x0e\x32\x1b.rewardserve.v1.Granularity\x12\x35\n\x0estep_reduction\x18\x04 \x01(\x0e\x32\x1d.rewardserve.v1.StepReduction\x12\x16\n\x0estep_separator\x18\x05 \x01(\t\x12\x16\n\x0e\x63\x61\x63he_response\x18\x06 \x01(\x08\"\x87\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x06groups\x18\x03 \x03(\x0b\x32\x15.rewardserve.v1.Group\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.rewardserve.v1.ScoreOptions\"\xe3\x02\n\tItemScore\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\x05score\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.rewardserve.v1.ScoreKind\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\x05\x12\x1b\n\x13num_response_tokens\x18\x05 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\x05\x12\x11\n\ttruncated\x18\x07 \x01(\x08\x12\x11\n\traw_score\x18\x08 \x01(\x01\x12\x13\n\x0bstep_scores\x18\t \x03(\x01\x12\x12\n\nattributes\x18\n \x03(\x01\x12\x10\n\x03std\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12/\n\x08\x65nsemble\x18\x0c \x01(\x0b\x32\x1d.rewardserve.v1.EnsembleScoreB\x08\n\x06_scoreB\x06\n\x04_std\"N\n\rEnsembleScore\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03min\x18\x02 \x01(\x01\x12\x0e\n\x06scores\x18\x03 \x03(\x01\x12\x12\n\nraw_scores\x18\x04 \x03(\x01\"B\n\nGroupScore\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x05items\x18\x02 \x03(\x0b\x32\x19.rewardserve.v1.ItemScore\"p\n\x0cStageTimings\x12\x13\n\x0b\x61\x64mission_s\x18\x01 \x01(\x01\x12\x16\n\x0etokenization_s\x18\x02 \x01(\x01\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x0f\n\x07total_s\x18\x05 \x01(\x01\"p\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nattributes\x18\x03 \x03(\t\x12-\n\x07members\x18\x04 \x03(\x0b\x32\x1c.rewardserve.v1.ModelVersion\"\xce\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.rewardserve.v1.ModelVersion\x12*\n\x06groups\x18\x03 \x03(\x0b\x32\x1a.rewardserve.v1.GroupScore\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.rewardserve.v1.StageTimings\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\"\xc3\x01\n\x0bRankRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x06prompt\x18\x03 \x01(\x0b\x32\x16.rewardserve.v1.Prompt\x12+\n\tresponses\x18\x04 \x03(\x0b\x32\x18.rewardserve.v1.Response\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12-\n\x07options\x18\x06 \x01(\x0b\x32\x1c.rewardserve.v1.ScoreOptions\"H\n\x0eRankedResponse\x12\r\n\x05index\x18\x01 \x01(\x05\x12\'\n\x04item\x18\x02 \x01(\x0b\x32\x19.rewardserve.v1.ItemScore\"\xde\x01\n\x0cRankResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.rewardserve.v1.ModelVersion\x12.\n\x06ranked\x18\x03 \x03(\x0b\x32\x1e.rewardserve.v1.RankedResponse\x12.\n\x06\x66\x61iled\x18\x04 \x03(\x0b\x32\x1e.rewardserve.v1.RankedResponse\x12-\n\x07timings\x18\x05 \x01(\x0b\x32\x1c.rewardserve.v1.StageTimings\"\xe6\x01\n\x0e\x43ompareRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x06prompt\x18\x03 \x01(\x0b\x32\x16.rewardserve.v1.Prompt\x12,\n\nresponse_a\x18\x04 \x01(\x0b\x32\x18.rewardserve.v1.Response\x12,\n\nresponse_b\x18\x05 \x01(\x0b\x32\x18.rewardserve.v1.Response\x12-\n\x07options\x18\x06 \x01(\x0b\x32\x1c.rewardserve.v1.ScoreOptions\"\xf4\x01\n\x0f\x43ompareResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.rewardserve.v1.ModelVersion\x12$\n\x01\x61\x18\x03 \x01(\x0b\x32\x19.rewardserve.v1.ItemScore\x12$\n\x01\x62\x18\x04 \x01(\x0b\x32\x19.rewardserve.v1.ItemScore\x12\x0e\n\x06margin\x18\x05 \x01(\x01\x12\x15\n\rprobability_a\x18\x06 \x01(\x01\x12-\n\x07timings\x18\x07 \x01(\x0b\x32\x1c.rewardserve.v1.StageTimings*g\n\x08Overflow\x12\x12\n\x0eOVERFLOW_ERROR\x10\x00\x12!\n\x1dOVERFLOW_TRUNCATE_PROMPT_LEFT\x10\x01\x12$\n OVERFLOW_TRUNCATE_RESPONSE_RIGHT\x10\x02*<\n\x0bGranularity\x12\x17\n\x13GRANULARITY_OUTCOME\x10\x00\x12\x14\n\x10GRANULARITY_STEP\x10\x01*u\n\rStepReduction\x12\x16\n\x12STEP_REDUCTION_MIN\x10\x00\x12\x17\n\x13STEP_REDUCTION_MEAN\x10\x01\x12\x1a\n\x16STEP_REDUCTION_PRODUCT\x10\x02\x12\x17\n\x13STEP_REDUCTION_LAST\x10\x03*\x8f\x01\n\tScoreKind\x12\x1a\n\x16SCORE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14SCORE_KIND_RAW_LOGIT\x10\x01\x12\x1a\n\x16SCORE_KIND_PROBABILITY\x10\x02\x12\x19\n\x15SCORE_KIND_NORMALIZED\x10\x03\x12\x15\n\x11SCORE_KIND_RATING\x10\x04\x32\xae\x02\n\x07Scoring\x12\x44\n\x05Score\x12\x1c.rewardserve.v1.ScoreRequest\x1a\x1d.rewardserve.v1.ScoreResponse\x12N\n\x0bScoreStream\x12\x1c.rewardserve.v1.ScoreRequest\x1a\x1d.rewardserve.v1.ScoreResponse(\x01\x30\x01\x12\x41\n\x04Rank\x12\x1b.rewardserve.v1.RankRequest\x1a\x1c.rewardserve.v1.RankResponse\x12J\n\x07\x43ompare\x12\x1e.rewardserve.v1.CompareRequest\x1a\x1f.rewardserve.v1.CompareResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1crewardserve/v1/scoring.proto\x12\x0erewardserve.v1\x1a\x17google/rpc/status.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"=\n\x0c\x43onversation\x12-\n\x08messages\x18\x01 \x03(\x0b\x32\x1b.rewardserve.v1.ChatMessage\"\x7f\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x34\n\x0c\x63onversation\x18\x02 \x01(\x0b\x32\x1c.rewardserve.v1.ConversationH\x00\x12\x13\n\ttoken_ids\x18\x03 \x01(\x0cH\x00\x12\x12\n\x08rendered\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"\x16\n\x05Steps\x12\r\n\x05texts\x18\x01 \x03(\t\"r\n\x08Response\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x13\n\ttoken_ids\x18\x02 \x01(\x0cH\x00\x12&\n\x05steps\x18\x03 \x01(\x0b\x32\x15.rewardserve.v1.StepsH\x00\x12\x11\n\tstep_ends\x18\x04 \x03(\x05\x42\x06\n\x04kind\"h\n\x05Group\x12\n\n\x02id\x18\x01 \x01(\t\x12&\n\x06prompt\x18\x02 \x01(\x0b\x32\x16.rewardserve.v1.Prompt\x12+\n\tresponses\x18\x03 \x03(\x0b\x32\x18.rewardserve.v1.Response\"\xe5\x01\n\x0cScoreOptions\x12*\n\x08overflow\x18\x01 \x01(\x0e\x32\x18.rewardserve.v1.Overflow\x12\x10\n\x08priority\x18\x02 \x01(\x05\x12\x30\n\x0bgranularity\x18\x03 \x01(\x0e\x32\x1b.rewardserve.v1.Granularity\x12\x35\n\x0estep_reduction\x18\x04 \x01(\x0e\x32\x1d.rewardserve.v1.StepReduction\x12\x16\n\x0estep_separator\x18\x05 \x01(\t\x12\x16\n\x0e\x63\x61\x63he_response\x18\x06 \x01(\x08\"\x9a\x01\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12%\n\x06groups\x18\x03 \x03(\x0b\x32\x15.rewardserve.v1.Group\x12-\n\x07options\x18\x04 \x01(\x0b\x32\x1c.rewardserve.v1.ScoreOptions\x12\x11\n\ttimeout_s\x18\x05 \x01(\x01\"\xe3\x02\n\tItemScore\x12\"\n\x06status\x18\x01 \x01(\x0b\x32\x12.google.rpc.Status\x12\x12\n\x05score\x18\x02 \x01(\x02H\x00\x88\x01\x01\x12\'\n\x04kind\x18\x03 \x01(\x0e\x32\x19.rewardserve.v1.ScoreKind\x12\x19\n\x11num_prompt_tokens\x18\x04 \x01(\x05\x12\x1b\n\x13num_response_tokens\x18\x05 \x01(\x05\x12\x19\n\x11num_cached_tokens\x18\x06 \x01(\x05\x12\x11\n\ttruncated\x18\x07 \x01(\x08\x12\x11\n\traw_score\x18\x08 \x01(\x01\x12\x13\n\x0bstep_scores\x18\t \x03(\x01\x12\x12\n\nattributes\x18\n \x03(\x01\x12\x10\n\x03std\x18\x0b \x01(\x01H\x01\x88\x01\x01\x12/\n\x08\x65nsemble\x18\x0c \x01(\x0b\x32\x1d.rewardserve.v1.EnsembleScoreB\x08\n\x06_scoreB\x06\n\x04_std\"N\n\rEnsembleScore\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03min\x18\x02 \x01(\x01\x12\x0e\n\x06scores\x18\x03 \x03(\x01\x12\x12\n\nraw_scores\x18\x04 \x03(\x01\"B\n\nGroupScore\x12\n\n\x02id\x18\x01 \x01(\t\x12(\n\x05items\x18\x02 \x03(\x0b\x32\x19.rewardserve.v1.ItemScore\"p\n\x0cStageTimings\x12\x13\n\x0b\x61\x64mission_s\x18\x01 \x01(\x01\x12\x16\n\x0etokenization_s\x18\x02 \x01(\x01\x12\x0f\n\x07queue_s\x18\x03 \x01(\x01\x12\x11\n\tcompute_s\x18\x04 \x01(\x01\x12\x0f\n\x07total_s\x18\x05 \x01(\x01\"p\n\x0cModelVersion\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x12\n\nattributes\x18\x03 \x03(\t\x12-\n\x07members\x18\x04 \x03(\x0b\x32\x1c.rewardserve.v1.ModelVersion\"\xce\x01\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.rewardserve.v1.ModelVersion\x12*\n\x06groups\x18\x03 \x03(\x0b\x32\x1a.rewardserve.v1.GroupScore\x12-\n\x07timings\x18\x04 \x01(\x0b\x32\x1c.rewardserve.v1.StageTimings\x12!\n\x05\x65rror\x18\x05 \x01(\x0b\x32\x12.google.rpc.Status\"\xc3\x01\n\x0bRankRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x06prompt\x18\x03 \x01(\x0b\x32\x16.rewardserve.v1.Prompt\x12+\n\tresponses\x18\x04 \x03(\x0b\x32\x18.rewardserve.v1.Response\x12\r\n\x05top_k\x18\x05 \x01(\x05\x12-\n\x07options\x18\x06 \x01(\x0b\x32\x1c.rewardserve.v1.ScoreOptions\"H\n\x0eRankedResponse\x12\r\n\x05index\x18\x01 \x01(\x05\x12\'\n\x04item\x18\x02 \x01(\x0b\x32\x19.rewardserve.v1.ItemScore\"\xde\x01\n\x0cRankResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.rewardserve.v1.ModelVersion\x12.\n\x06ranked\x18\x03 \x03(\x0b\x32\x1e.rewardserve.v1.RankedResponse\x12.\n\x06\x66\x61iled\x18\x04 \x03(\x0b\x32\x1e.rewardserve.v1.RankedResponse\x12-\n\x07timings\x18\x05 \x01(\x0b\x32\x1c.rewardserve.v1.StageTimings\"\xe6\x01\n\x0e\x43ompareRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12&\n\x06prompt\x18\x03 \x01(\x0b\x32\x16.rewardserve.v1.Prompt\x12,\n\nresponse_a\x18\x04 \x01(\x0b\x32\x18.rewardserve.v1.Response\x12,\n\nresponse_b\x18\x05 \x01(\x0b\x32\x18.rewardserve.v1.Response\x12-\n\x07options\x18\x06 \x01(\x0b\x32\x1c.rewardserve.v1.ScoreOptions\"\xf4\x01\n\x0f\x43ompareResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12+\n\x05model\x18\x02 \x01(\x0b\x32\x1c.rewardserve.v1.ModelVersion\x12$\n\x01\x61\x18\x03 \x01(\x0b\x32\x19.rewardserve.v1.ItemScore\x12$\n\x01\x62\x18\x04 \x01(\x0b\x32\x19.rewardserve.v1.ItemScore\x12\x0e\n\x06margin\x18\x05 \x01(\x01\x12\x15\n\rprobability_a\x18\x06 \x01(\x01\x12-\n\x07timings\x18\x07 \x01(\x0b\x32\x1c.rewardserve.v1.StageTimings*g\n\x08Overflow\x12\x12\n\x0eOVERFLOW_ERROR\x10\x00\x12!\n\x1dOVERFLOW_TRUNCATE_PROMPT_LEFT\x10\x01\x12$\n OVERFLOW_TRUNCATE_RESPONSE_RIGHT\x10\x02*<\n\x0bGranularity\x12\x17\n\x13GRANULARITY_OUTCOME\x10\x00\x12\x14\n\x10GRANULARITY_STEP\x10\x01*u\n\rStepReduction\x12\x16\n\x12STEP_REDUCTION_MIN\x10\x00\x12\x17\n\x13STEP_REDUCTION_MEAN\x10\x01\x12\x1a\n\x16STEP_REDUCTION_PRODUCT\x10\x02\x12\x17\n\x13STEP_REDUCTION_LAST\x10\x03*\x8f\x01\n\tScoreKind\x12\x1a\n\x16SCORE_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14SCORE_KIND_RAW_LOGIT\x10\x01\x12\x1a\n\x16SCORE_KIND_PROBABILITY\x10\x02\x12\x19\n\x15SCORE_KIND_NORMALIZED\x10\x03\x12\x15\n\x11SCORE_KIND_RATING\x10\x04\x32\xae\x02\n\x07Scoring\x12\x44\n\x05Score\x12\x1c.rewardserve.v1.ScoreRequest\x1a\x1d.rewardserve.v1.ScoreResponse\x12N\n\x0bScoreStream\x12\x1c.rewardserve.v1.ScoreRequest\x1a\x1d.rewardserve.v1.ScoreResponse(\x01\x30\x01\x12\x41\n\x04Rank\x12\x1b.rewardserve.v1.RankRequest\x1a\x1c.rewardserve.v1.RankResponse\x12J\n\x07\x43ompare\x12\x1e.rewardserve.v1.CompareRequest\x1a\x1f.rewardserve.v1.CompareResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rewardserve.v1.scoring_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OVERFLOW']._serialized_start=2847
-  _globals['_OVERFLOW']._serialized_end=2950
-  _globals['_GRANULARITY']._serialized_start=2952
-  _globals['_GRANULARITY']._serialized_end=3012
-  _globals['_STEPREDUCTION']._serialized_start=3014
-  _globals['_STEPREDUCTION']._serialized_end=3131
-  _globals['_SCOREKIND']._serialized_start=3134
-  _globals['_SCOREKIND']._serialized_end=3277
+  _globals['_OVERFLOW']._serialized_start=2866
+  _globals['_OVERFLOW']._serialized_end=2969
+  _globals['_GRANULARITY']._serialized_start=2971
+  _globals['_GRANULARITY']._serialized_end=3031
+  _globals['_STEPREDUCTION']._serialized_start=3033
+  _globals['_STEPREDUCTION']._serialized_end=3150
+  _globals['_SCOREKIND']._serialized_start=3153
+  _globals['_SCOREKIND']._serialized_end=3296
   _globals['_CHATMESSAGE']._serialized_start=73
   _globals['_CHATMESSAGE']._serialized_end=117
   _globals['_CONVERSATION']._serialized_start=119
@@ -55,29 +55,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SCOREOPTIONS']._serialized_start=558
   _globals['_SCOREOPTIONS']._serialized_end=787
   _globals['_SCOREREQUEST']._serialized_start=790
-  _globals['_SCOREREQUEST']._serialized_end=925
-  _globals['_ITEMSCORE']._serialized_start=928
-  _globals['_ITEMSCORE']._serialized_end=1283
-  _globals['_ENSEMBLESCORE']._serialized_start=1285
-  _globals['_ENSEMBLESCORE']._serialized_end=1363
-  _globals['_GROUPSCORE']._serialized_start=1365
-  _globals['_GROUPSCORE']._serialized_end=1431
-  _globals['_STAGETIMINGS']._serialized_start=1433
-  _globals['_STAGETIMINGS']._serialized_end=1545
-  _globals['_MODELVERSION']._serialized_start=1547
-  _globals['_MODELVERSION']._serialized_end=1659
-  _globals['_SCORERESPONSE']._serialized_start=1662
-  _globals['_SCORERESPONSE']._serialized_end=1868
-  _globals['_RANKREQUEST']._serialized_start=1871
-  _globals['_RANKREQUEST']._serialized_end=2066
-  _globals['_RANKEDRESPONSE']._serialized_start=2068
-  _globals['_RANKEDRESPONSE']._serialized_end=2140
-  _globals['_RANKRESPONSE']._serialized_start=2143
-  _globals['_RANKRESPONSE']._serialized_end=2365
-  _globals['_COMPAREREQUEST']._serialized_start=2368
-  _globals['_COMPAREREQUEST']._serialized_end=2598
-  _globals['_COMPARERESPONSE']._serialized_start=2601
-  _globals['_COMPARERESPONSE']._serialized_end=2845
-  _globals['_SCORING']._serialized_start=3280
-  _globals['_SCORING']._serialized_end=3582
+  _globals['_SCOREREQUEST']._serialized_end=944
+  _globals['_ITEMSCORE']._serialized_start=947
+  _globals['_ITEMSCORE']._serialized_end=1302
+  _globals['_ENSEMBLESCORE']._serialized_start=1304
+  _globals['_ENSEMBLESCORE']._serialized_end=1382
+  _globals['_GROUPSCORE']._serialized_start=1384
+  _globals['_GROUPSCORE']._serialized_end=1450
+  _globals['_STAGETIMINGS']._serialized_start=1452
+  _globals['_STAGETIMINGS']._serialized_end=1564
+  _globals['_MODELVERSION']._serialized_start=1566
+  _globals['_MODELVERSION']._serialized_end=1678
+  _globals['_SCORERESPONSE']._serialized_start=1681
+  _globals['_SCORERESPONSE']._serialized_end=1887
+  _globals['_RANKREQUEST']._serialized_start=1890
+  _globals['_RANKREQUEST']._serialized_end=2085
+  _globals['_RANKEDRESPONSE']._serialized_start=2087
+  _globals['_RANKEDRESPONSE']._serialized_end=2159
+  _globals['_RANKRESPONSE']._serialized_start=2162
+  _globals['_RANKRESPONSE']._serialized_end=2384
+  _globals['_COMPAREREQUEST']._serialized_start=2387
+  _globals['_COMPAREREQUEST']._serialized_end=2617
+  _globals['_COMPARERESPONSE']._serialized_start=2620
+  _globals['_COMPARERESPONSE']._serialized_end=2864
+  _globals['_SCORING']._serialized_start=3299
+  _globals['_SCORING']._serialized_end=3601
 # @@protoc_insertion_point(module_scope)

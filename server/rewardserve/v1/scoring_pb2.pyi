@@ -119,16 +119,18 @@ class ScoreOptions(_message.Message):
     def __init__(self, overflow: _Optional[_Union[Overflow, str]] = ..., priority: _Optional[int] = ..., granularity: _Optional[_Union[Granularity, str]] = ..., step_reduction: _Optional[_Union[StepReduction, str]] = ..., step_separator: _Optional[str] = ..., cache_response: bool = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
-    __slots__ = ("request_id", "model", "groups", "options")
+    __slots__ = ("request_id", "model", "groups", "options", "timeout_s")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     groups: _containers.RepeatedCompositeFieldContainer[Group]
     options: ScoreOptions
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ...) -> None: ...
+    timeout_s: float
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., options: _Optional[_Union[ScoreOptions, _Mapping]] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class ItemScore(_message.Message):
     __slots__ = ("status", "score", "kind", "num_prompt_tokens", "num_response_tokens", "num_cached_tokens", "truncated", "raw_score", "step_scores", "attributes", "std", "ensemble")
