@@ -31,7 +31,8 @@ POINTERS = {"work": "*i32", "spans": "*i32", "counts_before": "*i32"}
 POINTERS |= dict.fromkeys(
     ("q", "k", "v", "pool_k", "pool_v", "out", "sinks", "hidden", "norm_weight", "norm_bias"), "*"
 )
-POINTERS |= dict.fromkeys(("head_weight", "head_bias", "scores", "sums_before", "sums"), "*fp32")
+POINTERS |= dict.fromkeys(("head_weight", "head_bias", "scores", "sums_before", "sums", "total"), "*fp32")
+POINTERS |= {"rows": "*", "begins": "*i64", "counts": "*i64", "carried": "*i64"}
 STRIDES = ("q_head", "q_row", "k_head", "k_row", "v_head", "v_row", "row_stride")
 FLOATS = ("unit", "softcap", "squash", "eps")
 
@@ -64,7 +65,9 @@ def compiled(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         kinds = {name: kinds.get(name, "i32") for name in kernel.arg_names}
         signature = {name: kind + dtype if kind == "*" else kind for name, kind in kinds.items()}
         place = {name: (index,) for index, name in enumerate(kernel.arg_names)}
-        aligned = [name for name, kind in kinds.items() if (kind[0] == "*" and kind != "*i32") or name in STRIDES]
+        aligned = [
+            name for name, kind in kinds.items() if (kind[0] == "*" and not kind.startswith("*i")) or name in STRIDES
+        ]
         source = ASTSource(
             fn=kernel,
             signature=signature,
@@ -176,4 +179,12 @@ def test_pooling_loads_rows_ahead_and_spills_nothing(hidden_size: int, norm: str
     constants |= {"HAS_HEAD_BIAS": True, "HAS_BEFORE": True, "KEEPS_SUMS": True, "heads": 1}  # 1 is compiled in
     made = compiled(pooling.pool_span, architecture, "bf16", constants, pooling.compiler_options(hidden_size))
     assert made.count("LDGSTS") > 0
+    fits(made, architecture)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_sums_of_rows_spill_nothing(dtype: str, architecture: int, compiled) -> None:
+    constants = {"HIDDEN_SIZE": 4096, "BLOCK": pooling.SUM_COLUMNS}
+    made = compiled(pooling.sum_rows, architecture, dtype, constants, pooling.SUM_OPTIONS)
     fits(made, architecture)

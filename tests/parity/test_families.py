@@ -9,6 +9,7 @@ from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.models.reward_model import RewardModel
 from rewardserve_kernels.pooling import reference
+from rewardserve_kernels.pooling.running_mean import sum_pieces
 from scoring import IdGroup, joined, native
 from texts import all_texts, groups
 
@@ -124,6 +125,21 @@ def test_final_norm_and_head_in_one_give_the_scores_of_the_two(family: str, tmp_
     assert model._norm is not None, "not recognized"
     got = last_scores(model, rows)
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+def test_sums_that_are_not_torchs_to_the_bit_are_not_used(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    (tmp_path / "rewardserve.toml").write_text('[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n')
+    model = load_runner(NativeOptions(str(tmp_path), path="padded")).model
+
+    def fails(*arguments):
+        raise RuntimeError("no compiler\nand more")
+
+    assert model.use_sum_pieces(lambda *arguments: sum_pieces(*arguments) * (1 + 2**-20)) == "it gives other sums"
+    assert model.use_sum_pieces(fails) == "RuntimeError: no compiler"
+    assert model._sum_pieces is sum_pieces
+    same = lambda *arguments: sum_pieces(*arguments).clone()  # noqa: E731
+    assert model.use_sum_pieces(same) is None and model._sum_pieces is same
 
 
 def test_a_pool_head_that_fails_or_gives_other_scores_is_not_used(tmp_path: Path) -> None:

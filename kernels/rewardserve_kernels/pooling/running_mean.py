@@ -1,11 +1,12 @@
-"""Means over all tokens of sequences whose beginnings were summed up in earlier forwards. Plain torch, all in fp32.
+"""Means over all tokens of sequences whose beginnings were summed up in earlier forwards. All in fp32; plain torch, but
+for the sums within blocks where there is a kernel for them (pooling.triton).
 
 A sequence is summed up block by block: rows within a block one after the other, then the blocks' sums one after the
 other. Blocks lie at absolute positions, so a mean is the same bit for bit wherever its sequence was cut into earlier
 and later forwards, and whatever else is in the pack. What is kept of a stored block is the sum of its rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,10 @@ class MeanRows:
     num_tokens: torch.Tensor  # [sequences] int64
 
 
+# rows [rows, columns], pieces, sums [blocks, columns] -> [pieces, columns], with what each piece goes on from
+SumPieces = Callable[[torch.Tensor, Pieces, torch.Tensor], torch.Tensor]
+
+
 def plan_means(segments: Sequence[Segment], read: Sequence[int], device: torch.device) -> MeanRows:
     """`read` are the segments whose sequences are read, in order; the others are only summed up, if they are stored."""
     stored = [(*piece, segment.blocks[b]) for segment in segments if segment.store for b, *piece in _pieces(segment)]
@@ -49,7 +54,7 @@ def plan_means(segments: Sequence[Segment], read: Sequence[int], device: torch.d
         own += pieces
 
     def tensor(values: Sequence[int] | np.ndarray) -> torch.Tensor:
-        found = torch.from_numpy(np.asarray(values, np.int64))
+        found = torch.from_numpy(np.ascontiguousarray(values, np.int64))
         # From pinned memory the host goes on: a plain copy would wait for all that is queued before it.
         return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
@@ -84,30 +89,32 @@ def _padded(lists: Sequence[Sequence[int]]) -> np.ndarray:
     return np.array([[*values, *[-1] * (most - len(values))] for values in lists], np.int64).reshape(len(lists), most)
 
 
-def running_means(rows: torch.Tensor, plan: MeanRows, sums: torch.Tensor) -> torch.Tensor:
-    """rows [rows, hidden_size] after the final norm -> means [sequences, hidden_size] fp32.
-
-    `sums` [blocks, hidden_size] fp32 holds the sums of stored blocks; those of this pack are added to it.
-    """
+def sum_pieces(rows: torch.Tensor, pieces: Pieces, sums: torch.Tensor) -> torch.Tensor:
+    """A SumPieces in plain torch: an operation for each row of the longest piece."""
     rows = rows.float()
-    if len(plan.stored.begins):
-        sums[plan.stored_blocks] = _sums(rows, plan.stored, sums)
-    own = _sums(rows, plan.own, sums)
-    total = rows.new_zeros(len(plan.num_tokens), rows.shape[1])
-    for table, indices in ((sums, plan.before), (own, plan.parts)):
-        for column in indices.T:
-            total += _picked(table, column)
-    return total / plan.num_tokens[:, None]
-
-
-def _sums(rows: torch.Tensor, pieces: Pieces, sums: torch.Tensor) -> torch.Tensor:
-    """[pieces, hidden_size]."""
     total = _picked(sums, pieces.carried)
     for i in range(pieces.longest):
         inside = i < pieces.counts
         row = rows[torch.where(inside, pieces.begins + i, 0)]
         total += torch.where(inside[:, None], row, 0.0)  # not a product: another sequence's row may not be finite
     return total
+
+
+def running_means(
+    rows: torch.Tensor, plan: MeanRows, sums: torch.Tensor, sum_pieces: SumPieces = sum_pieces
+) -> torch.Tensor:
+    """rows [rows, hidden_size] after the final norm -> means [sequences, hidden_size] fp32.
+
+    `sums` [blocks, hidden_size] fp32 holds the sums of stored blocks; those of this pack are added to it.
+    """
+    if len(plan.stored.begins):
+        sums[plan.stored_blocks] = sum_pieces(rows, plan.stored, sums)
+    own = sum_pieces(rows, plan.own, sums)
+    total = sums.new_zeros(len(plan.num_tokens), rows.shape[1])
+    for table, indices in ((sums, plan.before), (own, plan.parts)):
+        for column in indices.T:
+            total += _picked(table, column)
+    return total / plan.num_tokens[:, None]
 
 
 def _picked(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,5 @@
 """Final norm, pooling and heads for CUDA in one Triton launch: a program for each span, which takes its rows in order.
+And the sums of rows that running means are made of, in one launch as well.
 
 A row is held in registers whole, so it is read once and its sums are all of one shape. Rows are added one after the
 other in fp32. So a score is the same bit for bit alone or in a pack, and wherever its span was cut. The price is that
@@ -12,8 +13,11 @@ import triton
 import triton.language as tl
 
 from rewardserve_kernels.pooling.reference import Norm, NormKind, Pooled, Pooling, check_arguments
+from rewardserve_kernels.pooling.running_mean import Pieces
 
 MAX_HIDDEN_SIZE = 16384  # beyond it a row does not fit in a program's registers
+SUM_COLUMNS = 128  # of a program that sums up: many programs, for there are few pieces
+SUM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 ROW_BYTES_AHEAD = 16384  # of rows of up to this, three are loaded ahead; of longer ones, which fill shared memory, one
 
 
@@ -136,3 +140,41 @@ def pool_span(
         if HAS_HEAD_BIAS:
             score += tl.load(head_bias + head).to(tl.float32)
         tl.store(scores + span * heads + head, score)
+
+
+def sum_pieces(rows: torch.Tensor, pieces: Pieces, sums: torch.Tensor) -> torch.Tensor:
+    """As running_mean.sum_pieces, to the bit."""
+    num_pieces, hidden_size = len(pieces.begins), rows.shape[1]
+    total = sums.new_empty(num_pieces, hidden_size)
+    if num_pieces:
+        sum_rows[(num_pieces, triton.cdiv(hidden_size, SUM_COLUMNS))](
+            *(rows, pieces.begins, pieces.counts, pieces.carried, sums, total, rows.stride(0)),
+            HIDDEN_SIZE=hidden_size,
+            BLOCK=SUM_COLUMNS,
+            **SUM_OPTIONS,
+        )
+    return total
+
+
+@triton.jit(do_not_specialize_on_alignment=["begins", "counts", "carried"])
+def sum_rows(
+    rows,  # [rows, HIDDEN_SIZE], rows by stride
+    begins,  # [pieces]
+    counts,  # [pieces]
+    carried,  # [pieces], -1: from nothing
+    sums,  # [blocks, HIDDEN_SIZE]
+    total,  # [pieces, HIDDEN_SIZE]
+    row_stride,
+    HIDDEN_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Some columns of one piece."""
+    piece = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = column < HIDDEN_SIZE
+    begin, count, block = tl.load(begins + piece), tl.load(counts + piece), tl.load(carried + piece)
+    found = tl.load(sums + block * HIDDEN_SIZE + column, mask=there & (block >= 0), other=0.0)
+    rows += begin * row_stride
+    for row in tl.range(0, count, num_stages=4):
+        found += tl.load(rows + row * row_stride + column, mask=there, other=0.0).to(tl.float32)
+    tl.store(total + piece * HIDDEN_SIZE + column, found, mask=there)

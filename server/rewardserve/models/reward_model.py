@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from rewardserve_kernels.pooling.reference import Norm, normed
-from rewardserve_kernels.pooling.running_mean import running_means
+from rewardserve_kernels.pooling.running_mean import SumPieces, plan_means, running_means, sum_pieces
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 
 from rewardserve.models.backbone import Backbone, Pack
 from rewardserve.models.heads import Head, LinearHead
@@ -30,6 +31,7 @@ class RewardModel:
         self.head = heads[0]
         self.takes_mean = takes_mean
         self._adapter = adapter
+        self._sum_pieces: SumPieces = sum_pieces
         self._pool_head: PoolHead | None = None
         self._norm: Norm | None = None
 
@@ -60,7 +62,7 @@ class RewardModel:
         """The second half of `features_packed`: the part that is not the same for every model with this backbone."""
         if self.takes_mean:
             assert pack.means is not None and pool.sums is not None
-            hidden = running_means(hidden, pack.means, pool.sums)
+            hidden = running_means(hidden, pack.means, pool.sums, self._sum_pieces)
         return self._features(hidden)
 
     @torch.inference_mode()
@@ -100,6 +102,23 @@ class RewardModel:
             self._pool_head = self._norm = None
             self.backbone.restore_final_norm()
         return reason
+
+    @torch.inference_mode()
+    def use_sum_pieces(self, summed: SumPieces) -> str | None:
+        """Means are of what this sums up, from here on: rewardserve_kernels.pooling. It is tried first, likewise."""
+        device, size = self.backbone.device, self.backbone.config.hidden_size
+        begun, own = Segment(0, 70, 0, (1, 2), store=True), Segment(70, 90, BLOCK_TOKENS - 40, (0, 3), store=True)
+        plan = plan_means((begun, own), (0, 1), device)
+        generator = torch.Generator().manual_seed(0)
+        rows, sums = (torch.randn(count, size, generator=generator).to(device) for count in (160, 4))
+        try:
+            for pieces in (plan.stored, plan.own):
+                if not torch.equal(summed(rows, pieces, sums), sum_pieces(rows, pieces, sums)):
+                    return "it gives other sums"
+        except Exception as error:  # a compiler that fails
+            return f"{type(error).__name__}: {error}".splitlines()[0]
+        self._sum_pieces = summed
+        return None
 
     def _features(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._pool_head is None:

@@ -265,7 +265,10 @@ def _use_triton(subject: Subject) -> None:
     if flaw := subject.flaw():
         backbone.attention = chunked
         log.warning("attention by the library's products: %s", flaw)
-    if reason := subject.model.use_pool_head(pooling.pool_head):
+    if subject.model.takes_mean:
+        if reason := subject.model.use_sum_pieces(pooling.sum_pieces):
+            log.warning("means row by row: %s", reason)
+    elif reason := subject.model.use_pool_head(pooling.pool_head):
         log.warning("final norm and head one after the other: %s", reason)
 
 
