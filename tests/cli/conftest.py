@@ -124,6 +124,13 @@ def controlled_server(toy_info: EngineInfo) -> Iterator[Server]:
 
 
 @pytest.fixture
+def small_server(toy_info: EngineInfo) -> Iterator[Server]:
+    """Serves `toy`, and takes messages of up to a megabyte."""
+    with _serving(lambda *_: FakeEngine(toy_info), model=["toy=anywhere"], max_message_mb=1) as running:
+        yield running
+
+
+@pytest.fixture
 def real_server(checkpoint: Path) -> Iterator[Server]:
     """Serves the tiny checkpoint, as `tiny`."""
     options = NativeOptions(str(checkpoint), prefix_cache_bytes=16 << 20)

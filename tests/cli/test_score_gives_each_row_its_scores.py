@@ -54,6 +54,17 @@ def test_a_failed_response_is_null_with_its_reason_and_never_a_number(cli, serve
     assert error["index"] == 1 and error["code"] == "OUT_OF_RANGE" and "max_length 128" in error["message"]
 
 
+def test_a_row_that_is_too_large_for_the_server_fails_alone(cli, small_server, rows_file, out):
+    rows = [{"id": i, "prompt": "a", "response": "b"} for i in range(60)]
+    rows[30]["prompt"] = "x" * (2 << 20)
+    ran = cli("score", rows_file(*rows), out, small_server.endpoint)
+    assert ran.code == 0
+    answers = {row["id"]: row for row in map(json.loads, out.read_text().splitlines())}
+    assert set(answers) == set(range(60))
+    assert [i for i, row in answers.items() if row["scores"] == [None]] == [30]
+    assert "larger than max" in json.dumps(answers[30])
+
+
 def test_strict_fails_for_failed_responses_of_this_run_and_of_earlier_ones(cli, server, rows_file, out):
     source = rows_file({"prompt": "two?", "responses": ["four", TOO_LONG]})
     assert cli("score", source, out, "--strict", server.endpoint).code == 1

@@ -124,8 +124,9 @@ class _ClientScorer:
                 yield group, self._items(group, outcome)
 
     def _items(self, group: Group, outcome: GroupScore | RewardClientError) -> tuple[ItemScore, ...]:
-        too_large = isinstance(outcome, Overloaded) and outcome.retry_after_s is None  # and will be so again
-        if isinstance(outcome, InvalidRequest) or too_large:
+        if isinstance(outcome, InvalidRequest):
+            return _all_failed(group, outcome.message)
+        if isinstance(outcome, Overloaded) and outcome.retry_after_s is None:  # too large, and will be so again
             return _all_failed(group, outcome.message)
         if isinstance(outcome, RewardClientError):
             raise outcome
