@@ -1,11 +1,13 @@
 """The control plane: load, list, get, unload, and who may."""
 
 import asyncio
+import gc
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rewardserve.errors import LoadFailed
+from rewardserve.transport import grpc_server
 from rewardserve.v1 import models_pb2
 
 Code = grpc.StatusCode
@@ -142,6 +144,25 @@ async def test_a_caller_who_leaves_does_not_leave_half_a_model(controlled, kit):
     controlled.engines["late"].start_gate.set()
     await kit.eventually(lambda: controlled.app.registry.get("late").state.value == "serving")
     await controlled.scoring.Score(kit.ids_request([1], [[2]], model="late"))
+
+
+async def test_what_fails_when_its_caller_has_left_is_a_line_in_the_log(caplog):
+    go = asyncio.Event()
+
+    async def load() -> None:
+        await go.wait()
+        raise LoadFailed(REASON)
+
+    caller = asyncio.create_task(grpc_server._to_its_end(load()))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.wait([caller])
+    go.set()
+    async with asyncio.timeout(5):
+        while not caplog.records:
+            await asyncio.sleep(0)
+    gc.collect()
+    assert [record.message for record in caplog.records] == [f"what a caller asked for, who has left, failed: {REASON}"]
 
 
 async def test_a_model_that_is_loading_is_unavailable_while_others_are_served(controlled, kit):

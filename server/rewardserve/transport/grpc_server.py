@@ -8,9 +8,9 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError, Message
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 SCORING = "rewardserve.v1.Scoring"
 MODELS = "rewardserve.v1.Models"
 CLIENT_ID = "x-client-id"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +192,13 @@ class GrpcDoor:
         if not message.source:
             raise InvalidRequest("source", "must name a local folder or a hub model")
         dtype = convert.checked_dtype(message.dtype)
-        loading = asyncio.ensure_future(self._registry.load(message.name, message.source, dtype))
-        return convert.model(await asyncio.shield(loading))  # a caller who leaves does not leave half a model behind
+        return convert.model(await _to_its_end(self._registry.load(message.name, message.source, dtype)))
 
     async def _unload(
         self, message: models_pb2.UnloadModelRequest, context: grpc.aio.ServicerContext
     ) -> models_pb2.UnloadModelResponse:
         self._check_control()
-        await asyncio.shield(asyncio.ensure_future(self._registry.unload(message.name, self._options.unload_grace_s)))
+        await _to_its_end(self._registry.unload(message.name, self._options.unload_grace_s))
         return models_pb2.UnloadModelResponse()
 
     async def _swap(
@@ -205,15 +206,14 @@ class GrpcDoor:
     ) -> models_pb2.SwapModelResponse:
         self._check_control()
         plan = convert.swap_plan(message)
-        swapping = asyncio.ensure_future(swap(self._service, self._registry, plan, self._options.unload_grace_s))
-        return convert.swap_response(await asyncio.shield(swapping), len(plan.canaries))
+        report = await _to_its_end(swap(self._service, self._registry, plan, self._options.unload_grace_s))
+        return convert.swap_response(report, len(plan.canaries))
 
     async def _rollback(
         self, message: models_pb2.RollbackModelRequest, context: grpc.aio.ServicerContext
     ) -> models_pb2.Model:
         self._check_control()
-        going_back = asyncio.ensure_future(rollback(self._registry, message.name, self._options.unload_grace_s))
-        return convert.model(await asyncio.shield(going_back))
+        return convert.model(await _to_its_end(rollback(self._registry, message.name, self._options.unload_grace_s)))
 
     async def _update_weights(
         self, message: models_pb2.UpdateWeightsRequest, context: grpc.aio.ServicerContext
@@ -221,8 +221,7 @@ class GrpcDoor:
         self._check_control()
         if not message.source:
             raise InvalidRequest("source", "must name a local folder or a hub model")
-        updating = asyncio.ensure_future(self._registry.update_weights(message.name, message.source))
-        return convert.model(await asyncio.shield(updating))
+        return convert.model(await _to_its_end(self._registry.update_weights(message.name, message.source)))
 
     def _check_control(self) -> None:
         if not self._options.allow_model_control:
@@ -352,6 +351,21 @@ def _foreseen(error: Exception) -> RewardServeError:
         return error
     log.error("a request failed unforeseen", exc_info=error)
     return InternalError("the server failed; its log says how")
+
+
+async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
+    """A caller who leaves does not leave half a model behind; what it then fails in, the log says."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_log_failure)
+        raise
+
+
+def _log_failure(task: asyncio.Task[Any]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("what a caller asked for, who has left, failed: %s", error)
 
 
 def _deadline(context: grpc.aio.ServicerContext, timeout_s: float = 0.0) -> float | None:
