@@ -262,3 +262,11 @@ async def test_a_call_of_one_part_runs_in_the_callers_task():
     assert await gather_or_cancel([task()]) == [asyncio.current_task()]
     others = await gather_or_cancel([task(), task()])
     assert asyncio.current_task() not in others and len(set(others)) == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [("Authorization", "x"), ("a b", "x"), ("a", "x\ny"), ("a", "\u00e9"), ("a", b"x"), ("", "x")]
+)
+def test_metadata_that_grpc_cannot_send_is_refused_at_once(wrong):
+    with pytest.raises(ValueError, match="metadata"):
+        AsyncRewardClient("127.0.0.1:1", metadata=[("authorization", "Bearer x"), ("trace-bin", b"\x00"), wrong])

@@ -1,6 +1,7 @@
 """One long-lived channel per endpoint. Sends a message once; knows nothing of retries or of what is in the message."""
 
 import asyncio
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -61,7 +62,7 @@ class Channels:
     ) -> None:
         self._credentials = credentials
         self._max_message_bytes = max_message_bytes
-        self.metadata = tuple(metadata)
+        self.metadata = _checked(metadata)
         self._options = (*_defaults(max_message_bytes), *options)  # the caller's come last and win
         self._wires: dict[str, Wire] = {}
         self.closed = False
@@ -112,6 +113,17 @@ class Channels:
             response_deserializer=health.HealthCheckResponse.FromString,
         )
         return Wire(channel, scoring_pb2_grpc.ScoringStub(channel), models_pb2_grpc.ModelsStub(channel), check)
+
+
+def _checked(metadata: Metadata) -> Metadata:
+    """Raises ValueError for what gRPC would fail every call over, in words of its own."""
+    for key, value in metadata:
+        if not re.fullmatch(r"[0-9a-z_.-]+", key):
+            raise ValueError(f"a key of metadata has lower-case letters, digits, '-', '_' and '.', unlike {key!r}")
+        is_text = isinstance(value, str) and re.fullmatch(r"[ -~]*", value)
+        if not (key.endswith("-bin") and isinstance(value, bytes)) and not is_text:
+            raise ValueError(f"metadata {key!r} is neither printable ASCII nor, with a key that ends in -bin, bytes")
+    return tuple(metadata)
 
 
 def _defaults(max_message_bytes: int) -> ChannelOptions:
