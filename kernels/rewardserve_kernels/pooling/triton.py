@@ -173,7 +173,9 @@ def sum_rows(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < HIDDEN_SIZE
     begin, count, block = tl.load(begins + piece), tl.load(counts + piece), tl.load(carried + piece)
-    found = tl.load(sums + block * HIDDEN_SIZE + column, mask=there & (block >= 0), other=0.0)
+    found = tl.zeros([BLOCK], tl.float32)
+    if block >= 0:
+        found += tl.load(sums + block * HIDDEN_SIZE + column, mask=there, other=0.0)
     rows += begin * row_stride
     for row in tl.range(0, count, num_stages=4):
         found += tl.load(rows + row * row_stride + column, mask=there, other=0.0).to(tl.float32)
