@@ -38,7 +38,7 @@ ACTIONS = {
     "update": ("NAME", "SOURCE"),
 }
 STYLES = {"serving": "green", "failed": "bold red"}  # of a state; any other is passing
-MEANT_FOR = {  # actions
+MEANT_FOR = {  # options that do something for these actions alone
     "dtype": ("load", "swap"),
     "canaries": ("swap",),
     "shadow_share": ("swap",),

@@ -1,4 +1,4 @@
-"""How a process is set up for its GPU, before its first product."""
+"""How a process, and each of its threads, is set up for its GPU, before its first product."""
 
 import os
 
