@@ -16,11 +16,7 @@ _SILENCE_S = 10.0  # a stream that owes answers and was silent for so long when 
 
 
 class StreamRefused(Exception):
-    """The stream ended with `error`, which is about one of the groups that were under way: nobody knows which."""
-
-    def __init__(self, error: RewardClientError) -> None:
-        super().__init__(str(error))
-        self.error = error
+    """The stream ended over one of the groups that were under way, and nobody knows which; the message says why."""
 
 
 class Link:
@@ -79,7 +75,7 @@ class Link:
         except grpc.RpcError as failure:
             error = _broken(from_rpc_error(failure, self._endpoint))
             if error.code is Code.RESOURCE_EXHAUSTED and error.retry_after_s is None:  # a message was too large
-                error = StreamRefused(error)
+                error = StreamRefused(str(error))
         except asyncio.CancelledError:
             pass  # the call was cancelled, by _end or by the channel's closing; this task is never cancelled
         finally:
