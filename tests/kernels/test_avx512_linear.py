@@ -75,9 +75,12 @@ def test_an_activation_far_from_zero_is_what_it_tends_to() -> None:
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
-def test_a_row_has_the_same_bits_alone_and_among_others_with_any_number_of_threads(num_threads: int) -> None:
+@pytest.mark.parametrize("inner", [4500, 4512], ids=["one by one", "a multiple of 32, for matrix units"])
+def test_a_row_has_the_same_bits_alone_and_among_others_with_any_number_of_threads(
+    inner: int, num_threads: int
+) -> None:
     """700 rows of 2,048 columns are streamed past the caches, few are not."""
-    layer, x = Avx512Linear(linear(4500, 2048, bias=True)), torch.randn(700, 4500).bfloat16()
+    layer, x = Avx512Linear(linear(inner, 2048, bias=True)), torch.randn(700, inner).bfloat16()
     parts, y = (linear(64, 3072), linear(64, 3072), linear(3072, 64)), torch.randn(700, 64).bfloat16()
     mlps = [Avx512GatedMLP(*parts, kind) for kind in (avx512.SILU, avx512.GELU_TANH)]
     wanted, before = [layer(x), *(mlp(y) for mlp in mlps)], torch.get_num_threads()

@@ -27,6 +27,8 @@ except CannotBuild as failure:
     missing = str(failure)
 built = pytest.param(avx512, marks=pytest.mark.skipif(bool(missing), reason=missing), id="avx512")
 both = pytest.mark.parametrize("kernel", [pytest.param(chunked, id="chunked"), built])
+# Of keys and of values: matrix units, where a CPU has them, take whole 32 inner dimensions.
+sizes_of_heads = pytest.mark.parametrize("sizes", [(24, 16), (64, 48)], ids=["24/16", "64/48"])
 
 
 def attend(kernel, q, k, v, pool_k, pool_v, segments, scale, window=0, last_rows_only=False, **options):
@@ -58,10 +60,13 @@ ROUNDING = 2.5e-3  # of the result to bf16
 AVX512 = pytest.param(*built.values, torch.bfloat16, ROUNDING, marks=built.marks, id="avx512")
 
 
+@sizes_of_heads
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(("kernel", "dtype", "tolerance"), [CHUNKED_FP32, CHUNKED_BF16, AVX512])
-def test_attention_equals_the_dense_oracle(name: str, kernel, dtype: torch.dtype, tolerance: float) -> None:
-    is_near_the_oracle(kernel, _case(dtype), OPTIONS[name], tolerance)
+def test_attention_equals_the_dense_oracle(
+    name: str, kernel, dtype: torch.dtype, tolerance: float, sizes: tuple[int, int]
+) -> None:
+    is_near_the_oracle(kernel, _case(dtype, *sizes), OPTIONS[name], tolerance)
 
 
 @pytest.mark.skipif(bool(missing), reason=missing)
@@ -101,8 +106,11 @@ def test_avx512_attention_refuses_what_it_cannot_do() -> None:
 
 @pytest.mark.skipif(bool(missing), reason=missing)
 @pytest.mark.parametrize("num_threads", [1, 3])
-def test_avx512_attention_gives_the_same_bits_with_any_number_of_threads(num_threads: int) -> None:
-    *tensors, segments = _case(torch.bfloat16)
+@sizes_of_heads
+def test_avx512_attention_gives_the_same_bits_with_any_number_of_threads(
+    num_threads: int, sizes: tuple[int, int]
+) -> None:
+    *tensors, segments = _case(torch.bfloat16, *sizes)
     wanted, before = attend(avx512, *tensors, segments, 0.2), torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
@@ -112,9 +120,10 @@ def test_avx512_attention_gives_the_same_bits_with_any_number_of_threads(num_thr
 
 
 @both
+@sizes_of_heads
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_last_rows_alone_are_bitwise_what_they_are_among_all(name: str, kernel) -> None:
-    *tensors, segments = _case(torch.bfloat16)
+def test_the_last_rows_alone_are_bitwise_what_they_are_among_all(name: str, kernel, sizes: tuple[int, int]) -> None:
+    *tensors, segments = _case(torch.bfloat16, *sizes)
     options = dict(OPTIONS[name])
     options["sinks"] = torch.randn(6).bfloat16() if options.pop("sinks", None) else None
     everything = attend(kernel, *tensors, segments, 0.2, **options)
@@ -125,9 +134,10 @@ def test_the_last_rows_alone_are_bitwise_what_they_are_among_all(name: str, kern
 
 
 @both
-def test_siblings_that_share_their_beginning_do_not_see_one_another(kernel) -> None:
+@sizes_of_heads
+def test_siblings_that_share_their_beginning_do_not_see_one_another(kernel, sizes: tuple[int, int]) -> None:
     """The shared key buffer is filled once; what one sibling leaves in it must not reach the next, not even as NaN."""
-    q, k, v, pool_k, pool_v, _ = _case(torch.bfloat16)
+    q, k, v, pool_k, pool_v, _ = _case(torch.bfloat16, *sizes)
     segments = [Segment(0, 100, 0, (3,), store=True)]
     store_segment(pool_k, k[:, :100], segments[0])
     store_segment(pool_v, v[:, :100], segments[0])

@@ -1,4 +1,5 @@
-// Tree attention for CPUs with bf16 dot products (AVX512_BF16). Built and called by avx512.py.
+// Tree attention for CPUs with bf16 dot products (AVX512_BF16), on matrix units where there are some (amx.h). Built and
+// called by avx512.py.
 //
 // The way of flash attention (arXiv 2205.14135, algorithm 1): for a tile of query rows one block of keys after the
 // other, with a running maximum and sum for every row, so that no more than [TILE, BLOCK] scores exist at a time. Scores
@@ -17,7 +18,9 @@
 #include <limits>
 #include <memory>
 #include <new>
+#include <optional>
 
+#include "amx.h"
 #include "avx512.h"
 
 namespace {
@@ -26,6 +29,7 @@ constexpr int64_t BLOCK = 128;              // keys in a block of the pool, and 
 constexpr int64_t PANEL = 4 * LANES;        // columns of a product that are in registers at a time
 constexpr int ROWS = 6;                     // rows of a product that are in registers at a time: 24 of 32 for sums
 constexpr int64_t TILE = 4 * ROWS;          // rows that go over a block of keys while it lies in the first cache
+static_assert(PAIR > TILE, "buffers are for as many as there are on matrix units");
 constexpr int64_t WEIGHED = 2 * LANES;      // scores become weights by so many, a register of bf16
 constexpr int64_t GATHERED = 8 * BLOCK;     // keys that are laid out at a time, for all rows of a chunk: second cache
 constexpr float INF = std::numeric_limits<float>::infinity();
@@ -146,15 +150,19 @@ class Worker {
           group_(t.heads / t.kv_heads),
           head_size_(t.head_size),
           v_size_(round_up(t.v_head_size, LANES)),
+          on_tiles_(head_size_ % TILE_INNER == 0 && may_use_tiles()),
           rows_(new Row[max_rows]),
-          q_(allocate<bf16>(max_rows * head_size_)),
+          q_(allocate<bf16>((max_rows + PAIR) * head_size_)),  // of the last tile all is read
           out_(allocate<float>(max_rows * v_size_)),
           maximum_(allocate<float>(max_rows)),
           sum_(allocate<float>(max_rows * LANES)),
-          scores_(allocate<float>(TILE * BLOCK)),
-          weights_(allocate<bf16>(TILE * BLOCK)),
+          scores_(allocate<float>(PAIR * BLOCK)),
+          weights_(allocate<bf16>(PAIR * BLOCK)),
+          added_(allocate<float>(on_tiles_ ? PAIR * v_size_ : 0)),
           keys_(allocate<bf16>(GATHERED * head_size_)),
-          values_(allocate<bf16>(GATHERED * v_size_)) {}
+          values_(allocate<bf16>(GATHERED * v_size_)) {
+        if (on_tiles_) tiles_.emplace();
+    }
 
     void run(const Chunk& chunk, const Part* parts, const int64_t* blocks, int64_t kv_head) {
         kv_head_ = kv_head;
@@ -213,7 +221,8 @@ class Worker {
         for (int64_t key = std::max(first_key, first_block_seen(begin, end)); key < end_key; key += GATHERED) {
             const int64_t stop = std::min(end_key, key + GATHERED);
             gather(key, stop, own_row);
-            for (int64_t row = begin; row < end; row += TILE) over_tile(row, std::min(TILE, end - row), key, stop);
+            const int64_t tile = on_tiles_ ? PAIR : TILE;
+            for (int64_t row = begin; row < end; row += tile) over_tile(row, std::min(tile, end - row), key, stop);
         }
     }
 
@@ -277,18 +286,40 @@ class Worker {
             const int64_t num_keys = round_up(std::min(BLOCK, end - block), WEIGHED);
             const bf16* keys = &keys_[(block - first_key) * head_size_];
             const bf16* values = &values_[(block - first_key) * v_size_];
-            multiply_all(count, num_keys, &q_[row * head_size_], head_size_, keys, 2 * BLOCK, head_size_ / 2,
-                         scores_.get(), BLOCK, nullptr);
-            float alpha[TILE];
+            score(row, count, keys, num_keys);
+            float alpha[PAIR];
             switch (num_keys / WEIGHED) {
                 case 4: weigh_all<4>(row, count, block, alpha); break;
                 case 3: weigh_all<3>(row, count, block, alpha); break;
                 case 2: weigh_all<2>(row, count, block, alpha); break;
                 case 1: weigh_all<1>(row, count, block, alpha); break;
             }
-            multiply_all(count, v_size_, weights_.get(), BLOCK, values, 2 * v_size_, num_keys / 2,
-                         &out_[row * v_size_], v_size_, alpha);
+            add_values(row, count, values, num_keys, alpha);
         }
+    }
+
+    void score(int64_t row, int64_t count, const bf16* keys, int64_t num_keys) {
+        const bf16* queries = &q_[row * head_size_];
+        if (on_tiles_)
+            multiply_on_tiles(count, num_keys, {queries, head_size_, TILE_INNER, TILE_ROWS * head_size_}, keys, 2 * BLOCK,
+                              head_size_, scores_.get(), BLOCK);
+        else
+            multiply_all(count, num_keys, queries, head_size_, keys, 2 * BLOCK, head_size_ / 2, scores_.get(), BLOCK,
+                         nullptr);
+    }
+
+    // Former results times alpha, and the block's values by their weights.
+    void add_values(int64_t row, int64_t count, const bf16* values, int64_t num_keys, const float* alpha) {
+        float* out = &out_[row * v_size_];
+        if (!on_tiles_)
+            return multiply_all(count, v_size_, weights_.get(), BLOCK, values, 2 * v_size_, num_keys / 2, out, v_size_,
+                                alpha);
+        multiply_on_tiles(count, v_size_, {weights_.get(), BLOCK, TILE_INNER, TILE_ROWS * BLOCK}, values, 2 * v_size_,
+                          num_keys, added_.get(), v_size_);
+        for (int64_t i = 0; i < count; i++)  // a tile holds other rows after the last one, whose results are not touched
+            for (int64_t d = i * v_size_; d < (i + 1) * v_size_; d += LANES)
+                _mm512_store_ps(out + d, _mm512_fmadd_ps(_mm512_load_ps(out + d), _mm512_set1_ps(alpha[i]),
+                                                         _mm512_load_ps(&added_[d])));
     }
 
     template <int PIECES>
@@ -343,12 +374,16 @@ class Worker {
 
     const Tensors& t_;
     const int64_t group_, head_size_, v_size_;
+    const bool on_tiles_;
     int64_t kv_head_ = 0, start_ = 0;
     const int64_t* blocks_ = nullptr;
     std::unique_ptr<Row[]> rows_;
     Buffer<bf16> q_;
     Buffer<float> out_, maximum_, sum_, scores_;
-    Buffer<bf16> weights_, keys_, values_;
+    Buffer<bf16> weights_;
+    Buffer<float> added_;
+    Buffer<bf16> keys_, values_;
+    std::optional<Tiles> tiles_;
 };
 
 }  // namespace

@@ -1,18 +1,24 @@
-// Linear layers for CPUs with bf16 dot products (AVX512_BF16). Built and called by avx512.py.
+// Linear layers for CPUs with bf16 dot products (AVX512_BF16), on matrix units where there are some (amx.h). Built and
+// called by avx512.py.
 //
 // x [rows, inner] in bf16 times a weight laid out ahead of time; sums in fp32, and what becomes of them while they are
 // still in registers. A weight lies in panels of PANEL columns, [panels, inner / 2, PANEL, 2]: the pairs of bf16 that a
 // dot product takes lie side by side, and a panel is read from one end to the other.
 //
-// Batch invariance. Each sum takes its products in the order of `inner`, whatever lies beside it and whoever computes it.
+// Batch invariance. Each sum takes its products in the order of `inner`, whatever lies beside it and whoever computes it;
+// which instructions compute it depends on `inner` and the CPU alone.
 
 #include <immintrin.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
+#include <optional>
 
+#include "amx.h"
 #include "avx512.h"
 
 namespace {
@@ -24,8 +30,10 @@ static_assert(FACTORS == 32, "a register of bf16");
 constexpr int ROWS = 6;                     // rows whose sums are in registers at a time: 24 of 32
 constexpr int64_t INNER = 4096;             // of a panel at a time: half of a second cache of a megabyte
 constexpr int64_t BLOCK_BYTES = 256 << 10;  // of the rows of one piece of work: a quarter of it
+constexpr int64_t TILES_BYTES = 1 << 20;    // the same on matrix units, which are through with a block the sooner
 constexpr int64_t MIN_BLOCK = 4 * ROWS, MAX_BLOCK = 32 * ROWS;
 constexpr int64_t GROUP_BYTES = 4 << 20;    // of weights that all rows go over while they lie in the last cache
+static_assert(MAX_BLOCK % PAIR == 0);
 constexpr int PIECES_PER_THREAD = 4;        // enough that all threads end at about the same time
 
 constexpr int64_t LINE = 64;                // bytes of a line of the caches
@@ -143,7 +151,46 @@ void multiply_rows(const Product& p, int64_t row, int64_t last, int64_t panel, f
     }
 }
 
+// Rows [count, inner], `stride` apart, as tiles [count / 16, inner / 32]: each in one piece, wherever the rows lie, and
+// none that ends beyond the last row.
+void lay_out(const bf16* x, int64_t stride, int64_t count, int64_t inner, bf16* tiles) {
+    for (int64_t r = 0; r < count; r++) {
+        bf16* tile = tiles + round_down(r, TILE_ROWS) * inner + r % TILE_ROWS * TILE_INNER;
+        for (int64_t i = 0; i < inner; i += TILE_INNER, tile += TILE_ROWS * TILE_INNER)
+            std::memcpy(tile, x + r * stride + i, TILE_INNER * sizeof(bf16));
+    }
+}
+
+// Rows [row, last) and panels [panel, end) on matrix units. `tiles` has room for the rows, rounded up to a PAIR; what is
+// in the rest of it becomes sums that nobody reads.
+void multiply_pairs(const Product& p, int64_t row, int64_t last, int64_t panel, int64_t end, bf16* tiles, bool streamed) {
+    alignas(LINE) float sums[PAIR * PANEL];
+    lay_out(p.x + row * p.x_row, p.x_row, last - row, p.inner, tiles);
+    for (; panel < end; panel++)
+        for (int64_t r = row; r < last; r += PAIR) {
+            const Left rows = {tiles + (r - row) * p.inner, TILE_INNER, TILE_ROWS * TILE_INNER, TILE_ROWS * p.inner};
+            multiply_on_tiles(last - r, PANEL, rows, p.weight + panel * PANEL * p.inner, 2 * PANEL, p.inner, sums, PANEL);
+            for (int64_t i = 0; i < std::min(PAIR, last - r); i++) {
+                __m512 one[1][VECTORS];
+                for (int n = 0; n < VECTORS; n++) one[0][n] = _mm512_load_ps(sums + i * PANEL + n * LANES);
+                finish<1>(p, one, r + i, panel, streamed);
+            }
+        }
+}
+
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+// Memory of a thread's own, at the beginning of a line; nothing where `count` is 0.
+template <typename T>
+std::unique_ptr<T[], Free> scratch(int64_t count) {
+    void* memory = count ? std::aligned_alloc(LINE, round_up(count * sizeof(T), LINE)) : nullptr;
+    if (count && !memory) throw std::bad_alloc();
+    return std::unique_ptr<T[], Free>((T*)memory);
+}
 
 }  // namespace
 
@@ -153,21 +200,27 @@ extern "C" void linear(const Product* product, int32_t num_threads) {
     const int64_t out_row_bytes = p.columns * (p.kind == FP32 ? sizeof(float) : sizeof(bf16));
     const bool aligned = (uintptr_t)p.out % LINE == 0 && out_row_bytes % LINE == 0;
     const bool streamed = aligned && p.rows * out_row_bytes >= STREAMED_BYTES;
+    const bool on_tiles = p.inner % TILE_INNER == 0 && may_use_tiles();
     const int64_t row_bytes = sizeof(bf16) * p.inner;
-    const int64_t block = std::clamp(round_down(BLOCK_BYTES / row_bytes, ROWS), MIN_BLOCK, MAX_BLOCK);
+    const int64_t unit = on_tiles ? PAIR : ROWS, most = (on_tiles ? TILES_BYTES : BLOCK_BYTES) / row_bytes;
+    const int64_t block = std::clamp(round_down(most, unit), round_up(MIN_BLOCK, unit), MAX_BLOCK);
     const int64_t blocks = divide_up(p.rows, block);
     const int64_t fair = divide_up(panels * blocks, PIECES_PER_THREAD * num_threads);
     const int64_t group = std::clamp<int64_t>(GROUP_BYTES / (PANEL * row_bytes), 1, std::max<int64_t>(fair, 1));
     const int64_t groups = divide_up(panels, group);
 #pragma omp parallel num_threads(num_threads)
     {
-        const std::unique_ptr<float[]> partial(p.inner > INNER ? new float[block * PANEL] : nullptr);
+        const auto partial = scratch<float>(on_tiles || p.inner <= INNER ? 0 : block * PANEL);
+        const auto tiles = scratch<bf16>(on_tiles ? round_up(std::min(block, p.rows), PAIR) * p.inner : 0);
+        const std::optional<Tiles> configured = on_tiles ? std::optional<Tiles>(std::in_place) : std::nullopt;
 #pragma omp for schedule(dynamic) nowait
         for (int64_t piece = 0; piece < groups * blocks; piece++) {
             const int64_t row = piece % blocks * block, panel = piece / blocks * group;
-            const int64_t last = std::min(row + block, p.rows);
-            for (int64_t n = panel; n < std::min(panel + group, panels); n++)
-                multiply_rows(p, row, last, n, partial.get(), streamed);
+            const int64_t last = std::min(row + block, p.rows), end = std::min(panel + group, panels);
+            if (on_tiles)
+                multiply_pairs(p, row, last, panel, end, tiles.get(), streamed);
+            else
+                for (int64_t n = panel; n < end; n++) multiply_rows(p, row, last, n, partial.get(), streamed);
         }
         _mm_sfence();  // what was streamed is there when the others are told that this thread is done
     }

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from rewardserve_kernels.attention import avx512, chunked
-from rewardserve_kernels.cpu_code import CannotBuild, cpu_flags
+from rewardserve_kernels.cpu_code import CannotBuild
 from rewardserve_kernels.linear import avx512 as products
 from rewardserve_kernels.linear.fp8 import Fp8Linear, can_be_fp8
 from rewardserve_kernels.linear.int8 import Int8Linear
@@ -150,11 +150,8 @@ def _has_fp8(device: torch.device) -> bool:
 
 
 def _lay_out(subject: Subject, can_build: bool) -> bool:
-    """Weights as this CPU's products want them, ours where they work or else the library's; True if one of them does.
-
-    A CPU with matrix units (AMX) has several times the rate in the library's, so ours is not tried there.
-    """
-    if can_build and "amx_bf16" not in cpu_flags():
+    """Weights as this CPU's products want them, ours where they work or else the library's; True if either does."""
+    if can_build:
         reason = _use_built(subject)
         if reason is None:
             return True
@@ -228,28 +225,17 @@ def _keep_residual_in_fp32(subject: Subject) -> None:
 
 
 def _build_attention(subject: Subject) -> None:
-    """Attention that is compiled for this very CPU, where it has the instructions for it.
-
-    Faster by far where there is nothing else for bf16, so the same choice every time; where the library's products have
-    matrix units (AMX), which ours has not, a probe decides.
-    """
+    """Attention that is compiled for this very CPU, where it has the instructions for it: always faster by far."""
     backbone = subject.model.backbone
-
-    def switch(built: bool) -> None:
-        backbone.attention = avx512 if built else chunked
-
     try:
         avx512.load()
     except CannotBuild as failure:
         log.info("attention by the library's products: %s", failure)
         return
-    switch(True)
-    reason = subject.flaw()
-    if reason is None and "amx_bf16" in cpu_flags():
-        reason = _compare_speed(subject, "attention built for this CPU", switch)
-    if reason:
-        switch(False)
-        log.warning("attention by the library's products: %s", reason)
+    backbone.attention = avx512
+    if flaw := subject.flaw():
+        backbone.attention = chunked
+        log.warning("attention by the library's products: %s", flaw)
 
 
 def _use_triton(subject: Subject) -> None:
