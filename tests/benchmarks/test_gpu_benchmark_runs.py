@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 def run(output: Path, *flags: str) -> tuple[subprocess.CompletedProcess[str], dict]:
     command = [sys.executable, ROOT / "benchmarks" / "gpu" / "run.py", "--dry-run", "--output", output, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     (file,) = output.glob("*.json")
     return done, json.loads(file.read_text())
 

@@ -121,7 +121,7 @@ def run(*folders: Path) -> tuple[int, ...]:
         capture_output=True,
         text=True,
         env=environment,
-        timeout=170,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return tuple(map(int, done.stdout.split()[-3:]))
