@@ -25,7 +25,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from rewardserve.v1 import models_pb2, models_pb2_grpc, scoring_pb2, scoring_pb2_grpc
 
-ANTI_HANG_S = 150  # only a hang takes so long: several engines on busy cores, one after another, took more than a minute
+ANTI_HANG_S = 150  # only a hang takes so long; several engines on busy cores have taken more than a minute
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
 
