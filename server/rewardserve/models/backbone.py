@@ -268,6 +268,9 @@ class _FullPrecisionNorm(nn.Module):
         return hidden_states if self.skipped else self.norm(hidden_states.float())
 
 
+def _look_for_nothing(*_: Any) -> None: ...
+
+
 def rope_switch(config: PreTrainedConfig) -> int | None:
     """The length, in tokens, beyond which this model's rotary embedding is another one ("longrope"); None: it never is.
 
@@ -330,6 +333,9 @@ class Backbone:
         self.module.set_attn_implementation(name)
         if self.module.config._attn_implementation != name:
             raise NotPackable("it does not take another attention implementation")
+        # Some families look for padding in every forward, to warn of it: on a GPU that waits for the device, and no graph
+        # can capture it. A pack has none.
+        self.module.warn_if_padding_and_no_attention_mask = _look_for_nothing
         if prune and self._layers is not None:
             self._layers[-1] = _PrunedLayer(self._layers[-1])
             self._pruned = True

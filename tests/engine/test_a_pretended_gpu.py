@@ -1,0 +1,161 @@
+"""The engine as it runs on a GPU, on one that is pretended (tests/support/pretend_gpu.py): pinned copies, two forwards
+under way, Triton's kernels, captured graphs, a second tier in host memory, the second of two devices."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import save_checkpoint
+
+SUPPORT = Path(__file__).parents[1] / "support"
+pytest.importorskip("triton", reason="triton is not installed")
+
+# In a process of its own: what is pretended is so for good, and the interpreter is chosen when triton is imported.
+BEGIN = """
+import asyncio, json, sys
+import pretend_gpu
+import torch
+from rewardserve.engine.native import graphs
+from rewardserve_kernels.attention import triton
+
+pretend_gpu.pretend()
+graphs.MAX_READS, graphs.MAX_SEGMENTS, graphs.MAX_TABLE = 8, 8, 64
+graphs.BUCKETS, graphs.WARM_UPS = (128,), 1
+triton.TUNINGS_32_BIT = {((8, 0), 256): triton.Tuning(64, 128, 4, 1)}  # fewer steps for the interpreter
+"""
+SCORES = """
+from scoring import native
+
+groups = [([5 + n] * 140 + [1, 2, 3], [[7] * 20, [8], [9] * 33]) for n in range(2)] + [([11, 12], [[13]])]
+
+
+async def scored(folder, device, options):
+    async with native(folder, device=device, compile="off", **options) as scorer:
+        loaded, on_gpu = scorer.engine._loop._loaded, device != "cpu"
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("error")
+        found = {"path": loaded.info.path, "device": loaded.info.device}
+        found["triton"] = loaded.model.backbone.attention is triton
+        scores = [await scorer.scores(groups)]  # cold and at once, which no graph holds
+        replays = pretend_gpu.launches["graph"]
+        scores += [await scorer.scores([group]) for group in groups]  # warm and one by one
+        torch.cuda.set_sync_debug_mode("default")
+        found["replays"] = pretend_gpu.launches["graph"] - replays
+        return found, torch.cat(scores)
+
+
+for folder, device, options in json.loads(sys.argv[1]):
+    _, wanted = asyncio.run(scored(folder, "cpu", {}))
+    found, got = asyncio.run(scored(folder, device, options))
+    print(json.dumps(found | {"error": float((got - wanted).abs().max() / wanted.abs().max())}))
+"""
+HOST_TIER = """
+from rewardserve.models.kv_pool import HostBlocks, KVPool
+
+met, pool = KVPool(1), KVPool(4)
+met.layer(0, *(torch.zeros(2, 1, 8, device="cuda") for _ in range(2)))
+pool.allocate_like(met)
+pool.keep_sums(16, torch.device("cuda"))
+host = HostBlocks(pool, num_slots=2)
+pool.whole[:, :, 1], pool.sums[1] = 7, 5
+torch.cuda.set_sync_debug_mode("error")
+host.copy_out(1, slot=0)
+pool.whole.zero_(), pool.sums.zero_()
+host.copy_back(3, slot=0)
+torch.cuda.set_sync_debug_mode("default")
+print(json.dumps([t.flatten(1).mean(1).tolist() for t in (pool.whole[0, 0], pool.sums)]))
+"""
+
+
+def run(program: str, *arguments: str) -> list[dict]:
+    """What it prints, a line each."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
+    command = [sys.executable, "-W", "ignore", "-c", BEGIN + program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_scores_are_those_of_a_cpu_and_no_step_waits(tmp_path: Path) -> None:
+    """gemma2: windows and softcaps; gpt2: a class that looks for padding in every forward; means: sums beside keys."""
+    cases = []
+    for family in ("gemma2", "gpt2", "qwen3"):
+        save_checkpoint(tmp_path / family, family, num_hidden_layers=2, pad_token_id=3)
+        cases.append((str(tmp_path / family), "cuda", {}))
+    said = '[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n'
+    (tmp_path / "qwen3" / "rewardserve.toml").write_text(said)
+    cases[-1] = (str(tmp_path / "qwen3"), "cuda:1", {})
+    for (folder, device, _), found in zip(cases, run(SCORES, json.dumps(cases)), strict=True):
+        assert found["error"] < 1e-5, folder
+        assert (found["path"], found["device"], found["triton"]) == ("packed", device, True), folder
+        assert found["replays"] >= 3, folder
+
+
+def test_a_block_that_was_away_in_host_memory_is_what_it_was_and_nobody_waited(tmp_path: Path) -> None:
+    assert run(HOST_TIER) == [[[0, 0, 0, 7], [0, 0, 0, 5]]]
+
+
+WRONG = """
+def refused(action):
+    try:
+        action()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+
+
+def captured(action):
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        action()
+
+
+def launched_from_another_device():
+    from rewardserve_kernels.pooling.triton import pool_head
+    torch.cuda.set_device(1)
+    pool_head(here, torch.zeros(1, 2, dtype=torch.int32, device="cuda:0"), here)
+
+
+here, there, host = torch.ones(3, 4, device="cuda"), torch.ones(3, 4, device="cuda:1"), torch.ones(3, 4)
+wrong = {
+    "two devices": lambda: here + there,
+    "device and host": lambda: here + host,
+    "a device that is not there": lambda: torch.empty(1, device="cuda:2"),
+    "a wait in a graph": lambda: captured(lambda: here.sum().item()),
+    "another device's launch": launched_from_another_device,
+}
+waiting = {
+    "a number": lambda: here.sum().item(),
+    "a condition": lambda: bool(here.sum() > 1),
+    "a mask": lambda: here[here > 0],
+    "a copy back": lambda: here.cpu(),
+    "a copy that is not pinned": lambda: host.to("cuda", non_blocking=True),
+    "a copy that waits": lambda: host.pin_memory().to("cuda"),
+    "a list": lambda: torch.tensor([1, 2], device="cuda"),
+}
+print(json.dumps({name: refused(action) for name, action in wrong.items()}))
+torch.cuda.set_device(0)
+print(json.dumps({name: refused(action) for name, action in waiting.items()}))  # nobody minds
+torch.cuda.set_sync_debug_mode("error")
+print(json.dumps({name: refused(action) for name, action in waiting.items()}))
+fine = lambda: here[1:].add_(host.pin_memory().to("cuda", non_blocking=True)[0])
+print(json.dumps({"fine": refused(fine)}))
+graph, given = torch.cuda.CUDAGraph(), torch.zeros(2, device="cuda")
+with torch.cuda.graph(graph):
+    doubled = given * 2
+given.fill_(4)
+graph.replay()
+torch.cuda.set_sync_debug_mode("default")
+print(json.dumps(doubled.tolist()))
+"""
+
+
+def test_what_a_gpu_would_refuse_is_refused_here() -> None:
+    """Or the test above would say nothing."""
+    wrong, unminded, minded, fine, replayed = run(WRONG)
+    assert all(wrong.values()), wrong
+    assert not any(unminded.values()), unminded
+    assert all(minded.values()), minded
+    assert fine == {"fine": None}
+    assert replayed == [8.0, 8.0]
