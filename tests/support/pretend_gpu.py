@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils import _device
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 CAPABILITY = (9, 0)
@@ -308,15 +310,22 @@ class Generator:
         return self
 
 
+def _chosen() -> torch.device | None:
+    """By `with torch.device(...)`."""
+    modes = _get_current_function_mode_stack()
+    return next((mode.device for mode in reversed(modes) if isinstance(mode, _device.DeviceContext)), None)
+
+
 def _factory(name: str) -> Callable[..., torch.Tensor]:
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
-        device, pinned, generator = kwargs.pop("device", None), kwargs.pop("pin_memory", False), kwargs.get("generator")
+        device = kwargs.pop("device", None) or _chosen()
+        pinned, generator = kwargs.pop("pin_memory", False), kwargs.get("generator")
         if isinstance(generator, Generator):
             if generator.device.type != torch.device(device or "cpu").type:
                 raise RuntimeError(f"expected a '{device}' generator, found '{generator.device}'")
             kwargs["generator"] = generator.real
-        if device is not None and not _is_gpu(device):
-            kwargs["device"] = device
+        if device is not None:  # and not as `with torch.device(...)` would have it
+            kwargs["device"] = "cpu" if _is_gpu(device) else device
         made = _REAL[name](*args, **kwargs)
         if pinned:
             assert not _is_gpu(device)
@@ -374,9 +383,32 @@ def _interpreted() -> None:
     GridExecutor.__call__ = looked_at
 
 
+def _bf16_is_multiplied() -> None:
+    """Triton's interpreter keeps bf16 as the integers of its bits, and multiplies those."""
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        wide = [interpreter.TensorHandle(_widened(x.data), tl.float32) if x.dtype.is_bf16() else x for x in (a, b)]
+        return multiply(builder, *wide, *rest)
+
+    tl = interpreter.tl
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def _widened(bits: Any) -> Any:
+    return (bits.astype("uint32") << 16).view("float32")
+
+
+def _left_as_it_is(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Of torch.compile there is only that it is switched on: its compilers do not know these tensors."""
+    module._compiled_call_impl = module._call_impl
+
+
 def pretend() -> None:
     """From here on, for good: run it in a process of its own."""
-    torch.utils._device._device_constructors()  # it keeps the functions it finds, and looks for those called
+    _device._device_constructors()  # it keeps the functions it finds, and looks for those called
     for name, value in CUDA.items():
         setattr(torch.cuda, name, value)
     for name in FACTORIES:
@@ -384,4 +416,6 @@ def pretend() -> None:
     torch.Generator = Generator  # type: ignore[misc]
     torch.Tensor.to, torch.Tensor.pin_memory = _to, _pin_memory  # type: ignore[method-assign]
     torch.backends.cuda.preferred_blas_library = lambda backend=None: backend  # type: ignore[assignment]
+    torch.nn.Module.compile = _left_as_it_is  # type: ignore[method-assign]
     _interpreted()
+    _bf16_is_multiplied()

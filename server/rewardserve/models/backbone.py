@@ -333,7 +333,7 @@ class Backbone:
         self.module.set_attn_implementation(name)
         if self.module.config._attn_implementation != name:
             raise NotPackable("it does not take another attention implementation")
-        # Some families look for padding in every forward, to warn of it: on a GPU that waits for the device, and no graph
+        # Some families look for padding in every forward, to warn of it: on a GPU that waits for it, and no graph
         # can capture it. A pack has none.
         self.module.warn_if_padding_and_no_attention_mask = _look_for_nothing
         if prune and self._layers is not None:
