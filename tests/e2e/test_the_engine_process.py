@@ -22,7 +22,7 @@ def request(name: str) -> EngineRequest:
     return EngineRequest(name, (EncodedGroup(bytes(40), (bytes(8),)),))
 
 
-async def ends(work, within_s: float = 30):
+async def ends(work, within_s: float = 120):
     async with asyncio.timeout(within_s):
         return await asyncio.gather(*work, return_exceptions=True)
 
@@ -37,7 +37,7 @@ async def test_what_comes_between_a_death_and_its_discovery_is_scored_or_unavail
         for end in await ends([asyncio.ensure_future(engine.score(request(f"r{i}"))) for i in range(3)]):
             assert isinstance(end, Unavailable) or end.groups[0].items == wanted.groups[0].items
     finally:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await engine.stop()
 
 
@@ -60,10 +60,10 @@ async def test_an_engine_that_dies_as_it_comes_up_is_restarted_again(engine):
         os.kill(engine.pid, signal.SIGKILL)
         (end,) = await ends([work])
         assert isinstance(end, Unavailable) or end.groups
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(100):
             while times_up < 2:
                 await asyncio.sleep(0.05)
         assert (await engine.score(request("after"))).groups
     finally:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await engine.stop()

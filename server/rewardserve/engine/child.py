@@ -76,8 +76,9 @@ class MakeLoop(Protocol):
 class Child:
     """Receives on the main thread; the engine's threads send, one at a time."""
 
-    def __init__(self, folder: str, make_loop: MakeLoop) -> None:
-        self._make_loop = make_loop
+    def __init__(self, folder: str, engine: Callable[[], MakeLoop]) -> None:
+        """`engine` imports what it needs, which takes seconds: it is called when the front hears of them."""
+        self._engine = engine
         self._encoder_lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
         context = zmq.Context()
@@ -88,14 +89,14 @@ class Child:
         self._outbox.connect(f"ipc://{folder}/out")
 
     def run(self) -> None:
-        loop = self._make_loop(
+        loaded = threading.Event()
+        threading.Thread(target=self._say_loading, args=(loaded,), daemon=True).start()
+        loop = self._engine()(
             on_outcome=lambda outcome: self._send(Done(outcome.request_id, outcome.result, outcome.expired)),
             on_batch=lambda report: self._send(Batch(report)),
             on_info=lambda info: self._send(Ready(info)),
             on_poisoned=lambda reason: os._exit(POISONED_EXIT),
         )
-        loaded = threading.Event()
-        threading.Thread(target=self._say_loading, args=(loaded,), daemon=True).start()
         try:
             info = loop.start()
         except LoadFailed as error:
@@ -191,7 +192,7 @@ def main(load: "Callable[[NativeOptions], Loaded] | None" = None) -> None:
     threading.Thread(target=_exit_with_parent, args=(int(parent), folder), daemon=True).start()
     set_up_logging(log_format, log_level, f"engine[{name}]")
     options = json.loads(text)
-    Child(folder, _vllm(options) if engine == VllmOptions.engine else _native(options, load)).run()
+    Child(folder, partial(_vllm, options) if engine == VllmOptions.engine else partial(_native, options, load)).run()
 
 
 if __name__ == "__main__":
