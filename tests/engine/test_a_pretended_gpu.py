@@ -94,7 +94,7 @@ def test_scores_are_those_of_a_cpu_and_no_step_waits(tmp_path: Path) -> None:
         assert found["replays"] >= 3, folder
 
 
-def test_a_block_that_was_away_in_host_memory_is_what_it_was_and_nobody_waited(tmp_path: Path) -> None:
+def test_a_block_that_was_away_in_host_memory_is_what_it_was_and_nobody_waited() -> None:
     assert run(HOST_TIER) == [[[0, 0, 0, 7], [0, 0, 0, 5]]]
 
 

@@ -34,7 +34,7 @@ def _linear(x: torch.Tensor, number: torch.Tensor, out_features: int) -> torch.T
     rows = x.flatten(0, -2)
     padded = F.pad(rows, (0, 0, 0, -len(rows) % ROWS_AT_ONCE))
     parts = [product(part) for part in padded.split(ROWS_AT_ONCE)]
-    return torch.cat([rows.new_zeros(0, out_features), *parts])[: len(rows)].unflatten(0, x.shape[:-1]).clone()
+    return torch.cat([rows.new_zeros(0, out_features), *parts])[: len(rows)].unflatten(0, x.shape[:-1])
 
 
 _library = torch.library.Library("rewardserve", "FRAGMENT")
