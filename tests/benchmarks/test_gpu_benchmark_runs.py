@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rewardserve.loadtest import workloads
 
 ROOT = Path(__file__).parents[2]
 pytest.importorskip("triton", reason="triton is not installed")
@@ -22,9 +23,11 @@ def test_a_model_is_measured_and_a_variant_compared_with_it(tmp_path: Path) -> N
     done, whole = run(tmp_path, "--only", "machine", "qwen3-0.6b", "llama-3.1-8b fp8")
     assert done.returncode == 0, done.stdout + done.stderr
     parts = whole["parts"]
-    assert set(parts["qwen3-0.6b"]["workloads"]) == {"best_of_16", "ppo", "grpo_64", "short_items"}
+    assert set(parts["qwen3-0.6b"]["workloads"]) == set(workloads.names())
     for entry in parts["qwen3-0.6b"]["workloads"].values():
         assert entry["pairs"] > 0 and entry["pairs_per_s"] > 0 and entry["share_of_limit"] > 0
+    (plain,) = (found for what, found in parts["qwen3-0.6b"]["more"].items() if what.startswith("hugging face"))
+    assert len(plain) == 4 and all("of the limit" in outcome for outcome in plain.values()), plain
     assert 0 < parts["llama-3.1-8b fp8"]["more"]["against bf16"]["mean_abs_err"] < 0.2
     assert list(tmp_path.glob("*.png")) and "of the limit" in done.stdout
 
