@@ -32,6 +32,7 @@ from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reads import Reader
 from rewardserve.types import EncodedGroup
 from rewardserve_kernels.attention import chunked, triton
+from rewardserve_kernels.kv_cache import triton as kv_cache
 from scoring import pack as ids
 
 graphs.MAX_READS, graphs.MAX_SEGMENTS, graphs.MAX_TABLE = 8, 8, 64
@@ -76,6 +77,7 @@ for variant in range(len(sys.argv) - 1):
         group = EncodedGroup(ids(prompt), tuple(map(ids, responses)))
         scheduler.add(EngineRequest(f"{variant} {number}", (group,), variant=variant))
 
+backbone.store_rows = kv_cache.store_rows  # what the plain path has no use for
 plain, eager, fixed = poisoned(), poisoned(), poisoned()
 server, num_steps, variants, errors, sizes = None, 0, set(), [], []
 while (plan := scheduler.schedule()) is not None:

@@ -1,8 +1,8 @@
 """Tests marked `interpreted` run under Triton's interpreter: kernels as numpy programs, on tensors of the CPU.
 
 The interpreter is chosen by an environment variable when triton is first imported, for the whole process and for
-triton's own functions too; with it nothing can be compiled. So one process of its own runs all such tests of a session,
-when the first of them comes up, and each is reported here as it went there.
+triton's own functions too; with it nothing can be compiled. So a process of its own runs all such tests of a file, when
+the first of them comes up, and each is reported here as it went there.
 """
 
 import os
@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-Outcomes = dict[tuple[str, str], str | None]  # what went wrong, or None, by module and name of a test
-OUTCOMES = pytest.StashKey[tuple[Outcomes, str]]()
+Outcomes = dict[str, str | None]  # what went wrong, or None, by name of a test
+OUTCOMES = pytest.StashKey[dict[Path, tuple[Outcomes, str]]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,11 +32,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
     if _numbers(triton.__version__) < (3, 7) and _numbers(np.__version__) >= (2, 4):
         pytest.skip("the interpreter of triton before 3.7 cannot loop between loaded numbers with numpy 2.4")
-    session = pyfuncitem.session
-    if OUTCOMES not in session.stash:
-        session.stash[OUTCOMES] = _run([i for i in session.items if i.get_closest_marker("interpreted")])
-    outcomes, output = session.stash[OUTCOMES]
-    problem = outcomes.get((pyfuncitem.module.__name__.split(".")[-1], pyfuncitem.name), f"it did not run\n{output}")
+    found = pyfuncitem.session.stash.setdefault(OUTCOMES, {})
+    if pyfuncitem.path not in found:
+        of_file = [item for item in pyfuncitem.session.items if item.path == pyfuncitem.path]
+        found[pyfuncitem.path] = _run([item for item in of_file if item.get_closest_marker("interpreted")])
+    outcomes, output = found[pyfuncitem.path]
+    problem = outcomes.get(pyfuncitem.name, f"it did not run\n{output}")
     if problem is not None:
         pytest.fail(problem, pytrace=False)
     return True
@@ -51,7 +52,7 @@ def _run(items: list[pytest.Item]) -> tuple[Outcomes, str]:
         environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
         run = subprocess.run(command, cwd=items[0].config.rootpath, env=environment, capture_output=True, text=True)
         cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()  # it may have crashed
-        outcomes = {(case.attrib["classname"].split(".")[-1], case.attrib["name"]): _problem(case) for case in cases}
+        outcomes = {case.attrib["name"]: _problem(case) for case in cases}
         return outcomes, run.stdout + run.stderr
 
 

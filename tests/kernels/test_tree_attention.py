@@ -4,7 +4,7 @@ import pytest
 import torch
 from rewardserve_kernels.attention import avx512, chunked, reference
 from rewardserve_kernels.cpu_code import CannotBuild
-from rewardserve_kernels.kv_cache.paged import StoreIndex, gather_prefix, store_index, store_rows, store_segment
+from rewardserve_kernels.kv_cache.paged import gather_prefix, store_segment
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.workspace import Workspace
 
@@ -213,23 +213,3 @@ def test_what_is_stored_in_blocks_is_read_back_in_order(start: int, rows: int) -
         out = torch.full((2, start + rows - begin, 3), float("nan"))
         gather_prefix(pool, blocks, begin, start + rows, out, Workspace())
         assert torch.equal(out, values[:, begin:])
-
-
-def test_all_segments_stored_at_once_lie_where_they_lie_one_by_one() -> None:
-    torch.manual_seed(0)
-    segments = [
-        Segment(0, 130, 0, (4, 1), store=True),
-        Segment(130, 20, 5, (), store=False),
-        Segment(150, 300, 70, (5, 0, 2), store=True),
-        Segment(450, 1, 255, (3, 6), store=True),
-    ]
-    rows, one_by_one, at_once = (
-        torch.randn(2, 451, 3),
-        torch.zeros(7, 2, BLOCK_TOKENS, 3),
-        torch.zeros(7, 2, BLOCK_TOKENS, 3),
-    )
-    for segment in segments:
-        if segment.store:
-            store_segment(one_by_one, rows[:, segment.row : segment.row + segment.num_rows], segment)
-    store_rows(at_once, rows, StoreIndex(*map(torch.from_numpy, store_index(segments))))
-    assert torch.equal(at_once, one_by_one) and one_by_one.any()

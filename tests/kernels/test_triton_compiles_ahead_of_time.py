@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 import triton
 from rewardserve_kernels.attention import triton as attention
+from rewardserve_kernels.kv_cache import triton as kv_cache
 from rewardserve_kernels.pooling import triton as pooling
 from rewardserve_kernels.pooling.reference import Norm, NormKind, Pooling
 from triton.backends.compiler import GPUTarget
@@ -32,7 +33,7 @@ POINTERS |= dict.fromkeys(
     ("q", "k", "v", "pool_k", "pool_v", "out", "sinks", "hidden", "norm_weight", "norm_bias"), "*"
 )
 POINTERS |= dict.fromkeys(("head_weight", "head_bias", "scores", "sums_before", "sums", "total"), "*fp32")
-POINTERS |= {"rows": "*", "begins": "*i64", "counts": "*i64", "carried": "*i64"}
+POINTERS |= {"rows": "*", "begins": "*i64", "counts": "*i64", "carried": "*i64", "blocks": "*i32", "slots": "*i32"}
 STRIDES = ("q_head", "q_row", "k_head", "k_row", "v_head", "v_row", "row_stride")
 FLOATS = ("unit", "softcap", "squash", "eps")
 
@@ -59,9 +60,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def compiled(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
 
-    def run(kernel: Any, architecture: int, dtype: str, constants: dict[str, Any], options: dict[str, Any]) -> Compiled:
-        """As for tensors, but those of integers, and strides of whole 16 bytes."""
-        kinds = POINTERS | dict.fromkeys(FLOATS, "fp32") | dict.fromkeys(constants, "constexpr")
+    def run(
+        kernel: Any,
+        architecture: int,
+        dtype: str,
+        constants: dict[str, Any],
+        options: dict[str, Any],
+        pointers: dict[str, str] | None = None,
+    ) -> Compiled:
+        """As for tensors, but those of integers, and strides of whole 16 bytes. `pointers`: of this kernel alone."""
+        kinds = POINTERS | (pointers or {}) | dict.fromkeys(FLOATS, "fp32") | dict.fromkeys(constants, "constexpr")
         kinds = {name: kinds.get(name, "i32") for name in kernel.arg_names}
         signature = {name: kind + dtype if kind == "*" else kind for name, kind in kinds.items()}
         place = {name: (index,) for index, name in enumerate(kernel.arg_names)}
@@ -187,4 +195,15 @@ def test_pooling_loads_rows_ahead_and_spills_nothing(hidden_size: int, norm: str
 def test_sums_of_rows_spill_nothing(dtype: str, architecture: int, compiled) -> None:
     constants = {"HIDDEN_SIZE": 4096, "BLOCK": pooling.SUM_COLUMNS}
     made = compiled(pooling.sum_rows, architecture, dtype, constants, pooling.SUM_OPTIONS)
+    fits(made, architecture)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("sizes", [(64, 64), (128, 128), (80, 80), (192, 128)], ids=str)
+def test_rows_are_stored_by_wide_copies_and_spill_nothing(sizes: tuple[int, int], architecture: int, compiled) -> None:
+    constants = kv_cache.constants(attention.BLOCK_TOKENS, *sizes)
+    made = compiled(kv_cache.store_tile, architecture, "bf16", constants, kv_cache.OPTIONS, {"rows": "*i32"})
+    for narrow in ("LDG.E.U16", "STG.E.U16"):
+        assert narrow not in made.code, "a row is copied element by element"
+    assert "STG.E.128" in made.code
     fits(made, architecture)

@@ -46,12 +46,14 @@ def store_index(segments: Sequence[Segment]) -> np.ndarray:
     return np.concatenate(parts, 1)
 
 
-def store_rows(pool: torch.Tensor, rows: torch.Tensor, index: StoreIndex) -> None:
-    """As store_segment for all segments of a pack at once: `rows` [kv_heads, all rows, head_size].
+def store_rows(pool_k: torch.Tensor, pool_v: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: StoreIndex) -> None:
+    """As store_segment for all segments of a pack at once: `k` and `v` [kv_heads, all rows, head_size].
 
-    One launch on a GPU. On a CPU the segments one by one are four times as fast: they are plain copies.
+    For tensors of any device; triton.store_rows does the same in one launch. On a CPU the segments one by one are four
+    times as fast: they are plain copies.
     """
-    pool[index.blocks, :, index.slots] = rows[:, index.rows].transpose(0, 1)
+    for pool, rows in ((pool_k, k), (pool_v, v)):
+        pool[index.blocks, :, index.slots] = rows[:, index.rows].transpose(0, 1)
 
 
 def gather_prefix(

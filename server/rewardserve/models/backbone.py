@@ -56,6 +56,10 @@ class TreeAttention(Protocol):
     ) -> torch.Tensor: ...
 
 
+# pools of keys and values, keys and values, where they go: rewardserve_kernels.kv_cache
+StoreRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, StoreIndex], None]
+
+
 @dataclass(frozen=True, slots=True)
 class Pack:
     """One forward: the tokens of all segments end to end."""
@@ -87,6 +91,7 @@ class _Forward:
     pack: Pack
     pool: KVPool
     attention: TreeAttention
+    store_rows: StoreRows
     last_layer: int  # index of the pruned layer, -1 without pruning
     num_calls: int = 0
     capturing: bool = False
@@ -112,6 +117,17 @@ class _Forward:
         self.shapes[key] = AttentionShape(len(q), len(k), q.shape[2], v.shape[2], q.dtype)
         plan, workspace = pack.plans[key], self.pool.workspace
         return self.attention.tree_attention(q, k, v, *pools, plan, workspace, scale, softcap, sinks)
+
+    def store(self, pools: tuple[torch.Tensor, torch.Tensor], k: torch.Tensor, v: torch.Tensor) -> None:
+        """Keys and values of the rows that are to be kept: in one go, or, on a CPU, segment by segment."""
+        if self.pack.stored is not None:
+            self.store_rows(*pools, k, v, self.pack.stored)
+            return
+        for segment in self.pack.segments:
+            if segment.store:
+                own = slice(segment.row, segment.row + segment.num_rows)
+                for pool, rows in zip(pools, (k, v), strict=True):
+                    store_segment(pool, rows[:, own], segment)
 
 
 def _plan(
@@ -152,21 +168,11 @@ def _attend(
         return forward.attend(q[0], keys, values, pools, scale, window, softcap, sinks)[None]
     keys, values = k[0], v[0]
     pools = forward.pool.layer(layer, keys, values)
-    for pool, new in zip(pools, (keys, values), strict=True):
-        _store(pool, new, forward.pack)
+    forward.store(pools, keys, values)
     if forward.capturing:
         forward.captured = (keys, values)
         raise _KeysCaptured
     return forward.attend(q[0], keys, values, pools, scale, window, softcap, sinks)[None]
-
-
-def _store(pool: torch.Tensor, rows: torch.Tensor, pack: Pack) -> None:
-    if pack.stored is not None:
-        store_rows(pool, rows, pack.stored)
-        return
-    for segment in pack.segments:
-        if segment.store:
-            store_segment(pool, rows[:, segment.row : segment.row + segment.num_rows], segment)
 
 
 _library = torch.library.Library("rewardserve", "DEF")
@@ -318,6 +324,7 @@ class Backbone:
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
         self._pruned = False
         self.attention: TreeAttention = chunked
+        self.store_rows: StoreRows = store_rows
         # Of the layers, by the key of their plans, as forwards met them.
         self.attention_shapes: dict[tuple[int, bool], AttentionShape] = {}
         # Between layers, hidden states in fp32: what every layer adds to is not rounded each time. For layers whose
@@ -382,7 +389,7 @@ class Backbone:
 
     def _run(self, pack: Pack, pool: KVPool) -> torch.Tensor:
         last_layer = self.config.num_hidden_layers - 1 if self._pruned else -1
-        forward = _Forward(pack, pool, self.attention, last_layer)
+        forward = _Forward(pack, pool, self.attention, self.store_rows, last_layer)
         _current.forward = forward
         try:
             hidden = self.module(

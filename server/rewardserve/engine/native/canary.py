@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, ceil_block
 
 from rewardserve.models.backbone import Pack
@@ -50,7 +51,10 @@ class Canary:
         ids_, positions_, rows_ = (
             torch.tensor(values, dtype=torch.int32, device=device) for values in (ids, positions, rows)
         )
-        return Pack(ids_, positions_, tuple(segments), reads, rows_)
+        stored = None
+        if device.type != "cpu":  # as in a pack of the engine's
+            stored = StoreIndex(*(torch.from_numpy(part).to(device) for part in store_index(segments)))
+        return Pack(ids_, positions_, tuple(segments), reads, rows_, stored)
 
 
 def _padded_reference(model: RewardModel, rows: Sequence[list[int]]) -> torch.Tensor:

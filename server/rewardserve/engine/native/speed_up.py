@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rewardserve_kernels.attention import avx512, chunked
 from rewardserve_kernels.cpu_code import CannotBuild
+from rewardserve_kernels.kv_cache import paged
 from rewardserve_kernels.linear import avx512 as products
 from rewardserve_kernels.linear.fp8 import Fp8Linear, can_be_fp8
 from rewardserve_kernels.linear.int8 import Int8Linear
@@ -242,6 +243,7 @@ def _use_triton(subject: Subject) -> None:
     """Our kernels for GPUs: attention where the canary agrees with it, norm and head in one where they are the same."""
     try:
         from rewardserve_kernels.attention import triton as attention
+        from rewardserve_kernels.kv_cache import triton as kv_cache
         from rewardserve_kernels.pooling import triton as pooling
     except ImportError as failure:
         log.warning("attention by the library's products: %s", failure)
@@ -251,6 +253,10 @@ def _use_triton(subject: Subject) -> None:
     if flaw := subject.flaw():
         backbone.attention = chunked
         log.warning("attention by the library's products: %s", flaw)
+    backbone.store_rows = kv_cache.store_rows
+    if flaw := subject.flaw():
+        backbone.store_rows = paged.store_rows
+        log.warning("keys and values stored by the library's copies: %s", flaw)
     if subject.model.takes_mean:
         if reason := subject.model.use_sum_pieces(pooling.sum_pieces):
             log.warning("means row by row: %s", reason)
