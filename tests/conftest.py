@@ -8,6 +8,8 @@ import pytest
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Of tests and servers on the same cores: threads that spin take what the others wait for (engine/environment.py).
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 HERE = Path(__file__).parent
 LONGEST = ("e2e", "test_demo_model.py", "test_packaging.py", "training", "benchmarks", "parity", "cli")

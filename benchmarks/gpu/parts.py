@@ -32,7 +32,7 @@ from rewardserve.models import loader
 from rewardserve.types import EncodedGroup
 from rewardserve_kernels.attention import chunked
 from rewardserve_kernels.attention import reference as attention_reference
-from rewardserve_kernels.kv_cache.paged import store_segment
+from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index, store_rows, store_segment
 from rewardserve_kernels.pooling import reference as pooling_reference
 from rewardserve_kernels.pooling.reference import Norm, NormKind, Pooling
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
@@ -165,6 +165,7 @@ def gate(part: Part) -> None:
             title = f"tree_attention {head_size}/{v_head_size} {name}"
             check(title, lambda: _attention_is_right(part, head_size, v_head_size, options))  # noqa: B023
     check("tree_attention, a row's bits are its own", lambda: _attention_is_invariant(part))
+    check("keys and values stored at once", lambda: _storing_is_right(part))
     for pooling in Pooling:
         check(f"pool_head {pooling.value}", lambda: _pool_head_is_right(part, pooling))  # noqa: B023
     from checkpoints import FAMILIES
@@ -253,6 +254,34 @@ def _attention_is_invariant(part: Part) -> tuple[bool, str]:
         if not torch.equal(_attend(part, q[:, cut:], k[:, cut:], v[:, cut:], *pools, tail), whole[cut:]):
             return False, f"rows are others where the sequence was cut at {cut}"
     return True, "alone, packed and cut at 7 places"
+
+
+def _storing_is_right(part: Part) -> tuple[bool, str]:
+    """To the bit, as segment by segment; what is not stored is left as it was."""
+    torch.manual_seed(0)
+    segments = [Segment(0, 130, 0, (4, 1), True), Segment(130, 9, 5, (), False), Segment(139, 300, 70, (5, 0, 2), True)]
+    like = {"device": part.device, "dtype": torch.bfloat16}
+    rows = [torch.randn(439, 2, size, **like).transpose(0, 1) for size in (192, 128)]
+    at_once, one_by_one = ([torch.zeros(7, 2, BLOCK_TOKENS, r.shape[2], **like) for r in rows] for _ in "ab")
+    _store_rows(part)(*at_once, *rows, _store_index(part, segments))
+    for segment in segments:
+        for pool, own in zip(one_by_one, rows, strict=True):
+            if segment.store:
+                store_segment(pool, own[:, segment.row : segment.row + segment.num_rows], segment)
+    ok = all(torch.equal(a, b) for a, b in zip(at_once, one_by_one, strict=True))
+    return ok, "430 rows of two segments"
+
+
+def _store_index(part: Part, segments: Sequence[Segment]) -> StoreIndex:
+    return StoreIndex(*(torch.from_numpy(row).to(part.device) for row in store_index(segments)))
+
+
+def _store_rows(part: Part) -> Callable[..., None]:
+    if not part.on_gpu:
+        return store_rows
+    from rewardserve_kernels.kv_cache import triton
+
+    return triton.store_rows
 
 
 def _pool_head_is_right(part: Part, pooling: Pooling) -> tuple[bool, str]:
@@ -418,11 +447,9 @@ def _count_replays(graphs: Any) -> list[int]:
     replays: list[int] = []
     launch = graphs.launch
 
-    def counted(pack: Any) -> torch.Tensor | None:
-        features = launch(pack)
-        if features is not None:
-            replays.append(len(pack.input_ids))
-        return features
+    def counted(replay: Any) -> torch.Tensor:
+        replays.append(replay.count)
+        return launch(replay)
 
     graphs.launch = counted
     return replays
@@ -449,6 +476,7 @@ def kernels(part: Part) -> None:
         part.note(attention=attention)
         part.say(f"attention {name}: {attention[name]}")
     _measure_pool_head(part)
+    _measure_storing(part)
     if not part.on_gpu:
         return
     for name, case in cases.items():
@@ -473,6 +501,21 @@ def _measure_pool_head(part: Part) -> None:
         rate = hidden.nbytes / part.seconds(lambda: _pool_head(part)(hidden, spans, weight, None, norm))  # noqa: B023
         pool_head[f"{num_spans} spans of {hidden_size}"] = {"gb_per_s": rate / 1e9, "share_of_copy": rate / copy}
     part.note(pool_head=pool_head)
+
+
+def _measure_storing(part: Part) -> None:
+    """Prompts of 512 tokens of one layer of the 8B shape; beside it what plain torch takes."""
+    num, heads = (16, 8) if part.on_gpu else (1, 2)
+    segments = [Segment(i * 512, 512, 0, tuple(range(4 * i, 4 * i + 4)), True) for i in range(num)]
+    like = {"device": part.device, "dtype": torch.bfloat16}
+    k, v = (torch.randn(512 * num, heads, 128, **like).transpose(0, 1) for _ in "kv")
+    pools = [torch.zeros(4 * num, heads, BLOCK_TOKENS, 128, **like) for _ in "kv"]
+    index = _store_index(part, segments)
+    found = {}
+    for name, store in (("one launch", _store_rows(part)), ("torch", store_rows)):
+        seconds = part.seconds(lambda: store(*pools, k, v, index))  # noqa: B023
+        found[name] = {"us": 1e6 * seconds, "gb_per_s": 2 * (k.nbytes + v.nbytes) / seconds / 1e9}
+    part.note(storing=found)
 
 
 def _tunings(kernel: Any) -> Iterator[Any]:

@@ -133,6 +133,8 @@ def table(results: dict[str, Any]) -> str:
         )
     for name, entry in results.get("kernels", {}).get("pool_head", {}).items():
         lines.append(f"  pool_head {name:34} {entry['gb_per_s']:6.0f} GB/s, {entry['share_of_copy']:.0%} of a copy")
+    for name, entry in results.get("kernels", {}).get("storing", {}).items():
+        lines.append(f"  store_rows {name:33} {entry['gb_per_s']:6.0f} GB/s, {entry['us']:.0f} us for 8,192 rows")
     for part, result in results.items():
         for workload, entry in result.get("workloads", {}).items():
             rates = f"{entry['pairs_per_s']:8.0f} pairs/s {entry['tokens_per_s'] / 1e3:7.0f}k tokens/s"

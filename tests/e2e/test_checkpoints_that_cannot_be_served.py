@@ -129,7 +129,9 @@ def test_a_device_that_is_not_there_is_named(checkpoint):
 @pytest.fixture(scope="module")
 def server(start, checkpoint, bf16_checkpoint):
     models = ("--model", f"one={checkpoint}", "--model", f"two={bf16_checkpoint}")
-    return start(*models, "--allow-model-control").ready()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("GOMP_SPINCOUNT", raising=False)  # which these tests have for themselves
+        return start(*models, "--allow-model-control").ready()
 
 
 def refused(call) -> grpc.RpcError:

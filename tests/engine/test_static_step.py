@@ -21,12 +21,12 @@ import sys
 import torch
 from rewardserve.engine.base import EngineRequest
 from rewardserve.engine.native import graphs
-from rewardserve.engine.native.batch import build_pack
+from rewardserve.engine.native.batch import build_pack, lay_end_to_end
 from rewardserve.engine.native.block_pool import BlockPool
 from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.prefix_cache import PrefixCache
-from rewardserve.engine.native.runner import PackedRunner, _Step
+from rewardserve.engine.native.runner import PackedRunner
 from rewardserve.engine.native.scheduler import Scheduler
 from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reads import Reader
@@ -83,23 +83,22 @@ server, num_steps, variants, errors, sizes = None, 0, set(), [], []
 while (plan := scheduler.schedule()) is not None:
     model.use(plan.variant)
     backbone.attention = chunked
-    wanted = model.features_packed(build_pack(plan, backbone, False, model.takes_mean), plain)
+    rows = lay_end_to_end(plan)
+    wanted = model.features_packed(build_pack(rows, backbone, False, model.takes_mean), plain)
     backbone.attention = triton
-    pack = build_pack(plan, backbone, True, model.takes_mean)
-    got = model.features_packed(pack, eager)
+    got = model.features_packed(build_pack(rows, backbone, True, model.takes_mean), eager)
     errors.append((got - wanted).abs())
     if server is None and plan.num_scored:  # the model has met all its kinds of attention
         step = graphs.StaticStep(model, fixed, 128, spare_block=NUM_BLOCKS)
         graph = Replay(step)
-        held = graphs.Graphs(model, fixed, [(step, graph, graph.hidden)])
+        held = graphs.Graphs(model, fixed, [graphs.Captured(step, graph, graph.hidden)])
         server = PackedRunner(model, fixed, NUM_BLOCKS, held)
     if server is None:
-        got = model.features_packed(build_pack(plan, backbone, True, model.takes_mean), fixed)
+        got = model.features_packed(build_pack(rows, backbone, True, model.takes_mean), fixed)
     else:
         model.use(0)  # the plan says which one
         before = graph.num_replays
-        inputs = build_pack(plan, backbone, True, model.takes_mean)  # `prepare` would build it as for a CPU
-        got = torch.tensor(server.launch(_Step(inputs, plan.moves, plan.variant)).features())
+        got = torch.tensor(server.launch(server.prepare(plan)).features())
         if graph.num_replays > before:
             variants.add(plan.variant)
     errors.append((got - wanted).abs())

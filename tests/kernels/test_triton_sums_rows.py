@@ -1,10 +1,13 @@
 """Sums of rows within blocks: the kernel's are plain torch's to the bit, interpreted, on a CPU."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from rewardserve_kernels.pooling import running_mean
-from rewardserve_kernels.pooling.running_mean import plan_means, running_means
+from rewardserve_kernels.pooling.running_mean import MeanRows, plan_means, running_means
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from rewardserve_kernels.upload import Upload
 
 pytest.importorskip("triton", reason="triton is not installed")
 from rewardserve_kernels.pooling import triton as kernel
@@ -32,6 +35,13 @@ def tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, sums
 
 
+def planned(segments: Sequence[Segment], read: Sequence[int]) -> MeanRows:
+    upload = Upload()
+    plan = plan_means(segments, read, upload)
+    upload.ship(torch.device("cpu"))
+    return plan()
+
+
 @pytest.fixture(autouse=True)
 def poisoned_results():
     """What is allocated and not written is NaN."""
@@ -42,7 +52,7 @@ def poisoned_results():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_are_summed_as_plain_torch_does(dtype: torch.dtype) -> None:
-    plan = plan_means(SEGMENTS, (0, 2), torch.device("cpu"))
+    plan = planned(SEGMENTS, (0, 2))
     rows, sums = tensors(dtype)
     for pieces in (plan.stored, plan.own):
         got = kernel.sum_pieces(rows, pieces, sums)
@@ -51,7 +61,7 @@ def test_pieces_are_summed_as_plain_torch_does(dtype: torch.dtype) -> None:
 
 
 def test_means_and_kept_sums_are_the_same() -> None:
-    plan = plan_means(SEGMENTS, (0, 1, 2), torch.device("cpu"))
+    plan = planned(SEGMENTS, (0, 1, 2))
     (rows, sums), (_, wanted_sums) = tensors(torch.float32), tensors(torch.float32)
     got, wanted = running_means(rows, plan, sums, kernel.sum_pieces), running_means(rows, plan, wanted_sums)
     assert got.isfinite().all() and torch.equal(got, wanted)
@@ -59,6 +69,6 @@ def test_means_and_kept_sums_are_the_same() -> None:
 
 
 def test_no_pieces_have_no_sums() -> None:
-    plan = plan_means((), (), torch.device("cpu"))
+    plan = planned((), ())
     rows, sums = tensors(torch.float32)
     assert kernel.sum_pieces(rows, plan.own, sums).shape == (0, SIZE)

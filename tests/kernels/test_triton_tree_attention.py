@@ -193,12 +193,14 @@ def test_a_fixed_plan_takes_one_pack_after_another_and_its_spare_tiles_do_nothin
     """As a CUDA graph replays it: same buffer, same number of tiles, rows of the result that are no one's untouched."""
     (q, *rest), segments = make_case(torch.float16, ragged=RAGGED[2:5])
     rows = kernel.rows_per_tile(6, 2, SMALL)
-    fixed = FixedPlan(q.shape[1], 14, 6, q.device, window=50)
+    table = FixedPlan.size_of(14) + 3  # with something between
+    fixed = FixedPlan(torch.zeros(table + 6, dtype=torch.int32), q.shape[1], 14, window=50)
     assert kernel.tree_attention(q, *rest, fixed, Workspace(), 0.2, tuning=SMALL).isnan().all()
     buffer = fixed.work(rows).buffer
     for some in (segments, segments[:2]):
         plan = kernel.plan_attention(some, q.dtype, q.device, 50)
-        fixed.fill(plan, rows)
+        for begin, part in ((0, fixed.lay_out(plan, rows, table)), (table, plan.blocks.astype(np.int32))):
+            buffer[begin : begin + len(part)] = torch.from_numpy(part)
         got = kernel.tree_attention(q, *rest, fixed, Workspace(), 0.2, tuning=SMALL)
         assert torch.equal(got[: plan.num_rows], attend((q[:, : plan.num_rows], *rest), some, 50))
         assert got[plan.num_rows :].isnan().all()
@@ -206,16 +208,14 @@ def test_a_fixed_plan_takes_one_pack_after_another_and_its_spare_tiles_do_nothin
 
 
 def test_a_fixed_plan_that_is_too_small_says_so() -> None:
-    device = torch.device("cpu")
-    plan = kernel.plan_attention([Segment(0, 100, 300, (0, 1, 2), store=False)], torch.float16, device)
+    nothing = torch.zeros(0, dtype=torch.int32)
+    plan = kernel.plan_attention([Segment(0, 100, 300, (0, 1, 2), store=False)], torch.float16, nothing.device)
     with pytest.raises(ValueError, match="100 rows and 7 tiles does not go into one of 100 and 6"):
-        FixedPlan(100, 6, 9, device).fill(plan, 16)
+        FixedPlan(nothing, 100, 6).lay_out(plan, 16, 0)
     with pytest.raises(ValueError, match="99"):
-        FixedPlan(99, 7, 9, device).fill(plan, 16)
-    with pytest.raises(ValueError, match="3 blocks"):
-        FixedPlan(100, 7, 2, device).fill(plan, 16)
+        FixedPlan(nothing, 99, 7).lay_out(plan, 16, 0)
     with pytest.raises(ValueError, match="window of 0 does not go into one for 5"):
-        FixedPlan(100, 7, 3, device, window=5).fill(plan, 16)
+        FixedPlan(nothing, 100, 7, window=5).lay_out(plan, 16, 0)
 
 
 @pytest.mark.parametrize("window", [0, 200])

@@ -162,7 +162,9 @@ def _own_operators() -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def _launched(name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-    if name not in VIEWS:
+    is_slice = name == "__getitem__" and not any(isinstance(i, torch.Tensor | list) for i in tree_leaves(args[1]))
+    is_as_it_was = name == "contiguous" and _plain(args[0]).is_contiguous()
+    if name not in VIEWS and not is_slice and not is_as_it_was:
         launches[name] += 1
     if (capture := _capture()) is not None and name != "__get__":
         capture.append((func, args, kwargs, result))

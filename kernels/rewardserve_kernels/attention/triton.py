@@ -30,7 +30,7 @@ from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.workspace import Workspace
 
 LOG2_E = tl.constexpr(math.log2(math.e))
-TILE_FIELDS = tl.constexpr(6)  # of `Work.buffer`, for each tile; named in `_lay_out`
+TILE_FIELDS = tl.constexpr(6)  # of a tile; named in `_lay_out`
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ def rows_per_tile_of(
 class Work:
     """What the kernel reads of a plan."""
 
-    buffer: torch.Tensor  # int32 on the device: TILE_FIELDS of each tile, then block tables
+    buffer: torch.Tensor  # int32 on the device: TILE_FIELDS of each tile; block tables after them
     num_tiles: int
 
 
@@ -121,7 +121,8 @@ class Plan:
     def lay_out(self, rows: int) -> tuple[np.ndarray, int]:
         """The buffer of tiles of up to `rows` rows, [n] int32, and how many tiles there are."""
         tiles = _cut(self.pieces, rows, self.window)
-        return _lay_out(tiles, self.blocks, len(tiles)), len(tiles)
+        laid_out = _lay_out(tiles, len(tiles), FixedPlan.size_of(len(tiles)))
+        return np.concatenate([laid_out, self.blocks.astype(np.int32)]), len(tiles)
 
     def adopt(self, rows: int, buffer: torch.Tensor, num_tiles: int) -> None:
         """What `lay_out` returned lies on the device already: whoever has more to send there sent it along."""
@@ -131,36 +132,40 @@ class Plan:
 class FixedPlan:
     """A plan whose buffer stays where it is, for a CUDA graph: tiles it does not use do nothing.
 
-    Capture with it, and before each replay `fill` it on the stream of the replay. Rows of the result that no tile
-    covers are not written, and hold anything.
+    Capture with it, and before each replay copy what `lay_out` returns to the beginning of the buffer, and the plan's
+    block table to `table` integers after it. Rows of the result that no tile covers are not written, and hold anything.
     """
 
-    def __init__(self, num_rows: int, max_tiles: int, max_blocks: int, device: torch.device, window: int = 0) -> None:
+    def __init__(self, buffer: torch.Tensor, num_rows: int, max_tiles: int, window: int = 0) -> None:
+        """`buffer` [at least size_of(max_tiles)] int32 on the device: zeros, or what was laid out."""
         self.num_rows = num_rows
         self.window = window
-        size = max_tiles * TILE_FIELDS.value + max_blocks
-        self._work = Work(torch.zeros(size, dtype=torch.int32, device=device), max_tiles)
+        self._work = Work(buffer, max_tiles)
+
+    @staticmethod
+    def size_of(max_tiles: int) -> int:
+        """Integers of the tiles."""
+        return max_tiles * TILE_FIELDS.value
 
     def work(self, rows: int) -> Work:
-        """The same for any number of rows: `fill` was told it."""
+        """The same for any number of rows: `lay_out` was told it."""
         return self._work
 
-    def fill(self, plan: Plan, rows: int) -> None:
-        """Takes over `plan` in tiles of up to `rows` rows (`rows_per_tile`), by one copy to the device.
+    def lay_out(self, plan: Plan, rows: int, table: int) -> np.ndarray:
+        """`plan` in tiles of up to `rows` rows (`rows_per_tile`): [size_of(max_tiles)] int32.
 
         Raises ValueError where it is too small, or for another window.
         """
         tiles = _cut(plan.pieces, rows, plan.window)
-        buffer, num_tiles = self._work.buffer, self._work.num_tiles
         if plan.window != self.window:
             raise ValueError(f"a plan for a window of {plan.window} does not go into one for {self.window}")
-        if plan.num_rows > self.num_rows or len(tiles) > num_tiles:
-            needed, there = f"{plan.num_rows} rows and {len(tiles)} tiles", f"{self.num_rows} and {num_tiles}"
+        if plan.num_rows > self.num_rows or len(tiles) > self._work.num_tiles:
+            needed, there = (
+                f"{plan.num_rows} rows and {len(tiles)} tiles",
+                f"{self.num_rows} and {self._work.num_tiles}",
+            )
             raise ValueError(f"a plan of {needed} does not go into one of {there}")
-        if num_tiles * TILE_FIELDS.value + len(plan.blocks) > len(buffer):
-            raise ValueError(f"a plan of {len(plan.blocks)} blocks has no place in {len(buffer)} integers")
-        laid_out = _lay_out(tiles, plan.blocks, num_tiles)
-        buffer[: len(laid_out)].copy_(_pinned(laid_out, buffer.device), non_blocking=True)
+        return _lay_out(tiles, self._work.num_tiles, table)
 
 
 def plan_attention(
@@ -198,29 +203,23 @@ def _cut(pieces: np.ndarray, rows: int, window: int) -> np.ndarray:
     return tiles[np.argsort(-num_keys, kind="stable")]
 
 
-def _lay_out(tiles: np.ndarray, blocks: np.ndarray, num_tiles: int) -> np.ndarray:
-    """The buffer: of each tile, padded to `num_tiles` with tiles of no rows,
+def _lay_out(tiles: np.ndarray, num_tiles: int, table: int) -> np.ndarray:
+    """Of each tile, padded to `num_tiles` with tiles of no rows,
 
     0 the first query row; 1 the number of query rows; 2 the position of the first; 3 the number of stored keys;
-    4 what added to a position after those gives its row in the pack; 5 where in the buffer its block table begins.
+    4 what added to a position after those gives its row in the pack; 5 where in the buffer its block table begins, of
+    which the plan's first is at `table`.
     """
-    size = num_tiles * TILE_FIELDS.value
-    out = np.zeros(size + len(blocks), np.int32)
-    fields = out[:size].reshape(num_tiles, TILE_FIELDS.value)
+    fields = np.zeros((num_tiles, TILE_FIELDS.value), np.int32)
     fields[: len(tiles)] = tiles
-    fields[: len(tiles), 5] += size
-    out[size:] = blocks
-    return out
-
-
-def _pinned(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """In memory that a device can fetch by itself. torch keeps it until a copy that is under way has ended."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    fields[: len(tiles), 5] += table
+    return fields.reshape(-1)
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    return _pinned(array, device).to(device, non_blocking=True)
+    """From memory that the device can fetch by itself. torch keeps it until a copy that is under way has ended."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def tree_attention(
@@ -313,7 +312,7 @@ def attend_tile(
     pool_k,  # [blocks, KV_HEADS, POOL_BLOCK, HEAD_SIZE]
     pool_v,  # [blocks, KV_HEADS, POOL_BLOCK, V_HEAD_SIZE]
     out,  # [query rows, heads, V_HEAD_SIZE]
-    work,  # what _lay_out returns
+    work,  # what _lay_out returns, and block tables
     sinks,  # [heads]
     q_head,  # strides, in elements
     q_row,

@@ -1,6 +1,6 @@
-"""Keys and values of one layer to their slots, in one launch for CUDA: torch needs four for either.
+"""Keys and values of one layer to their slots, in one launch for CUDA.
 
-Not yet measured on a GPU.
+torch needs a gather and a scatter for either, and makes their indices 64 bits wide before. Not yet measured on a GPU.
 """
 
 import torch

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from rewardserve_kernels.upload import Upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,11 @@ class MeanRows:
 SumPieces = Callable[[torch.Tensor, Pieces, torch.Tensor], torch.Tensor]
 
 
-def plan_means(segments: Sequence[Segment], read: Sequence[int], device: torch.device) -> MeanRows:
-    """`read` are the segments whose sequences are read, in order; the others are only summed up, if they are stored."""
+def plan_means(segments: Sequence[Segment], read: Sequence[int], upload: Upload) -> Callable[[], MeanRows]:
+    """`read` are the segments whose sequences are read, in order; the others are only summed up, if they are stored.
+
+    All that the device needs to know goes along with `upload`; what is returned gives the plan once that was shipped.
+    """
     stored = [(*piece, segment.blocks[b]) for segment in segments if segment.store for b, *piece in _pieces(segment)]
     own: list[list[int]] = []
     before: list[list[int]] = []
@@ -52,24 +56,21 @@ def plan_means(segments: Sequence[Segment], read: Sequence[int], device: torch.d
         pieces = [piece for _, *piece in _pieces(segment)]
         parts.append(list(range(len(own), len(own) + len(pieces))))
         own += pieces
+    tables = [np.array(rows, np.int64).reshape(-1, width) for rows, width in ((stored, 4), (own, 3))]
+    columns = [[upload.add(column) for column in table.T] for table in tables]
+    others = [upload.add(_padded(lists)) for lists in (before, parts)]
+    others.append(upload.add(np.array([segments[i].end for i in read], np.int64)))
 
-    def tensor(values: Sequence[int] | np.ndarray) -> torch.Tensor:
-        found = torch.from_numpy(np.ascontiguousarray(values, np.int64))
-        # From pinned memory the host goes on: a plain copy would wait for all that is queued before it.
-        return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+    def arrived() -> MeanRows:
+        of_stored, of_own = ([upload[number] for number in numbers] for numbers in columns)
+        longest = [int(table[:, 1].max(initial=0)) for table in tables]
+        *pieces, stored_blocks = of_stored
+        before, parts, num_tokens = (upload[number] for number in others)
+        return MeanRows(
+            Pieces(*pieces, longest[0]), stored_blocks, Pieces(*of_own, longest[1]), before, parts, num_tokens
+        )
 
-    def as_pieces(rows: Sequence[Sequence[int]]) -> Pieces:
-        table = np.array([row[:3] for row in rows], np.int64).reshape(-1, 3)
-        return Pieces(*(tensor(column) for column in table.T), longest=int(table[:, 1].max(initial=0)))
-
-    return MeanRows(
-        as_pieces(stored),
-        tensor([piece[3] for piece in stored]),
-        as_pieces(own),
-        tensor(_padded(before)),
-        tensor(_padded(parts)),
-        tensor([segments[i].end for i in read]),
-    )
+    return arrived
 
 
 def _pieces(segment: Segment) -> list[tuple[int, int, int, int]]:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from rewardserve_kernels.pooling.reference import Norm, normed
-from rewardserve_kernels.pooling.running_mean import SumPieces, plan_means, running_means, sum_pieces
+from rewardserve_kernels.pooling.running_mean import MeanRows, SumPieces, plan_means, running_means, sum_pieces
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from rewardserve_kernels.upload import Upload
 
 from rewardserve.models.backbone import Backbone, Pack
 from rewardserve.models.heads import Head, LinearHead
@@ -34,6 +35,7 @@ class RewardModel:
         self._sum_pieces: SumPieces = sum_pieces
         self._pool_head: PoolHead | None = None
         self._norm: Norm | None = None
+        self._single_rows: torch.Tensor | None = None  # [[0, 1], [1, 2], ...]
 
     @property
     def num_parameters(self) -> int:
@@ -50,7 +52,7 @@ class RewardModel:
     @torch.inference_mode()
     def features_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
         """Features of the pack's reads, [len(pack.reads), features] fp32."""
-        return self.features_of(self.hidden_packed(pack, pool), pack, pool)
+        return self.features_of(self.hidden_packed(pack, pool), pack.means, pool)
 
     @torch.inference_mode()
     def hidden_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
@@ -58,11 +60,11 @@ class RewardModel:
         return self.backbone.run_all_rows(pack, pool) if self.takes_mean else self.backbone.run_packed(pack, pool)
 
     @torch.inference_mode()
-    def features_of(self, hidden: torch.Tensor, pack: Pack, pool: KVPool) -> torch.Tensor:
+    def features_of(self, hidden: torch.Tensor, means: MeanRows | None, pool: KVPool) -> torch.Tensor:
         """The second half of `features_packed`: the part that is not the same for every model with this backbone."""
         if self.takes_mean:
-            assert pack.means is not None and pool.sums is not None
-            hidden = running_means(hidden, pack.means, pool.sums, self._sum_pieces)
+            assert means is not None and pool.sums is not None
+            hidden = running_means(hidden, means, pool.sums, self._sum_pieces)
         return self._features(hidden)
 
     @torch.inference_mode()
@@ -108,7 +110,10 @@ class RewardModel:
         """Means are of what this sums up, from here on: rewardserve_kernels.pooling. It is tried first, likewise."""
         device, size = self.backbone.device, self.backbone.config.hidden_size
         begun, own = Segment(0, 70, 0, (1, 2), store=True), Segment(70, 90, BLOCK_TOKENS - 40, (0, 3), store=True)
-        plan = plan_means((begun, own), (0, 1), device)
+        upload = Upload()
+        means = plan_means((begun, own), (0, 1), upload)
+        upload.ship(device)
+        plan = means()
         generator = torch.Generator().manual_seed(0)
         rows, sums = (torch.randn(count, size, generator=generator).to(device) for count in (160, 4))
         try:
@@ -124,6 +129,8 @@ class RewardModel:
         if self._pool_head is None:
             return self.head(hidden)
         assert isinstance(self.head, LinearHead)
-        first = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
-        spans = torch.stack([first, first + 1], 1)  # every row was picked already
+        if self._single_rows is None or len(hidden) > len(self._single_rows):
+            first = torch.arange(2 * len(hidden), dtype=torch.int32, device=hidden.device)
+            self._single_rows = torch.stack([first, first + 1], 1)
+        spans = self._single_rows[: len(hidden)]  # every row was picked already
         return self._pool_head(hidden, spans, self.head.weight, self.head.bias, self._norm)

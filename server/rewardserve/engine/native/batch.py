@@ -1,13 +1,16 @@
-"""BatchPlan -> Pack: the only place where the tensors of a forward are assembled."""
+"""BatchPlan -> Pack: the only place where the tensors of a forward are assembled.
+
+They are laid out on the host first, then sent to the device; what is replayed takes another way there (graphs.py).
+"""
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index
-from rewardserve_kernels.pooling.running_mean import MeanRows, plan_means
+from rewardserve_kernels.pooling.running_mean import plan_means
 from rewardserve_kernels.ragged import Segment
 from rewardserve_kernels.upload import Upload
 
@@ -15,12 +18,23 @@ from rewardserve.engine.native.sequence import BatchPlan
 from rewardserve.models.backbone import Backbone, Pack
 
 
-def build_pack(plan: BatchPlan, backbone: Backbone, for_gpu: bool, takes_mean: bool = False) -> Pack:
-    """Lays the plan's chunks end to end. One copy to the device, none back; for a head that `takes_mean`, a few more.
+@dataclass(frozen=True, slots=True)
+class PackRows:
+    """A plan's chunks end to end, on the host."""
 
-    With `for_gpu` rows are stored in one launch, and how the attention is cut goes along in the copy; on a CPU segments
-    are stored one by one, and the thread that computes cuts the attention.
-    """
+    input_ids: np.ndarray  # [rows] int32
+    position_ids: np.ndarray  # [rows] int32
+    segments: tuple[Segment, ...]
+    reads: tuple[Segment, ...]  # for every row that is read, its segment up to it
+    read_segments: tuple[int, ...]  # numbers of the segments that are read at all
+
+    @property
+    def read_rows(self) -> np.ndarray:
+        """[reads] int32: the last row of each."""
+        return np.array([read.row + read.num_rows - 1 for read in self.reads], np.int32)
+
+
+def lay_end_to_end(plan: BatchPlan) -> PackRows:
     segments: list[Segment] = []
     reads: list[Segment] = []
     row = 0
@@ -30,27 +44,38 @@ def build_pack(plan: BatchPlan, backbone: Backbone, for_gpu: bool, takes_mean: b
         for position in chunk.reads:
             reads.append(Segment(row, position + 1 - chunk.start, chunk.start, chunk.blocks, store=False))
         row += num_rows
+    return PackRows(
+        np.frombuffer(b"".join(chunk.tokens for chunk in plan.chunks), "<i4"),
+        np.concatenate([np.arange(c.start, c.stop, dtype=np.int32) for c in plan.chunks]),
+        tuple(segments),
+        tuple(reads),
+        tuple(i for i, chunk in enumerate(plan.chunks) if chunk.reads),
+    )
+
+
+def build_pack(rows: PackRows, backbone: Backbone, for_gpu: bool, takes_mean: bool = False) -> Pack:
+    """One copy to the device, none back. `takes_mean`: the head does.
+
+    With `for_gpu` rows are stored in one launch, and how the attention is cut goes along in the copy; on a CPU segments
+    are stored one by one, and the thread that computes cuts the attention.
+    """
     upload = Upload()
-    input_ids = upload.add(np.frombuffer(b"".join(chunk.tokens for chunk in plan.chunks), "<i4"))
-    positions = upload.add(np.concatenate([np.arange(c.start, c.stop, dtype=np.int32) for c in plan.chunks]))
-    rows = upload.add(np.array([read.row + read.num_rows - 1 for read in reads], np.int32))
-    stored = [upload.add(part) for part in store_index(segments)] if for_gpu else []
-    ahead = _PlansAhead(backbone, segments, reads, upload) if for_gpu else None
+    input_ids, positions = upload.add(rows.input_ids), upload.add(rows.position_ids)
+    read_rows = upload.add(rows.read_rows)
+    stored = [upload.add(part) for part in store_index(rows.segments)] if for_gpu else []
+    ahead = _PlansAhead(backbone, rows.segments, rows.reads, upload) if for_gpu else None
+    means = plan_means(rows.segments, rows.read_segments, upload) if takes_mean else None
     upload.ship(backbone.device)
     return Pack(
         upload[input_ids],
         upload[positions],
-        tuple(segments),
-        tuple(reads),
-        upload[rows],
+        rows.segments,
+        rows.reads,
+        upload[read_rows],
         StoreIndex(*(upload[part] for part in stored)) if stored else None,
         ahead.arrived(upload) if ahead else {},
-        _means(plan, segments, backbone.device) if takes_mean else None,
+        means() if means else None,
     )
-
-
-def _means(plan: BatchPlan, segments: Sequence[Segment], device: torch.device) -> MeanRows:
-    return plan_means(segments, [i for i, chunk in enumerate(plan.chunks) if chunk.reads], device)
 
 
 class _PlansAhead:

@@ -1,21 +1,25 @@
 """Forwards of few tokens replayed as CUDA graphs: what they cost is launching a thousand kernels, not computing.
 
-A graph computes on tensors that stay where they are, of a size that stays what it is. So a pack's inputs are copied
-into those of the next larger bucket; what is left of the bucket does nothing: tiles without rows, rows that nobody
-reads, stores to a block that belongs to nobody. A graph ends where the head begins: models over one backbone have heads
-of their own, and means are of as many rows as there are.
+A graph computes on tensors that stay where they are, of a size that stays what it is. So a pack's inputs are laid out
+as those of the next larger bucket, all in one buffer, and one copy brings them there; what is left of the bucket does
+nothing: tiles without rows, rows that nobody reads, stores to a block that belongs to nobody. A graph ends where the
+head begins: models over one backbone have heads of their own, and means are of as many rows as there are.
 """
 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
-from rewardserve_kernels.kv_cache.paged import StoreIndex
+from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index
+from rewardserve_kernels.pooling.running_mean import MeanRows, plan_means
 from rewardserve_kernels.ragged import Segment
+from rewardserve_kernels.upload import Upload
 
+from rewardserve.engine.native.batch import PackRows
 from rewardserve.models.backbone import Pack
 from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
@@ -37,51 +41,51 @@ class StaticStep:
         from rewardserve_kernels.attention import triton
 
         device = model.backbone.device
+        self.num_rows = num_rows
         self._model, self._pool, self._spare_block = model, pool, spare_block
         self._rows_per_tile: dict[tuple[int, bool], int] = {}
-        plans: dict[tuple[int, bool], triton.FixedPlan] = {}
+        max_tiles: dict[tuple[int, bool], int] = {}
         for key, shape in model.backbone.attention_shapes.items():
-            window, reads_only = key
-            rows = triton.rows_per_tile_of(*astuple(shape), device)
-            num_queries = MAX_READS if reads_only else num_rows
-            max_tiles = MAX_READS if reads_only else num_rows // rows + MAX_SEGMENTS
-            plans[key] = triton.FixedPlan(num_queries, max_tiles, MAX_TABLE, device, window)
-            self._rows_per_tile[key] = rows
-
-        def zeros(count: int) -> torch.Tensor:
-            return torch.zeros(count, dtype=torch.int32, device=device)
-
-        stored = StoreIndex(zeros(num_rows), zeros(num_rows) + spare_block, zeros(num_rows))
+            self._rows_per_tile[key] = rows = triton.rows_per_tile_of(*astuple(shape), device)
+            max_tiles[key] = MAX_READS if key[1] else num_rows // rows + MAX_SEGMENTS
+        # In this order, and block tables at the end: what is not in use of those need not be copied.
+        sizes = [num_rows, num_rows, MAX_READS, *(num_rows,) * 3, *map(triton.FixedPlan.size_of, max_tiles.values())]
+        self._begins = [0, *np.cumsum(sizes).tolist()]
+        empty = np.zeros(self._begins[-1] + MAX_TABLE, np.int32)
+        empty[self._begins[4] : self._begins[5]] = spare_block
+        self.inputs = torch.from_numpy(empty).to(device)
+        ids, positions, read_rows, *stored = (
+            self.inputs[at : at + n] for at, n in zip(self._begins, sizes[:6], strict=False)
+        )
+        self._plans = {
+            key: triton.FixedPlan(self.inputs[begin:], MAX_READS if key[1] else num_rows, max_tiles[key], key[0])
+            for key, begin in zip(max_tiles, self._begins[6:], strict=False)
+        }
         reads = (Segment(0, 1, 0, (), store=False),) * MAX_READS  # as many; where they are the plans say
-        self._pack = Pack(zeros(num_rows), zeros(num_rows), (), reads, zeros(MAX_READS), stored, dict(plans))
+        self._pack = Pack(ids, positions, (), reads, read_rows, StoreIndex(*stored), dict(self._plans))
 
-    @property
-    def num_rows(self) -> int:
-        return len(self._pack.input_ids)
-
-    def fill(self, pack: Pack) -> bool:
-        """Takes over the inputs of `pack`, on the current stream; False if there is no room for them."""
-        assert pack.stored is not None and self._pack.stored is not None
-        if len(pack.input_ids) > self.num_rows or not 0 < len(pack.reads) <= MAX_READS:
-            return False
-        backbone = self._model.backbone
+    def lay_out(self, rows: PackRows) -> np.ndarray | None:
+        """The beginning of `inputs` for these rows, [n] int32; None if there is no room for them."""
+        if len(rows.input_ids) > self.num_rows or not 0 < len(rows.reads) <= MAX_READS:
+            return None
+        backbone, table = self._model.backbone, self._begins[-1]
+        parts = [rows.input_ids, rows.position_ids, rows.read_rows, *store_index(rows.segments)]
+        tables: list[np.ndarray] = []
         try:
-            for key, fixed in self._pack.plans.items():
-                plan = pack.plans.get(key) or backbone.plan_attention(pack.segments, pack.reads, key)
-                fixed.fill(plan, self._rows_per_tile[key])
-        except ValueError:  # more tiles or blocks than there is room for
-            return False
-        for ours, theirs in (
-            (self._pack.input_ids, pack.input_ids),
-            (self._pack.position_ids, pack.position_ids),
-            (self._pack.read_rows, pack.read_rows),
-            (self._pack.stored.rows, pack.stored.rows),
-            (self._pack.stored.slots, pack.stored.slots),
-        ):
-            ours[: len(theirs)] = theirs
-        self._pack.stored.blocks.fill_(self._spare_block)
-        self._pack.stored.blocks[: len(pack.stored.blocks)] = pack.stored.blocks
-        return True
+            for (key, fixed), begin in zip(self._plans.items(), self._begins[6:], strict=False):
+                plan = backbone.plan_attention(rows.segments, rows.reads, key)
+                parts.append(fixed.lay_out(plan, self._rows_per_tile[key], table - begin))
+                tables.append(plan.blocks)
+                table += len(plan.blocks)
+        except ValueError:  # more tiles than there is room for
+            return None
+        if table > len(self.inputs):
+            return None
+        laid_out = np.zeros(table, np.int32)
+        laid_out[self._begins[4] : self._begins[5]] = self._spare_block
+        for begin, part in zip(self._begins, [*parts, np.concatenate(tables)], strict=True):
+            laid_out[begin : begin + len(part)] = part
+        return laid_out
 
     def compute(self) -> torch.Tensor:
         """Hidden states as of `hidden_packed`, of which as many rows count as were filled in."""
@@ -94,25 +98,51 @@ class Replayed(Protocol):
     def replay(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Captured:
+    step: StaticStep
+    graph: Replayed
+    hidden: torch.Tensor  # where the graph leaves its hidden states
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """One forward of a graph that is to come."""
+
+    captured: Captured
+    inputs: torch.Tensor  # [n] int32, pinned where there is a GPU: the beginning of the step's
+    count: int  # rows of the hidden states that count
+    means: MeanRows | None
+
+
 class Graphs:
     """A captured step for every bucket."""
 
-    def __init__(
-        self, model: RewardModel, pool: KVPool, captured: Sequence[tuple[StaticStep, Replayed, torch.Tensor]]
-    ) -> None:
-        """Smallest first; the tensors are where the graphs leave their hidden states."""
+    def __init__(self, model: RewardModel, pool: KVPool, captured: Sequence[Captured]) -> None:
+        """Smallest first."""
         self._model, self._pool, self._captured = model, pool, captured
 
-    def launch(self, pack: Pack) -> torch.Tensor | None:
-        """Features [len(pack.reads), features] of the model in use; None if no graph holds the pack."""
-        for step, graph, hidden in self._captured:
-            if len(pack.input_ids) <= step.num_rows:
-                if not step.fill(pack):
-                    return None
-                graph.replay()
-                count = len(pack.input_ids) if self._model.takes_mean else len(pack.reads)
-                return self._model.features_of(hidden[:count], pack, self._pool)
-        return None
+    def prepare(self, rows: PackRows) -> Replay | None:
+        """None if no graph holds them. May be called while others are launched."""
+        captured = next((c for c in self._captured if len(rows.input_ids) <= c.step.num_rows), None)
+        if captured is None or (laid_out := captured.step.lay_out(rows)) is None:
+            return None
+        inputs, device = torch.from_numpy(laid_out), captured.step.inputs.device
+        if device.type == "cuda":
+            inputs = inputs.pin_memory()
+        if not self._model.takes_mean:
+            return Replay(captured, inputs, len(rows.reads), None)
+        upload = Upload()  # of which nothing is the graph's: they are as many as there are
+        means = plan_means(rows.segments, rows.read_segments, upload)
+        upload.ship(device)
+        return Replay(captured, inputs, len(rows.input_ids), means())
+
+    def launch(self, replay: Replay) -> torch.Tensor:
+        """Features [reads, features] of the model in use."""
+        step = replay.captured.step
+        step.inputs[: len(replay.inputs)].copy_(replay.inputs, non_blocking=True)  # after all replays before
+        replay.captured.graph.replay()
+        return self._model.features_of(replay.captured.hidden[: replay.count], replay.means, self._pool)
 
 
 def capture(model: RewardModel, pool: KVPool, spare_block: int) -> Graphs | None:
@@ -131,7 +161,7 @@ def capture(model: RewardModel, pool: KVPool, spare_block: int) -> Graphs | None
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=memory):
                 hidden = step.compute()
-            captured.append((step, graph, hidden))
+            captured.append(Captured(step, graph, hidden))
     except Exception as error:
         log.warning(
             "small forwards are not captured as CUDA graphs: %s", f"{type(error).__name__}: {error}".splitlines()[0]

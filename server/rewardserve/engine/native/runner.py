@@ -6,9 +6,9 @@ from typing import Protocol
 import torch
 from rewardserve_kernels.workspace import Workspace
 
-from rewardserve.engine.native.batch import build_pack, build_rows
+from rewardserve.engine.native.batch import build_pack, build_rows, lay_end_to_end
 from rewardserve.engine.native.gpu import use_device
-from rewardserve.engine.native.graphs import Graphs
+from rewardserve.engine.native.graphs import Graphs, Replay
 from rewardserve.engine.native.sequence import BatchPlan, Move
 from rewardserve.models.backbone import Pack, rope_switch
 from rewardserve.models.kv_pool import HostBlocks, KVPool
@@ -69,7 +69,7 @@ class _OnGpu:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    pack: Pack
+    inputs: Pack | Replay
     moves: tuple[Move, ...]
     variant: int
 
@@ -101,8 +101,11 @@ class PackedRunner:
     def prepare(self, plan: BatchPlan) -> "_Step":
         backbone = self._model.backbone
         use_device(backbone.device)  # of the planner's thread
-        pack = build_pack(plan, backbone, backbone.device.type != "cpu", self._model.takes_mean)
-        return _Step(pack, plan.moves, plan.variant)
+        rows = lay_end_to_end(plan)
+        inputs: Pack | Replay | None = None if self._graphs is None else self._graphs.prepare(rows)
+        if inputs is None:
+            inputs = build_pack(rows, backbone, backbone.device.type != "cpu", self._model.takes_mean)
+        return _Step(inputs, plan.moves, plan.variant)
 
     def launch(self, prepared: object) -> Launched:
         assert isinstance(prepared, _Step)
@@ -110,9 +113,12 @@ class PackedRunner:
             assert self._host is not None
             (self._host.copy_out if move.out else self._host.copy_back)(move.block, move.slot)
         self._model.use(prepared.variant)
-        features = self._graphs.launch(prepared.pack) if self._graphs is not None else None
-        if features is None:
-            features = self._model.features_packed(prepared.pack, self._pool)
+        match prepared.inputs:
+            case Replay():
+                assert self._graphs is not None
+                features = self._graphs.launch(prepared.inputs)
+            case pack:
+                features = self._model.features_packed(pack, self._pool)
         return _OnGpu(features) if features.is_cuda else Done(features.tolist())
 
     @property
