@@ -95,7 +95,7 @@ def out_of_memory_above(monkeypatch):
             launch = loaded.runner.launch
 
             def launch_if_it_fits(step):
-                ids = step.pack.input_ids
+                ids = step.inputs.input_ids
                 sizes.append(len(ids))
                 if len(ids) > num_tokens or (ids == never).any():
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -171,7 +171,7 @@ class Device(threading.Thread):
             launched, runner, step = self.queue.get()
             if launched is self.first and not self.two_launched.wait(60):
                 launched.future.set_exception(AssertionError("nothing was launched beside the first forward"))
-            elif len(step.pack.input_ids) > self.largest:
+            elif len(step.inputs.input_ids) > self.largest:
                 launched.future.set_exception(RuntimeError("CUDA out of memory"))
             else:
                 launched.future.set_result(self.launch_now(runner, step).features())
