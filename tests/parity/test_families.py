@@ -7,6 +7,7 @@ import torch
 from checkpoints import FAMILIES, NOT_PACKABLE, make_tokenizer, padded_scores, save_checkpoint
 from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
+from rewardserve.models.heads import LinearHead
 from rewardserve.models.reward_model import RewardModel
 from rewardserve_kernels.pooling import reference
 from rewardserve_kernels.pooling.running_mean import sum_pieces
@@ -140,6 +141,28 @@ def test_sums_that_are_not_torchs_to_the_bit_are_not_used(tmp_path: Path) -> Non
     assert model._sum_pieces is sum_pieces
     same = lambda *arguments: sum_pieces(*arguments).clone()  # noqa: E731
     assert model.use_sum_pieces(same) is None and model._sum_pieces is same
+
+
+def test_a_pool_head_is_tried_in_the_precision_and_with_the_heads_it_will_serve(tmp_path: Path) -> None:
+    """On a GPU another precision, or another number of heads, is another kernel: compiled when it is first needed."""
+    save_checkpoint(tmp_path, dtype=torch.bfloat16)
+    model = load_runner(NativeOptions(str(tmp_path), path="padded")).model
+    two = LinearHead(torch.randn(2, 64), torch.randn(2))
+    model.heads = (model.head, two)
+    tried: list[tuple] = []
+
+    def recorded(hidden, spans, weight, bias, norm):
+        tried.append((hidden.dtype, len(weight), bias is not None))
+        return reference.pool_head(hidden, spans, weight, bias, norm)
+
+    assert model.use_pool_head(recorded) is None
+    assert tried == [(torch.bfloat16, 1, False), (torch.bfloat16, 2, True)]
+    assert model.head is model.heads[0]
+    in_trial = set(tried)
+    last_scores(model, [torch.arange(5, 45)])
+    assert set(tried) == in_trial, "it serves what was not tried"
+    worse = lambda hidden, spans, weight, *rest: reference.pool_head(hidden, spans, weight, *rest) * len(weight)  # noqa: E731
+    assert model.use_pool_head(worse) == "it gives other scores" and model.head is model.heads[0]
 
 
 def test_a_pool_head_that_fails_or_gives_other_scores_is_not_used(tmp_path: Path) -> None:

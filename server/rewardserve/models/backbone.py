@@ -418,6 +418,11 @@ class Backbone:
         self._final_norm.skipped = norm is not None
         return norm
 
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of hidden states before the final norm."""
+        return torch.float32 if self.residual_in_fp32 else self._dtype
+
     def restore_final_norm(self) -> None:
         """Hidden states come after the final norm again."""
         if self._final_norm is not None:

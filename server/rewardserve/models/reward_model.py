@@ -13,6 +13,7 @@ from rewardserve.models.heads import Head, LinearHead
 from rewardserve.models.kv_pool import KVPool
 
 # hidden [rows, hidden_size], spans [spans, 2], weight, bias, norm -> scores [spans, heads]
+DIFFERENT_SCORES = "it gives other scores"
 PoolHead = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Norm | None], torch.Tensor]
 
 
@@ -92,18 +93,25 @@ class RewardModel:
         assert isinstance(self.head, LinearHead)
         generator = torch.Generator().manual_seed(0)
         rows = torch.randn(5, self.head.weight.shape[1], generator=generator).to(self.head.weight.device)
-        norm = self.backbone.leave_out_final_norm()
-        wanted = self.head(rows if norm is None else normed(rows, norm))
+        used, norm = self.head, self.backbone.leave_out_final_norm()
+        if norm is not None:  # it takes what comes out of the last layer, and what is not tried now is compiled later
+            rows = rows.to(self.backbone.hidden_dtype)
         self._pool_head, self._norm = pool_head, norm
-        try:
-            got = self._features(rows)
-            reason = None if torch.allclose(got, wanted, rtol=1e-4, atol=1e-5) else "it gives other scores"
-        except Exception as error:  # rows too wide for it, a compiler that fails
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = next((flaw for head in self.heads if (flaw := self._flaw_of_pooling(head, rows))), None)
+        self.head = used
         if reason is not None:
             self._pool_head = self._norm = None
             self.backbone.restore_final_norm()
         return reason
+
+    def _flaw_of_pooling(self, head: Head, rows: torch.Tensor) -> str | None:
+        """What `_pool_head` does wrong with this head, or None."""
+        wanted = head(rows if self._norm is None else normed(rows.float(), self._norm))
+        self.head = head
+        try:
+            return None if torch.allclose(self._features(rows), wanted, rtol=1e-4, atol=1e-5) else DIFFERENT_SCORES
+        except Exception as error:  # rows too wide for it, a compiler that fails
+            return f"{type(error).__name__}: {error}".splitlines()[0]
 
     @torch.inference_mode()
     def use_sum_pieces(self, summed: SumPieces) -> str | None:

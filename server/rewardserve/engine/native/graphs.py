@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 BUCKETS = (256, 512, 1024, 2048)  # rows
 MAX_READS = 128
 MAX_SEGMENTS = 256
-MAX_TABLE = 16_384  # blocks, of all block tables of a pack together: two million tokens of prompts
+MAX_TABLE = 16_384  # blocks, of the tables of all plans of a pack: with two plans, a million tokens of prompts
 WARM_UPS = 3  # forwards before a capture, as torch asks for: what is set up once must not be captured
 
 
@@ -147,6 +147,9 @@ class Graphs:
 
 def capture(model: RewardModel, pool: KVPool, spare_block: int) -> Graphs | None:
     """None, with a warning, where this model cannot be captured: it runs all the same, kernel by kernel."""
+    if not hasattr(model.backbone.attention, "rows_per_tile_of"):
+        log.warning("small forwards are not captured as CUDA graphs: their attention is not Triton's")
+        return None
     started = time.perf_counter()
     captured, memory = [], torch.cuda.graph_pool_handle()
     try:

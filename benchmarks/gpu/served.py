@@ -1,0 +1,167 @@
+"""Models with random weights, served on a part's device, and random traffic for them.
+
+They are made on the device, in true shapes: only their config and their head are on disk.
+"""
+
+import asyncio
+import contextlib
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import random_model
+import torch
+from part import Part
+from rewardserve.engine.base import EngineListener, EngineRequest, EngineResult
+from rewardserve.engine.native.engine import NativeEngine
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve.models import loader
+from rewardserve.types import EncodedGroup
+from safetensors.torch import save_file
+
+VOCAB_SIZE = 32_000
+TINY = "qwen3-tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Groups of random ids. Lengths are log-normal about those given, or just those where `spread` is 0."""
+
+    prompt: int  # tokens
+    responses: int
+    tokens: int  # of each response
+    spread: float = 0.0  # standard deviation of the logarithm of a length
+    system: int = 0  # tokens that all groups begin with
+
+
+LONGEST = 6.0  # times the median: where the real ones end
+# There is neither text nor tokenizer where this runs. What is real text in benchmarks/run.py has the number, the median
+# and the spread of its lengths here (4.4 characters a token); best_of_16 is the shape that predictions were made for.
+TRAFFIC = {
+    "best_of_16": Traffic(512, 16, 256),
+    "shared_system": Traffic(23, 16, 166, spread=1.0, system=600),
+    "pairs": Traffic(70, 2, 29, spread=1.0),
+    "ppo": Traffic(256, 1, 512),
+    "grpo_64": Traffic(1024, 64, 1024),
+    "short_items": Traffic(120, 10, 180),
+}
+# Tokens of one round, prompts once: a second or two at the rates foreseen (benchmarks/NOTES.md).
+ROUND_TOKENS = {"qwen3-0.6b": 400_000, "qwen3-4b": 130_000, "llama-3.1-8b": 70_000, TINY: 1_500}
+
+
+class RandomWeights:
+    """Stands in for AutoModel: what the config describes, made on the device."""
+
+    device: torch.device
+
+    @staticmethod
+    def from_config(config: Any) -> Any:
+        from transformers import AutoModel
+
+        return AutoModel.from_config(config)
+
+    @classmethod
+    def from_pretrained(cls, folder: object, config: Any, dtype: torch.dtype, **_: Any) -> tuple[Any, dict[str, Any]]:
+        from transformers import AutoModel
+
+        torch.manual_seed(0)
+        with torch.device(cls.device):
+            module = AutoModel.from_config(config, dtype=dtype)
+        return module, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
+
+
+@contextlib.contextmanager
+def made_model(part: Part, name: str) -> Iterator[str]:
+    """A folder that loads as the model of that name."""
+    config = random_model._config(name, VOCAB_SIZE if part.on_gpu else 2000)
+    generator = torch.Generator().manual_seed(1)
+    head = torch.randn(1, config.hidden_size, generator=generator) / config.hidden_size**0.5
+    RandomWeights.device = part.device
+    real, loader.AutoModel = loader.AutoModel, RandomWeights  # type: ignore[misc]
+    with tempfile.TemporaryDirectory() as folder:
+        config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForSequenceClassification"]
+        config.dtype = "bfloat16"
+        config.save_pretrained(folder)
+        save_file({"score.weight": head.bfloat16()}, Path(folder) / "model.safetensors")
+        try:
+            yield folder
+        finally:
+            loader.AutoModel = real
+
+
+def engine_options(part: Part, folder: str, **options: Any) -> NativeOptions:
+    """Of a model in bf16: random weights on the device say nothing of the precision that they are stored in."""
+    small = {} if part.on_gpu else {"prefix_cache_bytes": 64 << 20, "max_batch_tokens": 1024}
+    return NativeOptions(folder, device=str(part.device), **{"dtype": "bfloat16", **small, **options})
+
+
+@contextlib.asynccontextmanager
+async def running(part: Part, folder: str, **options: Any) -> Any:
+    engine = NativeEngine(engine_options(part, folder, path="packed", **options))
+    info = await engine.start(EngineListener())
+    require(info.dtype in ("bfloat16", "fp8"), f"it computes in {info.dtype}")
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+_numbers = iter(range(10**9))
+
+
+async def score(
+    engine: NativeEngine, groups: Sequence[tuple[list[int], list[list[int]]]], variant: int = 0
+) -> EngineResult:
+    """All at once, each group a request of its own; the result is theirs together."""
+    encoded = [EncodedGroup(as_bytes(prompt), tuple(map(as_bytes, responses))) for prompt, responses in groups]
+    requests = [EngineRequest(str(next(_numbers)), (group,), variant=variant) for group in encoded]
+    results = await asyncio.gather(*(engine.score(request) for request in requests))
+    return EngineResult(tuple(group for result in results for group in result.groups), 0.0, 0.0)
+
+
+def as_bytes(ids: list[int]) -> bytes:
+    return array("i", ids).tobytes()
+
+
+def scores_of(result: EngineResult) -> list[float]:
+    failures = [item.failure for group in result.groups for item in group.items if item.failure]
+    if failures:
+        raise RuntimeError(f"{len(failures)} pairs have no score: {failures[0]}")
+    return [item.score for group in result.groups for item in group.items if item.score is not None]
+
+
+def require(holds: bool, message: str) -> None:
+    """What a check would be worth nothing without."""
+    if not holds:
+        raise RuntimeError(message)
+
+
+def groups_of(part: Part, traffic: Traffic, tokens: int, seed: int) -> list[tuple[list[int], list[list[int]]]]:
+    """Of about so many tokens in all, what is common counted once; behind what all share no two prompts begin alike.
+
+    Lengths are the same for every `seed`, so that rounds are of the same work; ids are not.
+    """
+    if not part.on_gpu:
+        smaller = {"prompt": traffic.prompt // 8, "tokens": traffic.tokens // 8, "system": traffic.system // 8}
+        traffic = replace(traffic, responses=min(4, traffic.responses), **smaller)
+    of_lengths, of_ids = np.random.default_rng(0), np.random.default_rng(seed)
+
+    def ids(length: int) -> list[int]:
+        return of_ids.integers(10, VOCAB_SIZE if part.on_gpu else 2000, length).tolist()
+
+    def length(median: int) -> int:
+        times = np.exp(traffic.spread * of_lengths.standard_normal()) if traffic.spread else 1.0
+        return max(1, int(median * min(LONGEST, times)))
+
+    groups: list[tuple[list[int], list[list[int]]]] = []
+    system, left = ids(traffic.system), float(tokens - traffic.system)
+    while True:
+        prompt, *responses = length(traffic.prompt), *(length(traffic.tokens) for _ in range(traffic.responses))
+        left -= prompt + sum(responses)
+        if groups and left < -(prompt + sum(responses)) / 2:  # closer to so many without it
+            return groups
+        groups.append(([*system, *ids(prompt)], [ids(response) for response in responses]))
