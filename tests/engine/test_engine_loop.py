@@ -174,7 +174,10 @@ class Device(threading.Thread):
             elif len(step.inputs.input_ids) > self.largest:
                 launched.future.set_exception(RuntimeError("CUDA out of memory"))
             else:
-                launched.future.set_result(self.launch_now(runner, step).features())
+                try:
+                    launched.future.set_result(self.launch_now(runner, step).features())
+                except Exception as error:  # or everyone would wait for this thread
+                    launched.future.set_exception(error)
 
     first: "Device.Launched | None" = None
 
