@@ -12,6 +12,8 @@ from adapters import TARGETS, adapter_of, save_adapter
 from checkpoints import save_checkpoint
 from safetensors.torch import load_file
 
+# Of MKL and of torch's own loops, on every CPU: with AVX-512 a score of 1.3 among scores of 13 came out 1.5e-5 off.
+ONE_PATH = {"MKL_CBWR": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 SUPPORT = Path(__file__).parents[1] / "support"
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -79,7 +81,7 @@ for variant in range(len(sys.argv) - 1):
 
 backbone.store_rows = kv_cache.store_rows  # what the plain path has no use for
 plain, eager, fixed = poisoned(), poisoned(), poisoned()
-server, num_steps, variants, errors, sizes = None, 0, set(), [], []
+server, num_steps, variants = None, 0, set()
 while (plan := scheduler.schedule()) is not None:
     model.use(plan.variant)
     backbone.attention = chunked
@@ -87,7 +89,7 @@ while (plan := scheduler.schedule()) is not None:
     wanted = model.features_packed(build_pack(rows, backbone, False, model.takes_mean), plain)
     backbone.attention = triton
     got = model.features_packed(build_pack(rows, backbone, True, model.takes_mean), eager)
-    errors.append((got - wanted).abs())
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
     if server is None and plan.num_scored:  # the model has met all its kinds of attention
         step = graphs.StaticStep(model, fixed, 128, spare_block=NUM_BLOCKS)
         graph = Replay(step)
@@ -101,12 +103,9 @@ while (plan := scheduler.schedule()) is not None:
         got = torch.tensor(server.launch(server.prepare(plan)).features())
         if graph.num_replays > before:
             variants.add(plan.variant)
-    errors.append((got - wanted).abs())
-    sizes.append(wanted.abs())
+    assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6), (got, wanted)
     num_steps += 1
     scheduler.complete(plan, wanted.tolist())
-# As families are held to Hugging Face (tests/parity).
-assert torch.cat(errors).max() <= 1e-5 * torch.cat(sizes).max(), (errors, sizes)
 pairs = list(zip(fixed._layers, plain._layers, strict=True))
 for layer, (ours, theirs) in enumerate(pairs + [([fixed.sums], [plain.sums])] * model.takes_mean):
     for one, other in zip(ours, theirs, strict=True):
@@ -119,7 +118,7 @@ print(num_steps, graph.num_replays, len(variants))
 
 def run(*folders: Path) -> tuple[int, ...]:
     """Steps, those that were replayed, models among these; the program compares scores and stored keys itself."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
+    environment = {**os.environ, **ONE_PATH, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, folders)],
         capture_output=True,
