@@ -41,6 +41,7 @@ from rewardserve.app import App
 from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine
 from rewardserve.engine.fake import FakeEngine, fake_info
+from rewardserve.engine.launch import Program
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.process import EngineProcess
 from rewardserve.v1 import scoring_pb2
@@ -92,8 +93,8 @@ async def _serve_fake() -> None:
 
 
 async def _serve_child() -> None:
-    program = (sys.executable, __file__, "--child")
-    await _serve_app(lambda name, source, dtype: EngineProcess(NativeOptions(source), name, program=program))
+    launcher = Program({}, (sys.executable, __file__, "--child"))
+    await _serve_app(lambda name, source, dtype: EngineProcess(NativeOptions(source), name, launcher))
 
 
 async def _serve_echo() -> None:
@@ -148,8 +149,7 @@ def _be_child(arguments: list[str]) -> None:
             assert isinstance(prepared, BatchPlan)
             return Done([[0.5]] * prepared.num_reads)
 
-    sys.argv = [sys.argv[0], *arguments]
-    child.main(lambda options: Loaded(NullRunner(), INFO, 8192, None))  # type: ignore[arg-type]
+    child.run(arguments, lambda options: Loaded(NullRunner(), INFO, 8192, None))  # type: ignore[arg-type]
 
 
 @dataclass

@@ -20,7 +20,10 @@ from grpc_reflection.v1alpha import reflection
 from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine
 from rewardserve.engine.choice import Wish, choose, reason_for_vllm
+from rewardserve.engine.environment import engine_environment
+from rewardserve.engine.launch import Launcher, Program
 from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.nursery_process import Nursery, is_on_cpu
 from rewardserve.engine.process import EngineProcess
 from rewardserve.engine.replicas import Replicas
 from rewardserve.engine.shared import SharedEngine, sharing
@@ -116,6 +119,9 @@ class App:
         self._health = Health()
         self._changes: set[asyncio.Task[None]] = set()
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
+        beside_others = len(config.models) > 1 or config.allow_model_control or "," in config.device
+        self._environment = partial(engine_environment, beside_others=beside_others, environ=os.environ)
+        self._nursery = Nursery(self._environment("native"))
         self._shared = [] if make_engine else self._share_backbones()
         limits = Limits(config.max_pairs_per_request, config.max_queued_requests, config.max_queued_tokens)
         self.registry = Registry(
@@ -172,6 +178,7 @@ class App:
         if self._server is not None:
             await self._server.stop(grace=None)
         await self.registry.stop()
+        await self._nursery.stop()
         if self._metrics_server is not None:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
@@ -259,15 +266,10 @@ class App:
 
     def _engine_process(self, options: NativeOptions | VllmOptions, name: str) -> EngineProcess:
         config = self._config
-        beside_others = len(config.models) > 1 or config.allow_model_control or "," in config.device
-        return EngineProcess(
-            options,
-            name,
-            config.stall_timeout_s,
-            config.log_format,
-            config.log_level,
-            beside_others=beside_others,
-        )
+        launcher: Launcher = self._nursery
+        if isinstance(options, VllmOptions) or not is_on_cpu(options.device):
+            launcher = Program(self._environment(options.engine))
+        return EngineProcess(options, name, launcher, config.stall_timeout_s, config.log_format, config.log_level)
 
     def _on_change(self, model: LiveModel) -> None:
         task = asyncio.get_running_loop().create_task(self._health.update(self.registry, model))

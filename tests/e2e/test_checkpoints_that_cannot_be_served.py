@@ -161,7 +161,7 @@ def test_engines_on_the_same_cores_do_not_spin_where_another_waits_for_one(serve
 
 
 def test_one_models_engine_may_die_while_the_other_serves(server, kit):
-    dead = next(e for e in server.engines() if server.model("two").source in " ".join(e.cmdline()))
+    dead = next(engine for engine in server.engines() if engine.name() == "engine[two]")
     dead.kill()
     kit.until(lambda: not server.is_serving("rewardserve.v1.Scoring/two"))
     assert server.is_serving("rewardserve.v1.Scoring/one")

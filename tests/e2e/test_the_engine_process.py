@@ -8,14 +8,18 @@ import time
 import pytest
 from rewardserve.engine.base import EngineListener, EngineRequest
 from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.nursery_process import Nursery
 from rewardserve.engine.process import EngineProcess
 from rewardserve.errors import Unavailable
 from rewardserve.types import EncodedGroup
 
 
 @pytest.fixture
-def engine(bf16_checkpoint):
-    return EngineProcess(NativeOptions(str(bf16_checkpoint), prefix_cache_bytes=16 << 20, num_threads=2), "tiny")
+async def engine(bf16_checkpoint):
+    options = NativeOptions(str(bf16_checkpoint), prefix_cache_bytes=16 << 20, num_threads=2)
+    nursery = Nursery({})
+    yield EngineProcess(options, "tiny", nursery)
+    await nursery.stop()
 
 
 def request(name: str) -> EngineRequest:

@@ -1,11 +1,14 @@
 """The messages between the front and an engine's process, with a child that has no model: it answers, badly or well."""
 
 import asyncio
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from rewardserve.engine.base import EngineListener, EngineRequest
+from rewardserve.engine.environment import engine_environment
+from rewardserve.engine.launch import Program
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.process import EngineProcess
 from rewardserve.errors import EngineDied
@@ -66,10 +69,8 @@ def make_engine(tmp_path: Path):
     def make(mode: str, stall_timeout_s: float = 600.0, beside_others: bool = False) -> EngineProcess:
         script = tmp_path / "child.py"
         script.write_text(CHILD.format(mode=mode))
-        program = (sys.executable, str(script))
-        return EngineProcess(
-            NativeOptions("nowhere"), "toy", stall_timeout_s, program=program, beside_others=beside_others
-        )
+        launcher = Program(engine_environment("native", beside_others, os.environ), (sys.executable, str(script)))
+        return EngineProcess(NativeOptions("nowhere"), "toy", launcher, stall_timeout_s)
 
     return make
 

@@ -103,13 +103,22 @@ class ServerProcess:
     def is_serving(self, service: str = "") -> bool:
         return self.health.Check(health_pb2.HealthCheckRequest(service=service), timeout=20).status == SERVING
 
-    def engines(self) -> list[psutil.Process]:
-        """The children of the front, started in full: they have the engine's command line."""
-        found = []
+    def nursery(self) -> psutil.Process | None:
+        """What engines on CPUs are forked from."""
         for child in self.front.children():
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "rewardserve.engine.child" in child.cmdline():
-                    found.append(child)
+                if "rewardserve.engine.nursery" in child.cmdline():
+                    return child
+        return None
+
+    def engines(self) -> list[psutil.Process]:
+        """Those that have begun: each leads a session of its own."""
+        found, nursery = [], self.nursery()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for fork in nursery.children() if nursery else ():
+                with contextlib.suppress(ProcessLookupError):
+                    if os.getsid(fork.pid) == fork.pid:
+                        found.append(fork)
         self._engines.update(found)
         return found
 
@@ -140,7 +149,7 @@ class ServerProcess:
         if self._channel is not None:
             self._channel.close()
         with contextlib.suppress(psutil.NoSuchProcess):
-            self._engines.update(self.front.children())
+            self._engines.update(self.front.children(recursive=True))
         for process in (self.process, *self._engines):
             with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
                 process.kill()

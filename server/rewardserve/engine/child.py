@@ -1,6 +1,6 @@
-"""The engine's process: `python -m rewardserve.engine.child`, started by engine/process.py and by nobody else.
+"""The engine's process: `python -m rewardserve.engine.child`, or a fork of engine/nursery.py.
 
-Which engine runs in it is said by the command line. Its modules are imported when it is known: the processes that vLLM
+Which engine runs in it is said by its arguments. Its modules are imported when it is known: the processes that vLLM
 starts import this one again.
 """
 
@@ -12,9 +12,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import msgspec
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 LOADING_INTERVAL_S = 2.0
 DESCENDANTS_END_S = 5.0
+LAST_WORD_MS = 5000
 
 
 class Loop(Protocol):
@@ -81,9 +83,9 @@ class Child:
         self._engine = engine
         self._encoder_lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder()
-        context = zmq.Context()
-        self._inbox = context.socket(zmq.PULL)
-        self._outbox = context.socket(zmq.PUSH)
+        self._context = zmq.Context()
+        self._inbox = self._context.socket(zmq.PULL)
+        self._outbox = self._context.socket(zmq.PUSH)
         self._outbox.set_hwm(0)
         self._inbox.connect(f"ipc://{folder}/in")
         self._outbox.connect(f"ipc://{folder}/out")
@@ -102,7 +104,7 @@ class Child:
         except LoadFailed as error:
             loaded.set()
             self._send(CannotLoad(str(error)))
-            self._outbox.close(linger=5000)
+            self._context.destroy(linger=LAST_WORD_MS)
             return
         loaded.set()
         self._send(Ready(info))
@@ -169,6 +171,12 @@ def _ends_by_itself(process: psutil.Process) -> bool:
         return True
 
 
+def import_native() -> None:
+    """What a fork of this process need not import."""
+    import rewardserve.engine.native.engine
+    import rewardserve.engine.native.load  # noqa: F401
+
+
 def _native(options: dict[str, Any], load: "Callable[[NativeOptions], Loaded] | None") -> MakeLoop:
     from rewardserve.engine.native.engine import EngineLoop
     from rewardserve.engine.native.load import load_runner
@@ -184,16 +192,21 @@ def _vllm(options: dict[str, Any]) -> MakeLoop:
     return partial(VllmLoop, partial(load, VllmOptions(**options)))
 
 
-def main(load: "Callable[[NativeOptions], Loaded] | None" = None) -> None:
-    """`load` makes the native engine's runner; a benchmark of all but the model brings its own."""
+def run(arguments: Sequence[str], load: "Callable[[NativeOptions], Loaded] | None" = None) -> None:
+    """Until the front says that it is over, or its parent ends. `arguments`: ChildProcess.spawn's and the parent's pid.
+
+    `load` makes the native engine's runner; a benchmark of all but the model brings its own.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):  # they are the front's to handle: it drains first
         signal.signal(number, signal.SIG_IGN)
-    folder, parent, engine, text, log_format, log_level, name = sys.argv[1:]
+    folder, engine, text, log_format, log_level, name, parent = arguments
     threading.Thread(target=_exit_with_parent, args=(int(parent), folder), daemon=True).start()
     set_up_logging(log_format, log_level, f"engine[{name}]")
+    with contextlib.suppress(OSError):  # what `ps -e` and `top` show: a fork has the command line of its parent
+        Path("/proc/self/comm").write_text(f"engine[{name}]")
     options = json.loads(text)
     Child(folder, partial(_vllm, options) if engine == VllmOptions.engine else partial(_native, options, load)).run()
 
 
 if __name__ == "__main__":
-    main()
+    run(sys.argv[1:])

@@ -9,11 +9,12 @@ import signal
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import zmq
 
+from rewardserve.engine.launch import Launcher, Running
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.vllm_options import VllmOptions
 
@@ -29,9 +30,7 @@ class ChildProcess:
     several times the cost of moving it.
     """
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, folder: str, sockets: tuple[zmq.Socket[bytes], ...]
-    ) -> None:
+    def __init__(self, process: Running, folder: str, sockets: tuple[zmq.Socket[bytes], ...]) -> None:
         self.process = process
         self._folder = folder
         self._to_child, self._from_child = sockets
@@ -44,12 +43,11 @@ class ChildProcess:
     @classmethod
     async def spawn(
         cls,
-        program: Sequence[str],
+        launcher: Launcher,
         options: NativeOptions | VllmOptions,
         log_options: Sequence[str],
-        environment: Mapping[str, str],
     ) -> "ChildProcess":
-        """`environment` is what it has besides this process's."""
+        """Raises EngineDied or OSError when none can be started."""
         folder = tempfile.mkdtemp(prefix="rewardserve-")
         context = zmq.Context.instance()
         sockets = tuple(context.socket(kind) for kind in (zmq.PUSH, zmq.PULL))
@@ -58,11 +56,8 @@ class ChildProcess:
                 socket.setsockopt(zmq.LINGER, 0)
                 socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
                 socket.bind(f"ipc://{folder}/{name}")
-            said = (options.engine, json.dumps(asdict(options)), *log_options)
-            command = (*program, folder, str(os.getpid()), *said)
-            # A session of its own: processes it starts can be found when it is dead, and a terminal's Ctrl-C ends none.
-            process = await asyncio.create_subprocess_exec(
-                *command, start_new_session=True, env={**os.environ, **environment}
+            process = await launcher.launch(
+                (folder, options.engine, json.dumps(asdict(options)), *log_options),
             )
         except BaseException:  # cancelled, too: a model may be unloaded while its engine is restarted
             for socket in sockets:

@@ -8,9 +8,7 @@ UNAVAILABLE, since it may be what kills.
 
 import asyncio
 import logging
-import os
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ import msgspec
 
 from rewardserve.engine.base import EngineInfo, EngineListener, EngineRequest, EngineResult
 from rewardserve.engine.child_process import ChildProcess
-from rewardserve.engine.environment import engine_environment
+from rewardserve.engine.launch import Launcher
 from rewardserve.engine.messages import (
     POISONED_EXIT,
     Batch,
@@ -48,7 +46,6 @@ from rewardserve.errors import (
 
 log = logging.getLogger(__name__)
 
-CHILD_PROGRAM = (sys.executable, "-m", "rewardserve.engine.child")
 RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 RESTART_WINDOW_S = 300.0
 
@@ -67,18 +64,13 @@ class EngineProcess:
         self,
         options: NativeOptions | VllmOptions,
         name: str,
+        launcher: Launcher,
         stall_timeout_s: float = 600.0,
         log_format: str = "text",
         log_level: str = "info",
-        program: Sequence[str] = CHILD_PROGRAM,
-        beside_others: bool = False,
     ) -> None:
-        """A child that loads or has work, but is silent for `stall_timeout_s`, is killed and restarted.
-
-        `program` starts it. `beside_others`: there may be other engines on its cores.
-        """
-        self._program = tuple(program)
-        self._environment = engine_environment(options.engine, beside_others, os.environ)
+        """A child that loads or has work, but is silent for `stall_timeout_s`, is killed and restarted."""
+        self._launcher = launcher
         self._options = options
         self._name = name
         self._stall_timeout_s = stall_timeout_s
@@ -164,7 +156,7 @@ class EngineProcess:
 
     async def _launch(self) -> None:
         """Starts a child and waits until it is ready. Raises LoadFailed or EngineDied."""
-        child = await ChildProcess.spawn(self._program, self._options, self._log_options, self._environment)
+        child = await ChildProcess.spawn(self._launcher, self._options, self._log_options)
         try:
             first = await self._first_message(child)
         except BaseException:
