@@ -1,7 +1,9 @@
 """The messages between the front and an engine's process, with a child that has no model: it answers, badly or well."""
 
 import asyncio
+import contextlib
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,14 +13,14 @@ from rewardserve.engine.environment import engine_environment
 from rewardserve.engine.launch import Program
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.process import EngineProcess
-from rewardserve.errors import EngineDied
+from rewardserve.errors import EngineDied, Unavailable
 from rewardserve.types import EncodedGroup
 
 CHILD = """
 import sys, time
 import msgspec, zmq
 from rewardserve.engine.base import BatchReport, EngineGroup, EngineInfo, EngineItem, EngineResult
-from rewardserve.engine.messages import Batch, Done, Loading, Ready, Score, Stop, ToChild
+from rewardserve.engine.messages import Batch, Cancel, Done, Loading, Ping, Pong, Ready, Score, Stop, ToChild
 
 folder, mode = sys.argv[1], {mode!r}
 context, encode = zmq.Context(), msgspec.msgpack.Encoder().encode
@@ -45,11 +47,17 @@ while True:
         case Stop():
             outbox.close(linger=1000)
             sys.exit(0)
+        case Ping() if mode != "computes nothing":
+            outbox.send(encode(Pong()))
+            continue
+        case Cancel(request_id):
+            outbox.send(encode(Done(request_id, None, False)))
+            continue
         case Score(request):
             waiting.append(request)
     if mode == "nonsense":
         outbox.send(b"nonsense")
-    if mode == "bursts" and len(waiting) < 50:
+    if mode == "computes nothing" or (mode == "bursts" and len(waiting) < 50):
         continue
     for request in waiting:
         first = int.from_bytes(request.groups[0].responses[0][:4], "little")
@@ -66,11 +74,13 @@ def request(number: int) -> EngineRequest:
 
 @pytest.fixture
 def make_engine(tmp_path: Path):
-    def make(mode: str, stall_timeout_s: float = 600.0, beside_others: bool = False) -> EngineProcess:
+    def make(
+        mode: str, stall_timeout_s: float = 600.0, beside_others: bool = False, resubmit: bool = True
+    ) -> EngineProcess:
         script = tmp_path / "child.py"
         script.write_text(CHILD.format(mode=mode))
         launcher = Program(engine_environment("native", beside_others, os.environ), (sys.executable, str(script)))
-        return EngineProcess(NativeOptions("nowhere"), "toy", launcher, stall_timeout_s)
+        return EngineProcess(NativeOptions("nowhere"), "toy", launcher, stall_timeout_s, resubmit=resubmit)
 
     return make
 
@@ -126,6 +136,58 @@ async def test_a_child_that_takes_its_time_to_load_but_says_so_is_waited_for(mak
     await engine.start(EngineListener())
     try:
         assert await scored(engine, range(3)) == [0, 1, 2]
+    finally:
+        await engine.stop()
+
+
+@pytest.mark.parametrize("overlapping", [True, False])
+async def test_a_child_that_takes_work_and_computes_none_is_ended_though_its_callers_have_deadlines(
+    make_engine, caplog, overlapping
+) -> None:
+    """What they gave up is acknowledged all the while, and a caller who comes alone finds nothing in flight."""
+    engine, down = make_engine("computes nothing", stall_timeout_s=1.0), asyncio.Event()
+    await engine.start(EngineListener(on_down=lambda reason: down.set()))
+
+    async def keep_asking(first: int) -> None:
+        for number in range(first, 1000, 2):
+            with contextlib.suppress(TimeoutError, Unavailable):
+                async with asyncio.timeout(0.4):
+                    await engine.score(request(number))
+
+    callers = [asyncio.ensure_future(keep_asking(first)) for first in range(1 + overlapping)]
+    try:
+        async with asyncio.timeout(60):
+            await down.wait()
+        assert "was silent for 1 s" in caplog.text
+    finally:
+        for caller in callers:
+            caller.cancel()
+        await asyncio.gather(*callers, return_exceptions=True)
+        await engine.stop()
+
+
+async def test_a_child_with_nothing_to_do_for_longer_than_a_stall_is_not_ended(make_engine) -> None:
+    engine = make_engine("answers", stall_timeout_s=0.5)
+    await engine.start(EngineListener())
+    try:
+        pid = engine.pid
+        await asyncio.sleep(2.0)
+        assert await scored(engine, range(3)) == [0, 1, 2]
+        assert engine.pid == pid
+    finally:
+        await engine.stop()
+
+
+async def test_what_an_engine_dies_over_fails_at_once_where_another_can_take_it(make_engine) -> None:
+    engine = make_engine("computes nothing", resubmit=False)
+    await engine.start(EngineListener())
+    call = asyncio.ensure_future(engine.score(request(1)))
+    try:
+        await asyncio.sleep(0)
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied, match="SIGKILL with this request in flight"):
+            async with asyncio.timeout(60):
+                await call
     finally:
         await engine.stop()
 

@@ -112,13 +112,14 @@ class ServerProcess:
         return None
 
     def engines(self) -> list[psutil.Process]:
-        """Those that have begun: each leads a session of its own."""
+        """Those that have begun: forks lead sessions of their own by then, others have their command line."""
         found, nursery = [], self.nursery()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for fork in nursery.children() if nursery else ():
-                with contextlib.suppress(ProcessLookupError):
-                    if os.getsid(fork.pid) == fork.pid:
-                        found.append(fork)
+        for child in self.front.children():
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                forks = child.children() if child == nursery else []
+                found += [fork for fork in forks if os.getsid(fork.pid) == fork.pid]
+                if "rewardserve.engine.child" in child.cmdline():
+                    found.append(child)
         self._engines.update(found)
         return found
 

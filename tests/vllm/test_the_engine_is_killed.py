@@ -165,3 +165,19 @@ def test_nothing_of_vllm_outlives_a_front_and_an_engine_that_are_killed_at_once(
     server.process.kill()
     engine.kill()
     kit.until(lambda: are_gone(family))
+
+
+def test_a_core_that_hangs_is_noticed_though_no_caller_waits_long_for_it(start, checkpoint, kit, load):
+    server = start("--model", f"tiny={checkpoint}", "--engine", "vllm", "--stall-timeout-s", "8").ready()
+    wanted = kit.scores_of(send(server, load[0]))
+    core_of(server.engine()).suspend()
+    ends = []
+
+    def is_noticed() -> bool:
+        ends.append(send(server, load[0], timeout=1))
+        return server.metric("engine_restarts_total") == 1
+
+    kit.until(is_noticed)
+    assert all(end.code() in (Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE) for end in ends)
+    kit.until(lambda: server.model().state == models_pb2.MODEL_STATE_SERVING)
+    assert kit.scores_of(send(server, load[0])) == pytest.approx(wanted, rel=1e-4, abs=1e-4)

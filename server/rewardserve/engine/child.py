@@ -30,6 +30,8 @@ from rewardserve.engine.messages import (
     CannotLoad,
     Done,
     Loading,
+    Ping,
+    Pong,
     Ready,
     Score,
     Stop,
@@ -62,6 +64,9 @@ class Loop(Protocol):
     def cancel(self, request_id: str) -> None: ...
 
     def update_weights(self, source: str) -> Future[EngineInfo]: ...
+
+    def ping(self, answer: Callable[[], None]) -> None:
+        """Calls it, on any thread, once what computes is seen to come by: never, if it hangs."""
 
 
 class MakeLoop(Protocol):
@@ -117,6 +122,8 @@ class Child:
                     loop.cancel(request_id)
                 case UpdateWeights(source):
                     self._update_weights(loop, source)
+                case Ping():
+                    loop.ping(lambda: self._send(Pong()))
                 case Stop():
                     _leave()
 

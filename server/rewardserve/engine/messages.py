@@ -19,12 +19,20 @@ class UpdateWeights(msgspec.Struct, tag=True, frozen=True):
     source: str
 
 
+class Ping(msgspec.Struct, tag=True, frozen=True):
+    """Answered between two forwards: a process whose device hangs takes work and gives it up, and computes nothing."""
+
+
 class Stop(msgspec.Struct, tag=True, frozen=True):
     pass
 
 
 class Loading(msgspec.Struct, tag=True, frozen=True):
     """Said every few seconds, so that a load that takes its time is told from one that hangs."""
+
+
+class Pong(msgspec.Struct, tag=True, frozen=True):
+    pass
 
 
 class Ready(msgspec.Struct, tag=True, frozen=True):
@@ -52,5 +60,5 @@ class Batch(msgspec.Struct, tag=True, frozen=True):
     report: BatchReport
 
 
-ToChild = Score | Cancel | UpdateWeights | Stop
-ToParent = Loading | Ready | CannotLoad | Done | Updated | Batch
+ToChild = Score | Cancel | UpdateWeights | Ping | Stop
+ToParent = Loading | Pong | Ready | CannotLoad | Done | Updated | Batch

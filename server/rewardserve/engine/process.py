@@ -26,6 +26,8 @@ from rewardserve.engine.messages import (
     CannotLoad,
     Done,
     Loading,
+    Ping,
+    Pong,
     Ready,
     Score,
     Stop,
@@ -68,8 +70,13 @@ class EngineProcess:
         stall_timeout_s: float = 600.0,
         log_format: str = "text",
         log_level: str = "info",
+        resubmit: bool = True,
     ) -> None:
-        """A child that loads or has work, but is silent for `stall_timeout_s`, is killed and restarted."""
+        """A child that is silent for `stall_timeout_s` while it loads, or does not answer, is killed and restarted.
+
+        `resubmit`: what was in flight when it died goes to the one that comes after it. Else it fails with EngineDied
+        at once, and whoever has another engine may turn to that.
+        """
         self._launcher = launcher
         self._options = options
         self._name = name
@@ -83,7 +90,9 @@ class EngineProcess:
         self._info: EngineInfo | None = None
         self._child: ChildProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._heard_at = 0.0
+        self._resubmits = resubmit
+        self._clearing: asyncio.Future[None] | None = None
+        self._asked_at: float | None = None  # when the ping that has no answer yet was sent
         self._updating: asyncio.Future[Updated] | None = None
 
     @property
@@ -101,8 +110,6 @@ class EngineProcess:
     async def score(self, request: EngineRequest) -> EngineResult:
         if self._child is None:
             raise self._is_restarting()
-        if not self._flights:
-            self._heard_at = time.monotonic()  # it had no reason to speak before
         flight = _InFlight(request, asyncio.get_running_loop().create_future())
         self._flights[request.request_id] = flight
         try:
@@ -121,7 +128,6 @@ class EngineProcess:
         if self._updating is not None:
             raise LoadFailed(f"model '{self._name}' is taking over other weights already")
         self._updating = asyncio.get_running_loop().create_future()
-        self._heard_at = time.monotonic()
         try:
             self._child.send(self._encoder.encode(UpdateWeights(source)))
             updated = await self._updating
@@ -145,6 +151,8 @@ class EngineProcess:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._clearing is not None:
+            await self._clearing
         if self._updating is not None and not self._updating.done():
             self._updating.set_exception(Unavailable(f"model '{self._name}' was unloaded"))
         child, self._child = self._child, None
@@ -167,7 +175,7 @@ class EngineProcess:
             raise LoadFailed(first.reason)
         assert isinstance(first, Ready)
         self._info = first.info
-        self._heard_at = time.monotonic()
+        self._asked_at = None
         self._child = child
         child.listen(lambda message: self._hear(child, message))
 
@@ -204,15 +212,19 @@ class EngineProcess:
             code = await child.process.wait()
             child.drain()  # what it still said counts
             self._child = None
-            await child.kill()
             reason = f"the engine of model '{self._name}' {_cause(code)}"
             log.error("%s with %d requests in flight", reason, len(self._flights))
             if self._updating is not None and not self._updating.done():
                 self._updating.set_exception(EngineDied(f"{reason} while it took over other weights"))
             self._listener.on_down(reason)
-            self._fail_flights(
-                EngineDied(f"{reason} twice with this request in flight"), lambda flight: flight.num_attempts >= 2
-            )
+            if self._resubmits:
+                self._fail_flights(
+                    EngineDied(f"{reason} twice with this request in flight"), lambda flight: flight.num_attempts >= 2
+                )
+            else:
+                self._fail_flights(EngineDied(f"{reason} with this request in flight"))
+            self._clearing = asyncio.ensure_future(child.kill())  # and what it leaves behind: seconds, of vLLM
+            await asyncio.shield(self._clearing)
             if not await self._restart(reason):
                 return
 
@@ -264,19 +276,25 @@ class EngineProcess:
                 flight.future.set_exception(error)
 
     async def _watch_for_stall(self) -> None:
+        """What it says of its own accord is no sign of life: it takes and gives up work while its device hangs."""
         while True:
             await asyncio.sleep(self._stall_timeout_s / 10)
-            silent_s = time.monotonic() - self._heard_at
-            is_busy = bool(self._flights) or self._updating is not None
-            if self._child is not None and is_busy and silent_s > self._stall_timeout_s:
+            child = self._child
+            if child is None:
+                continue
+            child.drain()  # if it was this process that was held up, the answer is here
+            if self._asked_at is None:
+                self._asked_at = time.monotonic()
+                child.send(self._encoder.encode(Ping()))
+            elif (silent_s := time.monotonic() - self._asked_at) > self._stall_timeout_s:
                 log.error("the engine of model '%s' was silent for %.0f s; killing it", self._name, silent_s)
-                self._child.process.kill()
+                self._asked_at = None
+                child.process.kill()
 
     # -- messages --------------------------------------------------------------------------------------------------
 
     def _hear(self, child: ChildProcess, message: bytes) -> None:
         """Who cannot be understood would leave callers waiting: it is ended, and so is made good."""
-        self._heard_at = time.monotonic()
         try:
             self._handle(self._decoder.decode(message))
         except Exception:
@@ -287,6 +305,8 @@ class EngineProcess:
         match message:
             case Done():
                 self._resolve(message)
+            case Pong():
+                self._asked_at = None
             case Batch(report):
                 self._listener.on_batch(report)
             case Updated():

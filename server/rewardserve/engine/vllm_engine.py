@@ -75,6 +75,9 @@ class Model(Protocol):
     async def score(self, item_id: str, token_ids: list[int], priority: int) -> Scored:
         """Raises ItemFailed or ModelGone. Cancelling it aborts the item, wherever it is."""
 
+    async def ping(self) -> None:
+        """Ends when what computes has come by."""
+
     @property
     def is_gone(self) -> bool: ...
 
@@ -153,6 +156,14 @@ class VllmLoop:
 
     def cancel(self, request_id: str) -> None:
         self._events.call_soon_threadsafe(self._drop, request_id, False)
+
+    def ping(self, answer: Callable[[], None]) -> None:
+        """Calls it when vLLM's engine core comes by between two forwards: never, if one hangs."""
+        asyncio.run_coroutine_threadsafe(self._ping(answer), self._events)
+
+    async def _ping(self, answer: Callable[[], None]) -> None:
+        await self._model.ping()
+        answer()
 
     def update_weights(self, source: str) -> Future[EngineInfo]:
         """vLLM keeps its weights to itself."""

@@ -76,6 +76,9 @@ class VllmModel(abc.ABC):
             raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"the forward failed: {reason}"))
         return output
 
+    async def ping(self) -> None:
+        await self._llm.is_sleeping()  # the engine core is asked, which looks for questions between its steps
+
     @property
     def is_gone(self) -> bool:
         return bool(self._llm.errored)

@@ -6,10 +6,12 @@ until the one item that cannot be computed is found; that one fails, the others 
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -54,6 +56,10 @@ class _Refresh:
     done: Future[EngineInfo]
 
 
+class _Wake:
+    """Nothing to compute, but somebody asks."""
+
+
 @dataclass(frozen=True, slots=True)
 class _UnderWay:
     plan: BatchPlan
@@ -84,14 +90,15 @@ class EngineLoop:
         self._max_batch_sequences = max_batch_sequences
         self._on_outcome, self._on_batch, self._on_info = on_outcome, on_batch, on_info
         self._on_poisoned = on_poisoned
-        self._first: Future[Loaded] = Future()
+        self._first: Future[EngineInfo] = Future()
         self._lock = threading.Condition()
         self._epoch = 0
         self._stopping = False
         self._checked_at = 0.0
         # Of each model: requests and tokens waiting, and when they were counted.
         self._depths: dict[int, tuple[int, int, float]] = {}
-        self._ahead: queue.Queue[_Prepared | _Refresh | None] = queue.Queue(maxsize=1)
+        self._ahead: queue.Queue[_Prepared | _Refresh | _Wake | None] = queue.Queue(maxsize=1)
+        self._pings: deque[Callable[[], None]] = deque()
         self._finished_at = 0.0  # perf_counter() when the scores of the last forward were read
         self._threads = [
             threading.Thread(target=target, name=name, daemon=True)
@@ -102,7 +109,7 @@ class EngineLoop:
         """Blocks until the model is loaded. Raises what loading raises; nothing is running then."""
         runner, planner = self._threads
         runner.start()
-        info = self._first.result().info
+        info = self._first.result()
         planner.start()
         return info
 
@@ -114,8 +121,9 @@ class EngineLoop:
         except BaseException as error:
             self._first.set_exception(error)
             return
-        self._first.set_result(self._loaded)
-        self._guard(self._run_forever)()
+        self._first.set_result(self._loaded.info)
+        if not self._guard(self._run_forever)():
+            self._refuse_what_comes()
 
     def stop(self) -> None:
         """Ends both threads after the forward under way; what is left is not answered."""
@@ -134,6 +142,16 @@ class EngineLoop:
         with self._lock:
             self._scheduler.cancel(request_id)
             self._deliver()
+
+    def ping(self, answer: Callable[[], None]) -> None:
+        """Calls it when the runner comes by between two forwards: never, if one hangs."""
+        self._pings.append(answer)
+        with contextlib.suppress(queue.Full):  # then it comes by in any case
+            self._ahead.put_nowait(_Wake())
+
+    def _answer_pings(self) -> None:
+        while self._pings:
+            self._pings.popleft()()
 
     def update_weights(self, source: str) -> Future[EngineInfo]:
         """What is loaded then, or LoadFailed, and nothing has changed.
@@ -175,17 +193,25 @@ class EngineLoop:
             trunks=self._loaded.trunks,
         )
 
-    def _guard(self, body: Callable[[], None]) -> Callable[[], None]:
-        """No thread ends unnoticed: the callers it leaves behind would wait forever."""
+    def _guard(self, body: Callable[[], None]) -> Callable[[], bool]:
+        """No thread ends unnoticed: the callers it leaves behind would wait forever. True if it ended as it should."""
 
-        def guarded() -> None:
+        def guarded() -> bool:
             try:
                 body()
             except BaseException as error:
                 log.critical("the engine's %s thread died", threading.current_thread().name, exc_info=True)
                 self._on_poisoned(f"{type(error).__name__}: {error}")
+                return False
+            return True
 
         return guarded
+
+    def _refuse_what_comes(self) -> None:
+        """In the place of a runner that died: the planner must not wait for ever to hand over what it has."""
+        while (item := self._ahead.get()) is not None:
+            if isinstance(item, _Refresh):
+                item.done.set_exception(Unavailable("the engine died"))
 
     # -- planner ---------------------------------------------------------------------------------------------------
 
@@ -225,6 +251,7 @@ class EngineLoop:
         """At most two forwards are with the device: one is launched before the scores of the one before are read."""
         under_way: _UnderWay | None = None
         while True:
+            self._answer_pings()
             prepared = None
             while prepared is None and not (under_way is not None and under_way.launched.ready()):
                 try:
@@ -233,6 +260,10 @@ class EngineLoop:
                     continue
                 if prepared is None:
                     return
+                if isinstance(prepared, _Wake):
+                    prepared = None
+                    if under_way is None:
+                        self._answer_pings()
                 if isinstance(prepared, _Refresh):
                     if under_way is not None:
                         self._finish(under_way)
@@ -248,6 +279,7 @@ class EngineLoop:
                 self._handle(prepared.plan, prepared.epoch, launched)
             else:
                 under_way = launched
+            launched = None  # an error holds what its forward had computed: the next needs the room
 
     def _launch(self, prepared: _Prepared) -> _UnderWay | Exception | None:
         """What is under way then, or why it is not; None if what was planned is not to be computed any more."""
@@ -331,6 +363,7 @@ class EngineLoop:
         """A forward found out that packing is wrong for this model: from here on it is served padded."""
         with self._lock:
             self._rollback()
+            self._deliver()  # what ended meanwhile is in no scheduler's hands after this
             requests = self._scheduler.requests()
             self._loaded = self._loaded.fall_back(reason)
             self._runner = self._loaded.runner
