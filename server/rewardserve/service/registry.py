@@ -170,11 +170,17 @@ class Registry:
     async def flip(self, old: LiveModel, new: LiveModel, grace_s: float, keep_previous: bool) -> None:
         """Requests that come from here on go to `new`; `old` finishes what it has, and goes away or is kept.
 
-        Raises SwapRefused if `old` does not serve any more: it was unloaded or swapped meanwhile.
+        Raises SwapRefused if `old` does not serve any more, for it was unloaded or swapped meanwhile, or if `new` does
+        not: its engine may have died while it was tried.
         """
+        refusal = ""
         if self._models.get(old.name) is not old or old.state is ModelState.DRAINING:
+            refusal = f"model '{old.name}' was changed while its new version was loading; try again"
+        elif new.state is not ModelState.SERVING:
+            refusal = f"the new version is {new.state.value}: {new.message}; the old one goes on serving"
+        if refusal:
             await new.engine.stop()
-            raise SwapRefused(f"model '{old.name}' was changed while its new version was loading; try again")
+            raise SwapRefused(refusal)
         new.take_over(old)
         self._models[old.name] = new
         new.previous = Previous(old.source, old.dtype, old if keep_previous else None)

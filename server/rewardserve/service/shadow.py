@@ -25,6 +25,7 @@ class Shadow:
         self._tasks: set[asyncio.Task[None]] = set()
         self._done = asyncio.Event()
         self.num_requests = self.num_failed = 0
+        self.failure = ""  # the last one's reason
         self.groups: list[list[tuple[float, float]]] = []  # of each: (score as answered, score to come)
 
     def offer(self, request: ScoreRequest, answered: ScoreResult) -> None:
@@ -49,7 +50,7 @@ class Shadow:
             result = await self._score(replace(request, deadline=None))  # its caller has gone
         except Exception as error:
             log.warning("a shadowed request failed: %s", error)
-            self.num_failed += 1
+            self._failed(str(error))
         else:
             for ours, theirs in zip(answered.groups, result.groups, strict=True):
                 pairs: list[tuple[float, float]] = []
@@ -58,10 +59,14 @@ class Shadow:
                     if old.score is not None and new.score is not None:
                         pairs.append((old.score, new.score))
                     elif old.score is not None:
-                        self.num_failed += 1
+                        self._failed("it has no score" if new.failure is None else new.failure.message)
         self.num_requests += 1
         if self.num_requests >= self._target:
             self._done.set()
+
+    def _failed(self, reason: str) -> None:
+        self.num_failed += 1
+        self.failure = reason
 
 
 def mean_rank_correlation(groups: Sequence[Sequence[tuple[float, float]]]) -> float | None:

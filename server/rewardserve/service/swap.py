@@ -140,8 +140,25 @@ async def _shadowed(service: ScoringService, old: LiveModel, new: LiveModel, pla
         await shadow.wait(plan.shadow_timeout_s)
     finally:
         old.shadow = None
+    _check_shadow(shadow, plan)
+    return shadow
+
+
+def _check_shadow(shadow: Shadow, plan: SwapPlan) -> None:
+    """Raises SwapRefused."""
+    if shadow.num_failed:
+        raise SwapRefused(
+            f"in {shadow.num_requests} shadowed requests the new version failed {shadow.num_failed} times to score what"
+            f" the old one had scored, at last: {shadow.failure}; the old one goes on serving"
+        )
     wanted, found = plan.min_rank_correlation, mean_rank_correlation(shadow.groups)
-    if wanted is not None and (found is None or found < wanted):
+    if wanted is None:
+        return
+    if shadow.num_requests < plan.shadow_requests:
+        raise SwapRefused(
+            f"{shadow.num_requests} of {plan.shadow_requests} requests were shadowed in {plan.shadow_timeout_s:g} s, "
+            "too few for a rank correlation; raise shadow_timeout_s or shadow_share, or ask for fewer shadow_requests"
+        )
+    if found is None or found < wanted:
         told = "no order was compared" if found is None else f"it is {found:.3f} over {len(shadow.groups)} groups"
         raise SwapRefused(f"rank correlation with the old version: {told}, {wanted:g} was asked for")
-    return shadow

@@ -1,0 +1,83 @@
+"""A version takes another's place only if it serves, scores what the other scores, and was tried as often as asked."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from rewardserve.errors import SwapRefused, Unavailable
+from rewardserve.service.live_model import LiveModel
+from rewardserve.service.swap import SwapPlan, swap
+from rewardserve.types import ItemCode, ItemFailure, ScoreRequest, ScoreResult
+
+
+@pytest.fixture
+def engines(house, tools, monkeypatch):
+    """Of the versions, in the order in which they were loaded."""
+    made = []
+
+    def make(name: str, source: str, dtype: str):
+        made.append(tools.Engine())
+        return made[-1]
+
+    monkeypatch.setattr(house.registry, "_make_engine", make)
+    return made
+
+
+async def swapped(house, tools, engines, plan: SwapPlan, change: Callable[[], object]) -> object:
+    """What becomes of a swap under traffic, with `change` made when the new version is loaded."""
+    ending = asyncio.create_task(swap(house.service, house.registry, plan, grace_s=1))
+    async with asyncio.timeout(30):
+        while len(engines) < 2 or not engines[1]._running:
+            await asyncio.sleep(0)
+        change()
+        while not ending.done():
+            await house.service.score(tools.request())
+            await asyncio.sleep(0)
+    return await ending
+
+
+async def still_serves(house, tools, old: LiveModel, engines) -> None:
+    assert house.registry.get("m") is old
+    assert (await house.service.score(tools.request())).groups[0].items[0].score is not None
+    assert [engine.num_stops for engine in engines] == [0, 1]
+
+
+@pytest.mark.parametrize("fails", ["whole", "in one item"])
+async def test_one_that_fails_what_the_other_scores_is_refused(house, tools, engines, fails) -> None:
+    old = await house.serve()
+
+    def break_it() -> None:
+        if fails == "whole":
+            engines[1].fails_to_score = Unavailable("its device hangs")
+        else:
+            engines[1].scores = [ItemFailure(ItemCode.INTERNAL, "its device hangs")] * 9
+
+    plan = SwapPlan("m", "/models/new", shadow_share=1.0, shadow_requests=3)
+    with pytest.raises(SwapRefused, match="to score what the old one had scored, at last: its device hangs"):
+        await swapped(house, tools, engines, plan, break_it)
+    await still_serves(house, tools, old, engines)
+
+
+async def test_one_whose_engine_has_died_for_good_is_refused_however_well_it_scored(house, tools, engines) -> None:
+    old, score_with = await house.serve(), house.service.score_with
+
+    async def score_and_die(model: LiveModel, request: ScoreRequest) -> ScoreResult:
+        result = await score_with(model, request)
+        engines[1].listener.on_failed("died too often")
+        return result
+
+    house.service.score_with = score_and_die
+    plan = SwapPlan("m", "/models/new", shadow_share=1.0, shadow_requests=1)
+    with pytest.raises(SwapRefused, match="the new version is failed: died too often; the old one goes on serving"):
+        await swapped(house, tools, engines, plan, lambda: None)
+    await still_serves(house, tools, old, engines)
+
+
+async def test_a_correlation_of_fewer_requests_than_were_asked_for_is_none(house, tools, engines) -> None:
+    old = await house.serve()
+    plan = SwapPlan(
+        "m", "/models/new", shadow_share=1.0, shadow_requests=10**6, shadow_timeout_s=0.2, min_rank_correlation=0.9
+    )
+    with pytest.raises(SwapRefused, match=r"of 1000000 requests were shadowed in 0\.2 s, too few"):
+        await swapped(house, tools, engines, plan, lambda: None)
+    await still_serves(house, tools, old, engines)
