@@ -167,3 +167,47 @@ def test_what_a_gpu_would_refuse_is_refused_here() -> None:
     assert all(minded.values()), minded
     assert fine == {"fine": None}
     assert replayed == [8.0, 8.0]
+
+
+NOT_CAPTURED = """
+from rewardserve.engine.native.load import load_runner
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve.errors import LoadFailed
+from rewardserve.models.reward_model import RewardModel
+
+compute, (folder, mode) = RewardModel.hidden_packed, json.loads(sys.argv[1])
+
+
+def waits(self, pack, pool):
+    hidden = compute(self, pack, pool)
+    if mode == "the host waits" or pretend_gpu._capture() is not None:
+        hidden.sum().item()
+    return hidden
+
+
+def differs(self, pack, pool):
+    return compute(self, pack, pool) + 3.0 * (pretend_gpu._capture() is not None)
+
+
+RewardModel.hidden_packed = differs if mode == "a replay differs" else waits
+found = {}
+try:
+    loaded = load_runner(NativeOptions(folder, device="cuda", compile="off"))
+    found |= {"path": loaded.info.path, "graphs": loaded.runner._graphs is not None}
+except LoadFailed as error:
+    found["refused"] = str(error)
+found["default stream"] = torch.cuda.current_stream() is pretend_gpu.DEFAULT_STREAM
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("mode", ["the host waits", "a replay differs", "the capture fails"])
+def test_what_cannot_be_captured_is_found_out_before_anything_is_served(tmp_path: Path, mode: str) -> None:
+    """And on its usual stream: steps on another would run beside the copies of their own inputs."""
+    save_checkpoint(tmp_path, "qwen3", num_hidden_layers=2)
+    (found,) = run(NOT_CAPTURED, json.dumps([str(tmp_path), mode]))
+    assert found["default stream"]
+    if mode == "the capture fails":
+        assert "--no-cuda-graphs" in found["refused"]
+    else:
+        assert (found["path"], found["graphs"]) == ("packed", False)

@@ -226,6 +226,9 @@ class Stream:
         pass
 
 
+DEFAULT_STREAM = Stream()
+
+
 class Event:
     """Not done when it is first looked at."""
 
@@ -234,6 +237,7 @@ class Event:
         self._looks = 0
 
     def record(self) -> None:
+        assert _current_stream() is DEFAULT_STREAM, "nothing orders what this stream does"
         self._device = current_device()
 
     def query(self) -> bool:
@@ -264,11 +268,27 @@ class CUDAGraph:
 
 @contextlib.contextmanager
 def _graph(graph: CUDAGraph, pool: object = None) -> Iterator[None]:
-    _thread.capture = graph.operations
+    """If what is captured fails, the capture's stream stays the current one, as torch leaves it."""
+    before = _current_stream()
+    _thread.capture, _thread.stream = graph.operations, Stream()
     try:
         yield
     finally:
         _thread.capture = None
+    _thread.stream = before
+
+
+def _current_stream(device: Any = None) -> Stream:
+    return getattr(_thread, "stream", DEFAULT_STREAM)
+
+
+@contextlib.contextmanager
+def _stream(stream: Stream) -> Iterator[None]:
+    before, _thread.stream = _current_stream(), stream
+    try:
+        yield
+    finally:
+        _thread.stream = before
 
 
 def _set_sync_debug_mode(mode: str) -> None:
@@ -290,9 +310,10 @@ CUDA = {
     "empty_cache": lambda: None,
     "reset_peak_memory_stats": lambda device=None: None,
     "set_sync_debug_mode": _set_sync_debug_mode,
-    "current_stream": lambda device=None: Stream(),
+    "get_sync_debug_mode": lambda: _sync_debug_mode,
+    "current_stream": _current_stream,
     "graph_pool_handle": lambda: (0, 1),
-    "stream": lambda stream: contextlib.nullcontext(),
+    "stream": _stream,
     "graph": _graph,
     "Stream": Stream,
     "Event": Event,

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index
 from rewardserve_kernels.pooling.running_mean import MeanRows, plan_means
-from rewardserve_kernels.ragged import Segment
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.upload import Upload
 
-from rewardserve.engine.native.batch import PackRows
+from rewardserve.engine.native.batch import PackRows, build_pack
+from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Pack
+from rewardserve.models.checkpoint import first_line
 from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
 
@@ -145,30 +147,87 @@ class Graphs:
         return self._model.features_of(replay.captured.hidden[: replay.count], replay.means, self._pool)
 
 
-def capture(model: RewardModel, pool: KVPool, spare_block: int) -> Graphs | None:
-    """None, with a warning, where this model cannot be captured: it runs all the same, kernel by kernel."""
+def capture(model: RewardModel, pool: KVPool, spare_block: int, tolerance: float) -> Graphs | None:
+    """None, with a warning, where this model cannot be captured: it runs all the same, kernel by kernel.
+
+    `tolerance`: relative difference to a forward that is not replayed. Blocks 0 and 1 of the pool are written to.
+    Raises LoadFailed where a capture has begun and failed: CUDA's allocator may be left in it, and serves nobody then.
+    """
     if not hasattr(model.backbone.attention, "rows_per_tile_of"):
-        log.warning("small forwards are not captured as CUDA graphs: their attention is not Triton's")
-        return None
+        return _not_captured("their attention is not Triton's")
     started = time.perf_counter()
     captured, memory = [], torch.cuda.graph_pool_handle()
-    try:
-        for num_rows in reversed(BUCKETS):  # the largest first: the others find room in its memory
+    for num_rows in reversed(BUCKETS):  # the largest first: the others find room in its memory
+        try:
             step = StaticStep(model, pool, num_rows, spare_block)
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    step.compute()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=memory):
-                hidden = step.compute()
-            captured.append(Captured(step, graph, hidden))
-    except Exception as error:
-        log.warning(
-            "small forwards are not captured as CUDA graphs: %s", f"{type(error).__name__}: {error}".splitlines()[0]
-        )
-        return None
+            _warm_up(step)
+        except Exception as error:
+            return _not_captured(first_line(error))
+        try:
+            captured.append(_captured(step, memory))
+        except Exception as error:
+            raise LoadFailed(
+                f"its forward cannot be captured as a CUDA graph: {first_line(error)}; start with --no-cuda-graphs"
+            ) from error
+    for one in captured:
+        error = _difference(model, pool, one)
+        if not error <= tolerance:
+            return _not_captured(f"one of {one.step.num_rows} rows is off by {error:.1e} when it is replayed")
     log.info("CUDA graphs for up to %d tokens captured in %.1f s", BUCKETS[-1], time.perf_counter() - started)
     return Graphs(model, pool, captured[::-1])
+
+
+def _not_captured(reason: str) -> None:
+    log.warning("small forwards are not captured as CUDA graphs: %s", reason)
+
+
+def _warm_up(step: StaticStep) -> None:
+    """Sets up what is set up once. Raises RuntimeError where the forward makes the host wait: a capture would fail of
+    it, and that cannot be mended afterwards.
+    """
+    stream, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            step.compute()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.compute()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _captured(step: StaticStep, memory: tuple[int, int]) -> Captured:
+    graph = torch.cuda.CUDAGraph()
+    # Around it because torch leaves the capture's own stream as the current one if it fails.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=memory):
+        hidden = step.compute()
+    return Captured(step, graph, hidden)
+
+
+def _difference(model: RewardModel, pool: KVPool, captured: Captured) -> float:
+    """Relative, of features by a replay to those of the same rows by a forward: of a prompt with responses."""
+    rows, graphs = _some_rows(model.backbone.config.vocab_size, captured.step.num_rows), Graphs(model, pool, [captured])
+    replay = graphs.prepare(rows)
+    assert replay is not None
+    wanted = model.features_packed(build_pack(rows, model.backbone, True, model.takes_mean), pool)
+    got = graphs.launch(replay)
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def _some_rows(vocab_size: int, most: int) -> PackRows:
+    """Past a block's border if no more than `most` of them reach so far. The prompt's lie in blocks 0 and 1."""
+    responses = (21, 1, 9)
+    length = min(BLOCK_TOKENS + 9, most - sum(responses))
+    segments = [Segment(0, length, 0, (0, 1), store=True)]
+    for count in responses:
+        row = segments[-1].row + segments[-1].num_rows
+        segments.append(Segment(row, count, length, (0, 1), store=False))
+    return PackRows(
+        np.random.default_rng(0).integers(0, vocab_size, length + sum(responses), dtype=np.int32),
+        np.concatenate([np.arange(s.start, s.end, dtype=np.int32) for s in segments]),
+        tuple(segments),
+        tuple(segments[1:]),
+        tuple(range(1, len(segments))),
+    )

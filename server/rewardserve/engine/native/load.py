@@ -207,7 +207,7 @@ def _pack(padded: Loaded, options: NativeOptions, device: torch.device, dtype: t
     graphs = None
     small = padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS
     if device.type == "cuda" and options.cuda_graphs and small:
-        graphs = capture(padded.model, pool, spare_block=num_blocks)
+        graphs = capture(padded.model, pool, num_blocks, subject.tolerance)
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:
         log.warning("max_length is %d, not %d: that is what the prefix cache holds", max_length, padded.info.max_length)
