@@ -33,7 +33,7 @@ groups = [([5 + n] * 140 + [1, 2, 3], [[7] * 20, [8], [9] * 33]) for n in range(
 
 
 async def scored(folder, device, options):
-    async with native(folder, device=device, compile="off", **options) as scorer:
+    async with native(folder, device=device, compile="off", max_batch_tokens=512, **options) as scorer:
         loaded, on_gpu = scorer.engine._loop._loaded, device != "cpu"
         if on_gpu:
             torch.cuda.set_sync_debug_mode("error")
@@ -72,6 +72,8 @@ torch.cuda.set_sync_debug_mode("default")
 print(json.dumps([t.flatten(1).mean(1).tolist() for t in (pool.whole[0, 0], pool.sums)]))
 """
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+
 
 def run(program: str, *arguments: str) -> list[dict]:
     """What it prints, a line each."""
@@ -83,13 +85,15 @@ def run(program: str, *arguments: str) -> list[dict]:
 
 
 def test_scores_are_those_of_a_cpu_and_no_step_waits(tmp_path: Path) -> None:
-    """gemma2: windows and softcaps; gpt2: a class that looks for padding in every forward; means: sums beside keys.
+    """gemma2: windows and softcaps; gpt2: a class that looks for padding in every forward; qwen3: means, so sums beside
+    keys, and a rotary embedding that looks in every forward whether it is to change.
 
     What a graph holds takes four launches, means apart: inputs in one copy, the graph, norm and head, one copy back.
     """
     cases = []
     for family in ("gemma2", "gpt2", "qwen3"):
-        save_checkpoint(tmp_path / family, family, num_hidden_layers=2, pad_token_id=3)
+        rope = {"rope_parameters": DYNAMIC} if family == "qwen3" else {}
+        save_checkpoint(tmp_path / family, family, num_hidden_layers=2, pad_token_id=3, **rope)
         cases.append((str(tmp_path / family), "cuda", {}))
     said = '[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n'
     (tmp_path / "qwen3" / "rewardserve.toml").write_text(said)
@@ -192,7 +196,7 @@ def differs(self, pack, pool):
 RewardModel.hidden_packed = differs if mode == "a replay differs" else waits
 found = {}
 try:
-    loaded = load_runner(NativeOptions(folder, device="cuda", compile="off"))
+    loaded = load_runner(NativeOptions(folder, device="cuda", compile="off", max_batch_tokens=128))
     found |= {"path": loaded.info.path, "graphs": loaded.runner._graphs is not None}
 except LoadFailed as error:
     found["refused"] = str(error)
@@ -211,3 +215,40 @@ def test_what_cannot_be_captured_is_found_out_before_anything_is_served(tmp_path
         assert "--no-cuda-graphs" in found["refused"]
     else:
         assert (found["path"], found["graphs"]) == ("packed", False)
+
+
+SIZES = """
+from rewardserve.engine.native.load import load_runner
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve.errors import LoadFailed
+from rewardserve.models.reward_model import RewardModel
+
+compute, sizes, MB = RewardModel.features_packed, [], 1 << 20
+
+
+def taking(self, pack, pool):
+    sizes.append(len(pack.input_ids))
+    if sizes[-1] > 400:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return compute(self, pack, pool)
+
+
+RewardModel.features_packed = taking
+torch.cuda.max_memory_allocated = lambda device=None: 20 * MB  # of the 64 that are free
+for options in ({"max_batch_tokens": 500}, {"prefix_cache_bytes": 40 * MB}, {"prefix_cache_bytes": 30 * MB}):
+    sizes.clear()
+    options = {"max_batch_tokens": 300, **options}
+    try:
+        load_runner(NativeOptions(sys.argv[1], device="cuda", compile="off", cuda_graphs=False, **options))
+        print(json.dumps(max(sizes)))
+    except LoadFailed as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_the_largest_step_is_tried_at_load_and_what_leaves_it_no_room_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, "qwen3", num_hidden_layers=1)
+    too_large, too_much, fine = run(SIZES, str(tmp_path))
+    assert "max_batch_tokens = 500 does not fit" in too_large
+    assert "40 MB does not fit" in too_much and "--prefix-cache-mb 34" in too_much
+    assert fine == 300

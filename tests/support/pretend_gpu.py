@@ -296,6 +296,21 @@ def _set_sync_debug_mode(mode: str) -> None:
     _sync_debug_mode = mode
 
 
+class Cudart:
+    """Memory that is pinned where it lies."""
+
+    @staticmethod
+    def cudaHostRegister(address: int, num_bytes: int, flags: int) -> int:
+        assert num_bytes > 0 and address not in _pinned
+        _pinned[address] = torch.empty(0)
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(address: int) -> int:
+        del _pinned[address]
+        return 0
+
+
 CUDA = {
     "is_available": lambda: True,
     "device_count": lambda: NUM_DEVICES,
@@ -309,6 +324,9 @@ CUDA = {
     "_sleep": lambda cycles: None,
     "empty_cache": lambda: None,
     "reset_peak_memory_stats": lambda device=None: None,
+    "cudart": Cudart,
+    "check_error": lambda code: None,
+    "memory_allocated": lambda device=None: 0,
     "set_sync_debug_mode": _set_sync_debug_mode,
     "get_sync_debug_mode": lambda: _sync_debug_mode,
     "current_stream": _current_stream,

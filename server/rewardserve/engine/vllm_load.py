@@ -21,7 +21,8 @@ import torch
 
 from rewardserve.engine.base import EngineInfo
 from rewardserve.engine.judge import Unreadable, read_verdict
-from rewardserve.engine.native.load import DTYPE_NAMES, auto_cache_bytes, default_batch_tokens, first_id
+from rewardserve.engine.native.load import DTYPE_NAMES, first_id
+from rewardserve.engine.native.sizing import auto_cache_bytes, default_batch_tokens
 from rewardserve.engine.vllm_engine import ItemFailed, ModelGone, Scored, Step
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL, VllmOptions
 from rewardserve.engine.vllm_plugin import OWNER

@@ -291,6 +291,22 @@ def rope_switch(config: PreTrainedConfig) -> int | None:
     return None
 
 
+def _keep_rope(module: nn.Module) -> None:
+    """As it is up to the length from which it changes, which no packed sequence reaches: see check_packable, and a
+    model's own positions. Looking for that in every forward makes the host wait for a GPU, and no graph can capture it.
+    """
+
+    def kept(kind: str) -> str:
+        return "default" if kind == "longrope" or "dynamic" in kind else kind
+
+    for part in module.modules():
+        kinds = getattr(part, "rope_type", None)
+        if isinstance(kinds, str):
+            part.rope_type = kept(kinds)
+        elif isinstance(kinds, dict):  # by kind of layer
+            part.rope_type = {layer: kept(kind) for layer, kind in kinds.items()}
+
+
 def check_packable(config: PreTrainedConfig, max_length: int) -> None:
     """Raises NotPackable for what is known to keep its mask, or a state, outside the attention interface.
 
@@ -343,6 +359,7 @@ class Backbone:
         # Some families look for padding in every forward, to warn of it: on a GPU that waits for it, and no graph
         # can capture it. A pack has none.
         self.module.warn_if_padding_and_no_attention_mask = _look_for_nothing
+        _keep_rope(self.module)
         if prune and self._layers is not None:
             self._layers[-1] = _PrunedLayer(self._layers[-1])
             self._pruned = True

@@ -1,5 +1,7 @@
 """Where the keys and values of stored blocks lie: on the model's device, and in host memory behind it."""
 
+import weakref
+
 import torch
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 from rewardserve_kernels.workspace import Workspace, make_resident, untouched
@@ -54,14 +56,23 @@ class HostBlocks:
     """Contents of blocks in host memory, pinned where the pool is on a GPU: copies go on while the host does."""
 
     def __init__(self, pool: KVPool, num_slots: int) -> None:
-        """`pool` must be one tensor (`whole`)."""
+        """`pool` must be one tensor (`whole`). Raises RuntimeError where so much memory cannot be pinned."""
         assert pool.whole is not None
         self._pool = pool.whole
         layers, two, _, *block = pool.whole.shape
-        shape, on_gpu = (num_slots, layers, two, *block), pool.whole.is_cuda
-        self._slots = torch.empty(shape, dtype=pool.whole.dtype, pin_memory=on_gpu)
+        self._slots = torch.empty((num_slots, layers, two, *block), dtype=pool.whole.dtype)
         self._sums = pool.sums
-        self._sum_slots = None if pool.sums is None else torch.empty(num_slots, pool.sums.shape[1], pin_memory=on_gpu)
+        self._sum_slots = None if pool.sums is None else torch.empty(num_slots, pool.sums.shape[1])
+        if pool.whole.is_cuda:
+            for slots in (self._slots, self._sum_slots):
+                if slots is not None:
+                    self._pin(slots)
+
+    def _pin(self, slots: torch.Tensor) -> None:
+        """Where it lies. torch's own pinned memory comes in powers of two: of 40 GB asked for it would take 64."""
+        runtime, address = torch.cuda.cudart(), slots.data_ptr()
+        torch.cuda.check_error(runtime.cudaHostRegister(address, slots.nbytes, 0))
+        weakref.finalize(self, runtime.cudaHostUnregister, address)
 
     @property
     def num_slots(self) -> int:

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +15,13 @@ from rewardserve.engine.native.gpu import make_batch_invariant, use_device
 from rewardserve.engine.native.graphs import capture
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner, PaddedRunner, Runner
+from rewardserve.engine.native.sizing import bytes_of_a_step, choose_num_blocks, default_batch_tokens, host_blocks
 from rewardserve.engine.native.speed_up import Subject, keep_freed_memory, speed_up
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL
 from rewardserve.errors import LoadFailed
 from rewardserve.models import loader
 from rewardserve.models.backbone import NotPackable, check_packable
-from rewardserve.models.kv_pool import HostBlocks, KVPool
+from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.refresh import check_refresh, refresh
 from rewardserve.models.reward_model import RewardModel
@@ -35,13 +35,6 @@ log = logging.getLogger(__name__)
 CANARY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 MAX_PARAMETERS_FOR_GRAPHS = 5_000_000_000  # the forwards of larger ones take longer to compute than to launch
-MAX_AUTO_CACHE_BYTES = 4 << 30
-# Limit and use of a container's memory, in cgroup v2 and v1; psutil knows only the machine's.
-CONTAINER_MEMORY = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-MAX_BLOCKS = 65_536  # eight million tokens of prompts: beyond that bookkeeping costs more than it finds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -199,7 +192,9 @@ def _pack(padded: Loaded, options: NativeOptions, device: torch.device, dtype: t
                 "the padded forward; --no-share-backbone loads each model by itself"
             )
     padded.model.use(0)
-    num_blocks = _num_blocks(options, device, small_pool.bytes_per_block)
+    largest = (padded.max_batch_tokens, padded.info.max_length)
+    step_bytes = bytes_of_a_step(padded.model, small_pool, *largest) if device.type == "cuda" else 0
+    num_blocks = choose_num_blocks(options, device, small_pool.bytes_per_block, step_bytes)
     pool = KVPool(num_blocks + (device.type != "cpu"))  # one to spare, for what a graph stores and nobody wants
     pool.allocate_like(small_pool)
     if padded.model.takes_mean:
@@ -211,7 +206,7 @@ def _pack(padded: Loaded, options: NativeOptions, device: torch.device, dtype: t
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:
         log.warning("max_length is %d, not %d: that is what the prefix cache holds", max_length, padded.info.max_length)
-    host = _host_blocks(options, pool, small_pool.bytes_per_block)
+    host = host_blocks(options, pool, small_pool.bytes_per_block)
     packed = dataclasses.replace(padded, runner=PackedRunner(padded.model, pool, num_blocks, graphs, host))
     return packed.saying(
         path="packed",
@@ -243,52 +238,3 @@ def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance
         log.info("canary with pruning %s: %s", "on" if prune else "off", reason)
         model.backbone.prepare_padded()
     raise NotPackable(f"canary: {reason}")
-
-
-def _num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: int) -> int:
-    """As many blocks as the prefix cache's bytes hold, but no fewer than one short request needs."""
-    budget = options.prefix_cache_bytes
-    if not budget and device.type == "cuda":
-        budget = int(0.6 * torch.cuda.mem_get_info(device)[0])
-    elif not budget:
-        budget = auto_cache_bytes()
-    num_blocks = budget // bytes_per_block
-    if num_blocks < 4:
-        need = 4 * bytes_per_block
-        raise LoadFailed(f"the prefix cache of {budget} bytes holds no request; give it at least {need} bytes")
-    return min(num_blocks, MAX_BLOCKS)
-
-
-def default_batch_tokens(on_cpu: bool) -> int:
-    """On two cores of a CPU 4096 are 5 % ahead of 2048 where prompts are long, and level elsewhere; what waits for the
-    forward under way waits longer. A GPU's multiprocessors are all busy from 8192 on, for models of 0.6B to 14B.
-    """
-    return 4096 if on_cpu else 8192
-
-
-def auto_cache_bytes() -> int:
-    """What the prefix cache gets on a CPU by default."""
-    return min(_free_bytes() // 10, MAX_AUTO_CACHE_BYTES)
-
-
-def _host_blocks(options: NativeOptions, pool: KVPool, bytes_per_block: int) -> HostBlocks | None:
-    """The second tier of the prefix cache, where one is asked for. Raises LoadFailed where there can be none."""
-    num_slots = options.host_cache_bytes // bytes_per_block
-    if not num_slots:
-        return None
-    if pool.whole is None:
-        raise LoadFailed("a host cache needs layers that are all of one shape; leave out host_cache_mb")
-    return HostBlocks(pool, num_slots)
-
-
-def _free_bytes() -> int:
-    """Memory that this process can still take: the machine's or, if that is less, its container's."""
-    import psutil  # here: on a GPU the engine needs nothing beyond torch, transformers and numpy
-
-    free = psutil.virtual_memory().available
-    for limit, used in CONTAINER_MEMORY:
-        try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return max(0, free)
