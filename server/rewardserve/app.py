@@ -29,6 +29,7 @@ from rewardserve.engine.replicas import Replicas
 from rewardserve.engine.shared import SharedEngine, sharing
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.metrics import Metrics
+from rewardserve.models.source import check_source
 from rewardserve.service.admission import Limits
 from rewardserve.service.finish import Finishing, read_calibration
 from rewardserve.service.live_model import LiveModel
@@ -231,7 +232,11 @@ class App:
         ]
 
     def _make_engine(self, name: str, source: str, dtype: str) -> Engine:
-        """Over the shared backbone, where the model is what it was at the start; a new version has its own."""
+        """Over the shared backbone, where the model is what it was at the start; a new version has its own.
+
+        Raises LoadFailed for a source that cannot be one.
+        """
+        check_source(source)
         if source == self._config.models.get(name) and dtype == "auto":
             for shared in self._shared:
                 if name in shared.members and not shared.members[name].is_running:

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from rewardserve.errors import LoadFailed
 from rewardserve.models import adapter, adapter_config
 from rewardserve.models.adapter import Changes
+from rewardserve.models.source import check_source
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -41,10 +42,9 @@ PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.jinja", "*.model", "*.txt", "
 
 def resolve_folder(source: str) -> Path:
     """The local folder of `source`, a path or a hub name (downloaded, or found in the local hub cache)."""
+    check_source(source)
     if Path(source).is_dir():
         return Path(source)
-    if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise LoadFailed(f"{source}: no such folder, and not a hub name of the form 'organisation/model'")
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,0 +1,11 @@
+"""What names a checkpoint. Loads no torch: a mistyped folder is told before an engine has imported it."""
+
+from pathlib import Path
+
+from rewardserve.errors import LoadFailed
+
+
+def check_source(source: str) -> None:
+    """Raises LoadFailed for what is neither a local folder nor of the form of a hub's name."""
+    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise LoadFailed(f"{source}: no such folder, and not a hub name of the form 'organisation/model'")
