@@ -210,6 +210,19 @@ def test_between_equals_every_client_is_served_and_priority_comes_first(house):
     assert house.model.given[16] == ([3], 5)
 
 
+def test_what_waited_here_and_was_cancelled_costs_its_client_nothing(house):
+    house.model.released.clear()
+    house.submit("fills", ([], [[1]] * 16))
+    house.submit("other", *[([], [[2]])] * 8, client="b")
+    house.submit("cancelled", ([], [[3]] * 50), client="a")
+    house.until(lambda: len(house.model.given) == 16)
+    house.loop.cancel("cancelled")
+    house.submit("asked again", *[([], [[3]])] * 8, client="a")
+    house.model.released.set()
+    assert {house.outcome().request_id for _ in range(4)} == {"cancelled", "fills", "other", "asked again"}
+    assert sorted(ids for ids, _ in house.model.given[16:20]) == [[2], [2], [3], [3]]
+
+
 def test_a_model_that_dies_ends_the_process_whether_it_has_work_or_not(house):
     house.submit("r", ([], [[66]]))
     assert "it has died" in house.poison.get(timeout=WAIT_S)

@@ -230,10 +230,9 @@ class VllmLoop:
             self._num_items_out += 1
             self._num_tokens_out += cost
             self._num_waiting_tokens -= cost
+            self._queue.charge(group, cost)  # for good: how far vLLM is with what is aborted, it does not say
             if group.num_sent == len(group.items):
                 self._leave_queue(group)
-            else:
-                self._queue.charge(group, cost)
             task = self._events.create_task(self._run(group, index))
             group.job.tasks.add(task)
             task.add_done_callback(partial(self._make_room, group.job, cost))
