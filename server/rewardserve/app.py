@@ -263,18 +263,20 @@ class App:
         threads = config.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
         return Replicas(
             [
-                self._engine_process(replace(options, device=device, num_threads=threads), f"{name}/{number}")
+                self._engine_process(replace(options, device=device, num_threads=threads), f"{name}/{number}", False)
                 for number, device in enumerate(devices)
             ],
             options.source,
         )
 
-    def _engine_process(self, options: NativeOptions | VllmOptions, name: str) -> EngineProcess:
+    def _engine_process(self, options: NativeOptions | VllmOptions, name: str, resubmit: bool = True) -> EngineProcess:
         config = self._config
         launcher: Launcher = self._nursery
         if isinstance(options, VllmOptions) or not is_on_cpu(options.device):
             launcher = Program(self._environment(options.engine))
-        return EngineProcess(options, name, launcher, config.stall_timeout_s, config.log_format, config.log_level)
+        return EngineProcess(
+            options, name, launcher, config.stall_timeout_s, config.log_format, config.log_level, resubmit
+        )
 
     def _on_change(self, model: LiveModel) -> None:
         task = asyncio.get_running_loop().create_task(self._health.update(self.registry, model))

@@ -36,6 +36,8 @@ class Held:
     dies_of: tuple[str, ...] = ()
     slow: bool = False  # to take over weights
     updates: list[str] = field(default_factory=list)
+    in_flight: set[str] = field(default_factory=set)
+    num_deaths: int = 0
 
     def __post_init__(self) -> None:
         self.go = asyncio.Event()
@@ -47,8 +49,16 @@ class Held:
         return self.info
 
     async def score(self, request: EngineRequest) -> EngineResult:
+        assert request.request_id not in self.in_flight
         self.requests.append(request)
-        await self.go.wait()
+        self.in_flight.add(request.request_id)
+        num_deaths = self.num_deaths
+        try:
+            await self.go.wait()
+        finally:
+            self.in_flight.discard(request.request_id)
+        if self.num_deaths > num_deaths:
+            raise EngineDied("killed")
         groups = [EngineGroup((EngineItem(len(g.prompt) / 4),) * len(g.responses), 0) for g in request.groups]
         return EngineResult(tuple(groups), 0.0, 0.0)
 
@@ -63,6 +73,13 @@ class Held:
             raise EngineDied("killed")
         self.info = replace(self.info, version=source)
         return self.info
+
+    def die(self) -> None:
+        """With all that is in flight."""
+        self.num_deaths += 1
+        self.listener.on_down("killed")
+        self.go.set()
+        self.go.clear()
 
     def come_back(self) -> None:
         self.listener.on_up(self.info)
@@ -214,6 +231,121 @@ async def test_who_leaves_takes_all_parts_of_the_request_along() -> None:
         await call
     await sent(replicas, request("next", group(7)), request("and next", group(8)))
     assert len(a.requests) == len(b.requests) == 2, "nothing of the first is counted as under way"
+
+
+async def test_who_leaves_before_an_engine_has_heard_of_it_leaves_nothing_behind() -> None:
+    a, b = Held(), Held()
+    replicas = await started(a, b)
+    for _ in range(5):
+        call = asyncio.create_task(replicas.score(request("r", group(1000))))
+        asyncio.get_running_loop().call_soon(call.cancel)  # when it has been placed
+        with pytest.raises(asyncio.CancelledError):
+            await call
+    assert not a.requests and not b.requests, "it did leave before"
+    await sent(replicas, request("next", group(7)), request("and next", group(8)))
+    assert (a.prompts, b.prompts) == ([7], [8]), "nothing is counted as under way"
+
+
+async def test_what_an_engine_had_in_flight_when_it_died_is_done_by_those_that_live() -> None:
+    a, b = Held(), Held()
+    replicas = await started(a, b)
+    (call,) = await sent(replicas, request("r", group(30), group(20)))
+    assert (a.prompts, b.prompts) == ([30], [20])
+    a.die()
+    b.go.set()
+    result = await call
+    assert b.prompts == [20, 30]
+    assert [[item.score for item in g.items] for g in result.groups] == [[30.0] * 2, [20.0] * 2]
+
+
+async def test_what_has_moved_is_not_counted_at_the_engine_that_died() -> None:
+    a, b = Held(), Held()
+    replicas = await started(a, b)
+    await sent(replicas, request("moves", group(1000)))
+    a.die()
+    await sent(replicas, request("to b", group(500)))
+    a.come_back()
+    await sent(replicas, request("back to a", group(100)), request("and again", group(101)))
+    assert (a.prompts, b.prompts) == ([1000, 100, 101], [1000, 500])
+
+
+async def test_parts_of_a_request_that_move_to_one_engine_are_told_apart() -> None:
+    a, b, c = Held(), Held(), Held()
+    replicas = await started(a, b, c)
+    (call,) = await sent(replicas, request("r", group(30), group(20), group(10)))
+    a.die()
+    b.die()
+    c.go.set()
+    result = await call
+    assert sorted(c.prompts) == [10, 20, 30] and len({each.request_id for each in c.requests}) == 3
+    assert [g.items[0].score for g in result.groups] == [30.0, 20.0, 10.0]
+
+
+async def test_what_was_in_flight_at_two_deaths_is_given_up() -> None:
+    """It may be what kills."""
+    a, b, c = Held(), Held(), Held()
+    replicas = await started(a, b, c)
+    (call,) = await sent(replicas, request("kills", group(30)))
+    a.die()
+    await asyncio.sleep(0.01)
+    assert (b.prompts, c.prompts) == ([30], [])
+    b.die()
+    with pytest.raises(EngineDied, match="the second one with this request in flight"):
+        await call
+    assert c.prompts == []
+
+
+async def test_where_no_engine_is_up_what_was_in_flight_waits_for_the_first_that_comes_back() -> None:
+    a, b = Held(), Held()
+    replicas = await started(a, b)
+    calls = await sent(replicas, request("1", group(30)), request("2", group(20)))
+    a.die()
+    b.die()
+    await asyncio.sleep(0.01)
+    assert not any(call.done() for call in calls)
+    b.go.set()
+    b.come_back()
+    results = await asyncio.gather(*calls)
+    assert [result.groups[0].items[0].score for result in results] == [30.0, 20.0]
+
+
+async def test_where_no_engine_comes_back_what_was_in_flight_is_given_up() -> None:
+    a, b = Held(), Held()
+    replicas = await started(a, b)
+    (call,) = await sent(replicas, request("r", group(30)))
+    a.die()
+    b.die()
+    a.listener.on_failed("given up")
+    await asyncio.sleep(0.01)
+    assert not call.done()
+    b.listener.on_failed("given up too")
+    with pytest.raises(EngineDied):
+        await call
+
+
+async def test_what_waits_for_an_engine_to_come_back_ends_when_the_model_is_unloaded() -> None:
+    a, b = Held(), Held()
+    replicas = await started(a, b)
+    (call,) = await sent(replicas, request("r", group(30)))
+    b.die()
+    a.die()
+    await replicas.stop()  # before the call has heard of the death
+    with pytest.raises(Unavailable):
+        await call
+
+
+async def test_what_was_in_flight_is_not_done_by_another_version() -> None:
+    a, b = Held(refuses=("v1",)), Held(refuses=("v1",))
+    replicas = await started(a, b)
+    (call,) = await sent(replicas, request("r", group(30)))
+    for engine in (a, b):
+        engine.die()
+        engine.info = replace(engine.info, version="changed")
+    await asyncio.sleep(0.01)
+    a.come_back()
+    with pytest.raises(EngineDied, match="its checkpoint has changed"):
+        await call
+    assert b.prompts == [] and a.prompts == [30]
 
 
 async def test_weights_are_taken_over_by_all_engines() -> None:

@@ -1,6 +1,7 @@
 """Groups -> forwards. The promises of the scheduler, without torch, against a model of hashes."""
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -184,6 +185,59 @@ def test_a_failed_forward_and_the_one_planned_behind_it_are_as_if_they_had_never
     _, outcomes = run_all(queue)
     for one in work:
         assert_scores_are_true(one, outcomes[one.request_id])
+
+
+NUMBERS = itertools.count()
+
+
+def keep_waiting(queue: Scheduler, client: str, how_many: int) -> None:
+    """Requests of 50 tokens each."""
+    waiting = [one for one in queue.requests() if one.client == client]
+    for _ in range(how_many - len(waiting)):
+        queue.add(request(f"{client} {next(NUMBERS)}", group(0, 50), client=client))
+
+
+def test_what_was_in_a_failed_forward_is_the_first_of_its_client_again() -> None:
+    queue = scheduler(num_blocks=0, tokens=100)
+    for name in "abcdef":
+        queue.add(request(name, group(0, 50)))
+    assert queue.schedule() and queue.schedule()
+    queue.rollback()
+    plans, _ = run_all(queue, 0)
+    assert [[chunk.group.request_id for chunk in plan.chunks] for plan in plans] == [["a", "b"], ["c", "d"], ["e", "f"]]
+
+
+def test_a_client_does_not_pay_for_forwards_that_failed() -> None:
+    queue = scheduler(num_blocks=0, tokens=50)
+    served, tried = Counter(), set()
+    for _ in range(120):
+        keep_waiting(queue, "fails once", 2)
+        keep_waiting(queue, "other", 2)
+        plan = queue.schedule()
+        owner = plan.chunks[0].group.request_id
+        if owner.startswith("fails once") and owner not in tried:
+            tried.add(owner)
+            queue.rollback()
+            continue
+        queue.complete(plan, [[0.0]])
+        served[queue.take_outcomes()[0].request_id.split(" ")[0]] += 1
+    assert served == {"fails": 40, "other": 40}
+
+
+def test_a_client_whose_requests_expire_while_they_wait_is_served_its_share() -> None:
+    clock = Clock()
+    queue = scheduler(num_blocks=0, tokens=100, clock=clock)  # two requests each second
+    served = Counter()
+    for second in range(400):
+        clock.now = float(second)
+        for number in range(2):
+            name = f"asks for twice its share {second} {number}"
+            queue.add(request(name, group(0, 50), client="asks", deadline=clock.now + 5))
+        keep_waiting(queue, "other", 4)
+        plan = queue.schedule()
+        queue.complete(plan, [[0.0]] * plan.num_reads)
+        served.update(one.request_id.split(" ")[0] for one in queue.take_outcomes() if one.result is not None)
+    assert served == {"asks": 400, "other": 400}
 
 
 def test_memory_exhaustion_splits_until_only_the_item_that_cannot_fit_fails() -> None:

@@ -34,6 +34,8 @@ class PretendedModel:
 
     async def score(self, item_id: str, token_ids: list[int], priority: int) -> Scored:
         self.given.append((token_ids, priority))
+        if token_ids[-1] == 55:
+            self.released.wait()  # nothing else runs on the event loop, as when vLLM's front has much to do
         try:
             while not self.released.is_set():
                 await asyncio.sleep(0.001)
@@ -170,6 +172,32 @@ def test_what_is_cancelled_is_aborted_and_others_go_on(house):
     assert house.model.aborted == [[1, 2]]
 
 
+def test_who_leaves_makes_room_for_those_who_wait(house):
+    house.model.released.clear()
+    house.submit("leaves", ([1], [[2]] * 40))
+    house.until(lambda: len(house.model.given) == 16)
+    house.submit("waits", ([3], [[4]]))
+    house.loop.cancel("leaves")
+    assert house.outcome().request_id == "leaves"
+    house.until(lambda: house.model.given[16:] == [([3, 4], 0)])
+    house.model.released.set()
+    assert house.outcome().request_id == "waits"
+
+
+def test_who_leaves_before_vllm_has_heard_of_it_takes_no_room(house):
+    house.model.released.clear()
+    house.submit("busy", ([], [[55]]))
+    house.until(lambda: house.model.given)
+    house.submit("leaves", ([1], [[2]] * 100))
+    house.loop.cancel("leaves")
+    house.model.released.set()
+    assert {house.outcome().request_id for _ in range(2)} == {"leaves", "busy"}
+    assert house.model.given == [([55], 0)], "it did leave before"
+    house.model.released.clear()
+    house.submit("next", ([1], [[2]] * 100))
+    house.until(lambda: len(house.model.given) == 1 + 16)
+
+
 def test_between_equals_every_client_is_served_and_priority_comes_first(house):
     """All but the first sixteen wait here, so the order is the queue's."""
     house.model.released.clear()
@@ -180,6 +208,19 @@ def test_between_equals_every_client_is_served_and_priority_comes_first(house):
     house.model.released.set()
     assert [house.outcome().request_id for _ in range(3)] == ["urgent", "small", "hog"]
     assert house.model.given[16] == ([3], 5)
+
+
+def test_what_waited_here_and_was_cancelled_costs_its_client_nothing(house):
+    house.model.released.clear()
+    house.submit("fills", ([], [[1]] * 16))
+    house.submit("other", *[([], [[2]])] * 8, client="b")
+    house.submit("cancelled", ([], [[3]] * 50), client="a")
+    house.until(lambda: len(house.model.given) == 16)
+    house.loop.cancel("cancelled")
+    house.submit("asked again", *[([], [[3]])] * 8, client="a")
+    house.model.released.set()
+    assert {house.outcome().request_id for _ in range(4)} == {"cancelled", "fills", "other", "asked again"}
+    assert sorted(ids for ids, _ in house.model.given[16:20]) == [[2], [2], [3], [3]]
 
 
 def test_a_model_that_dies_ends_the_process_whether_it_has_work_or_not(house):

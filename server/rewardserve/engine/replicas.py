@@ -3,6 +3,9 @@
 A group goes where it is expected to be done first: to the engine with the least work under way, where one that has seen
 the prompt before is spared computing it again. So groups stay with the device that holds their prompt until it has more
 to do than that is worth.
+
+What an engine had in flight when it died goes to those that are up, for scoring is a pure function; but once only: what
+was in flight at two deaths may be what kills.
 """
 
 import asyncio
@@ -21,7 +24,7 @@ from rewardserve.engine.base import (
     EngineResult,
     SeveralModels,
 )
-from rewardserve.errors import BACK_SOON_S, LoadFailed, Unavailable
+from rewardserve.errors import BACK_SOON_S, EngineDied, LoadFailed, Unavailable
 from rewardserve.types import EncodedGroup
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,20 @@ class _Replica:
     queued: tuple[int, int] = (0, 0)  # requests and tokens, by its last report
 
 
+@dataclass(slots=True, eq=False)
+class _Part:
+    """What one engine gets of a request."""
+
+    replica: _Replica
+    request: EngineRequest
+    num_tokens: int  # that are counted as sent
+
+    def end(self) -> None:
+        """May be called again."""
+        self.replica.num_tokens -= self.num_tokens
+        self.num_tokens = 0
+
+
 class Replicas:
     """The Engine protocol over several engines. It is up while one of them is."""
 
@@ -55,6 +72,8 @@ class Replicas:
         self._listener = EngineListener()
         self._sources: Sequence[str] = ()  # where they are of several models: what was loaded at first
         self._replaced: set[int] = set()  # models in whose places others are loaded now, for nobody
+        self._stopped = False
+        self._news = asyncio.Event()  # for those who wait for an engine to come up
 
     async def start(self, listener: EngineListener) -> EngineInfo:
         """Loads all at a time. Raises what the first failure raises; nothing is running then."""
@@ -74,27 +93,7 @@ class Replicas:
         return self._info()
 
     async def score(self, request: EngineRequest) -> EngineResult:
-        placed = [self._place(group) for group in request.groups]
-        parts: dict[int, list[EncodedGroup]] = {}
-        for number, group in zip(placed, request.groups, strict=True):
-            parts.setdefault(number, []).append(group)
-        calls = [
-            asyncio.ensure_future(self._score(self._replicas[number], replace(request, groups=tuple(groups))))
-            for number, groups in parts.items()
-        ]
-        try:
-            results = await asyncio.gather(*calls)
-        except BaseException:  # cancelled, or one of them failed: the others are for nobody
-            for call in calls:
-                call.cancel()
-            await asyncio.gather(*calls, return_exceptions=True)
-            raise
-        groups_of = {number: iter(result.groups) for number, result in zip(parts, results, strict=True)}
-        return EngineResult(
-            tuple(next(groups_of[number]) for number in placed),
-            queue_s=max((result.queue_s for result in results), default=0.0),
-            compute_s=max((result.compute_s for result in results), default=0.0),
-        )
+        return await self._share_out(request, has_moved=False)
 
     async def update_weights(self, source: str) -> EngineInfo:
         """All of them, or none: where one cannot, the others take back what they had."""
@@ -145,15 +144,66 @@ class Replicas:
             cast(SeveralModels, replica.engine).restart_with(sources)
 
     async def stop(self) -> None:
+        self._stopped = True
+        self._news.set()
         for task in self._catching_up:
             task.cancel()
         await asyncio.gather(*(replica.engine.stop() for replica in self._replicas))
 
-    async def _score(self, replica: _Replica, request: EngineRequest) -> EngineResult:
+    # -- where the work goes -----------------------------------------------------------------------------------------
+
+    async def _share_out(self, request: EngineRequest, has_moved: bool) -> EngineResult:
+        placed = [self._place(group) for group in request.groups]
+        parts: dict[int, list[EncodedGroup]] = {}
+        for number, group in zip(placed, request.groups, strict=True):
+            parts.setdefault(number, []).append(group)
+        calls = [
+            self._call(self._replicas[number], replace(request, groups=tuple(groups)), has_moved)
+            for number, groups in parts.items()
+        ]
         try:
-            return await replica.engine.score(request)
-        finally:
-            replica.num_tokens -= request.num_tokens
+            results = await asyncio.gather(*calls)
+        except BaseException:  # cancelled, or one of them failed: the others are for nobody
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            raise
+        groups_of = {number: iter(result.groups) for number, result in zip(parts, results, strict=True)}
+        return EngineResult(
+            tuple(next(groups_of[number]) for number in placed),
+            queue_s=max((result.queue_s for result in results), default=0.0),
+            compute_s=max((result.compute_s for result in results), default=0.0),
+        )
+
+    def _call(self, replica: _Replica, request: EngineRequest, has_moved: bool) -> asyncio.Task[EngineResult]:
+        part = _Part(replica, request, request.num_tokens)
+        call = asyncio.create_task(self._score(part, has_moved))
+        call.add_done_callback(lambda _: part.end())  # one that is cancelled right away never begins
+        return call
+
+    async def _score(self, part: _Part, has_moved: bool) -> EngineResult:
+        try:
+            return await part.replica.engine.score(part.request)
+        except EngineDied as death:
+            part.end()
+            if has_moved:
+                raise EngineDied(f"{death}: the second one with this request in flight") from death
+            return await self._move(part, death)
+
+    async def _move(self, part: _Part, death: EngineDied) -> EngineResult:
+        """Where no engine is up, to the first that comes back."""
+        request, wanted = part.request, self._wanted
+        assert wanted is not None
+        while not any(replica.up for replica in self._replicas):
+            if self._stopped or all(replica.failed for replica in self._replicas):
+                raise death
+            self._news.clear()
+            await self._news.wait()
+        if self._wanted.of(request.variant).version != wanted.of(request.variant).version:
+            raise EngineDied(f"{death}, and its checkpoint has changed since the request came")
+        # Another engine may have another part of the request already, and ids are of one in flight each.
+        request_id = f"{request.request_id} of {part.replica.number}"
+        return await self._share_out(replace(request, request_id=request_id), has_moved=True)
 
     def _place(self, group: EncodedGroup) -> int:
         """The number of the engine that will have computed the group first; it counts as sent. Raises Unavailable."""
@@ -197,7 +247,8 @@ class Replicas:
         replica.up, replica.queued = False, (0, 0)
         num_up = sum(r.up for r in self._replicas)
         if num_up:
-            log.warning("engine %d: %s; %d of %d go on", replica.number, reason, num_up, len(self._replicas))
+            going_on = f"{num_up} of {len(self._replicas)} go on"
+            log.warning("engine %d: %s; %s, also with what it had in flight", replica.number, reason, going_on)
             self._listener.on_part_down(f"engine {replica.number}: {reason}")
         else:
             self._listener.on_down(reason)
@@ -219,6 +270,7 @@ class Replicas:
 
     def _take_part(self, replica: _Replica, info: EngineInfo) -> None:
         replica.info, replica.up, replica.failed = info, True, False
+        self._news.set()
         self._listener.on_up(self._info())
 
     async def _catch_up(self, replica: _Replica, info: EngineInfo) -> None:
@@ -251,6 +303,7 @@ class Replicas:
 
     def _on_failed(self, replica: _Replica, reason: str) -> None:
         replica.up, replica.failed = False, True
+        self._news.set()
         if all(r.failed for r in self._replicas):
             self._listener.on_failed(reason)
         else:

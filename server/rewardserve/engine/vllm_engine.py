@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -224,7 +225,6 @@ class VllmLoop:
         for task in job.tasks:
             task.cancel()
         self._end(job, None, expired)
-        self._feed()
 
     def _leave_queue(self, group: _Group) -> None:
         self._queue.remove(group)
@@ -241,13 +241,19 @@ class VllmLoop:
             self._num_items_out += 1
             self._num_tokens_out += cost
             self._num_waiting_tokens -= cost
+            self._queue.charge(group, cost)  # for good: how far vLLM is with what is aborted, it does not say
             if group.num_sent == len(group.items):
                 self._leave_queue(group)
-            else:
-                self._queue.charge(group, cost)
-            task = self._events.create_task(self._run(group, index, cost))
+            task = self._events.create_task(self._run(group, index))
             group.job.tasks.add(task)
-            task.add_done_callback(group.job.tasks.discard)
+            task.add_done_callback(partial(self._make_room, group.job, cost))
+
+    def _make_room(self, job: _Job, cost: int, task: asyncio.Task[None]) -> None:
+        """However the task ended: one that is cancelled right away never begins."""
+        job.tasks.discard(task)
+        self._num_items_out -= 1
+        self._num_tokens_out -= cost
+        self._feed()
 
     @property
     def _has_room(self) -> bool:
@@ -257,7 +263,7 @@ class VllmLoop:
             and self._num_items_out < BATCHES_AHEAD * model.max_batch_sequences
         )
 
-    async def _run(self, group: _Group, index: int, cost: int) -> None:
+    async def _run(self, group: _Group, index: int) -> None:
         try:
             item = await self._score(group, index)
         except ModelGone as error:
@@ -267,15 +273,11 @@ class VllmLoop:
             log.critical("one item failed unforeseen", exc_info=True)
             self._die(f"{type(error).__name__}: {error}")
             return
-        finally:
-            self._num_items_out -= 1
-            self._num_tokens_out -= cost
         try:
             group.items[index] = item
             group.num_unfinished -= 1
             if group.num_unfinished == 0:
                 self._finish(group)
-            self._feed()
         except Exception as error:  # an answer that cannot be sent: its caller would wait forever
             log.critical("what became of a request cannot be told", exc_info=True)
             self._die(f"{type(error).__name__}: {error}")

@@ -21,7 +21,7 @@ import torch
 
 from rewardserve.engine.base import EngineInfo
 from rewardserve.engine.judge import Unreadable, read_verdict
-from rewardserve.engine.native.load import DTYPE_NAMES, first_id
+from rewardserve.engine.native.load import DTYPE_NAMES, first_id, max_length_of
 from rewardserve.engine.native.sizing import auto_cache_bytes, default_batch_tokens
 from rewardserve.engine.vllm_engine import ItemFailed, ModelGone, Scored, Step
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL, VllmOptions
@@ -241,7 +241,7 @@ def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: 
     on_cpu = device == "cpu"
     max_batch_tokens = options.max_batch_tokens or default_batch_tokens(on_cpu)
     cache_bytes = options.prefix_cache_bytes or (auto_cache_bytes() if on_cpu else 0)
-    verdict, max_length = _verdict(spec), min(options.max_length or spec.max_length, spec.max_length)
+    verdict, max_length = _verdict(spec), max_length_of(spec, options.max_length)
     if verdict is not None and verdict.max_tokens >= max_length:
         raise LoadFailed(
             f"{spec.folder}/rewardserve.toml: judge.verdict.max_tokens is {verdict.max_tokens}, which leaves nothing "

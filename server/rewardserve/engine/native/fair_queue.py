@@ -1,29 +1,44 @@
 """Who is served next: higher priority first; between equals, every client gets its fair share of tokens.
 
-Self-clocked fair queueing (Golestani, INFOCOM 1994). Work of a client starts, in virtual time, when the client's
-earlier work has finished or now, whichever is later; what would finish first is served first. So one client's small
-request does not wait behind another's huge one, and equal requests are served in the order they came. Huge work is
-served a quantum at a time, its next quantum competing anew.
+Self-clocked fair queueing (Golestani, INFOCOM 1994), at each priority by itself. Work of a client starts, in virtual
+time, when what the client was served before has finished or, if it had nothing waiting, now, whichever is later; what
+would finish first is served first. So one client's small request does not wait behind another's huge one, and equal
+requests are served in the order they came. Huge work is served a quantum at a time, its next quantum competing anew.
+
+Only the first of a client's work has a place in virtual time, and only what is served takes the client further: work
+that is dropped while it waits leaves the client as if it had never come.
 """
 
 import heapq
+import itertools
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Work = TypeVar("Work")
+Rank = tuple[int, int, int, str]  # the smallest is served first: -priority, finish, arrival; and whose it is
 MAX_CLIENTS = 4096  # whose service is remembered while the queue is never empty
+MAX_OUTDATED = 64  # ranks in the heap, beside as many as there are flows
 
 
+@dataclass(slots=True, eq=False)
+class _Flow(Generic[Work]):
+    """What one client has waiting at one priority, in the order it came. Never empty."""
+
+    priority: int
+    client: str
+    start: int  # virtual time, in tokens: what is first starts then
+    waiting: "OrderedDict[int, _Entry[Work]]" = field(default_factory=OrderedDict)
+    rank: Rank | None = None
+
+
+@dataclass(slots=True, eq=False)
 class _Entry(Generic[Work]):
-    __slots__ = ("arrival", "cost", "finish", "priority", "removed", "start", "work")
-
-    def __init__(self, work: Work, priority: int, start: float, cost: int, arrival: int) -> None:
-        self.work, self.priority, self.start, self.cost, self.arrival = work, priority, start, cost, arrival
-        self.finish = 0.0
-        self.removed = False
-
-    def __lt__(self, other: "_Entry[Work]") -> bool:
-        return (-self.priority, self.finish, self.arrival) < (-other.priority, other.finish, other.arrival)
+    work: Work
+    flow: _Flow[Work]
+    cost: int  # tokens still to be served, as far as is known
+    arrival: int
 
 
 class FairQueue(Generic[Work]):
@@ -31,11 +46,12 @@ class FairQueue(Generic[Work]):
 
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
-        self._heap: list[_Entry[Work]] = []
         self._entries: dict[int, _Entry[Work]] = {}
-        self._client_finish: dict[str, float] = {}
-        self._now = 0.0
-        self._arrivals = 0
+        self._flows: dict[tuple[int, str], _Flow[Work]] = {}
+        self._heap: list[Rank] = []  # of every flow, among ranks that flows had before
+        self._finish: dict[tuple[int, str], int] = {}  # of clients that have nothing waiting
+        self._now: defaultdict[int, int] = defaultdict(int)  # by priority: the start of what was served last
+        self._arrivals = itertools.count()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -47,51 +63,84 @@ class FairQueue(Generic[Work]):
         return iter([entry.work for entry in self._entries.values()])
 
     def add(self, work: Work, client: str, cost: int, priority: int) -> None:
-        """`cost` in tokens."""
-        start = max(self._now, self._client_finish.get(client, 0.0))
-        self._client_finish[client] = start + cost
-        if len(self._client_finish) > MAX_CLIENTS:
-            self._forget_clients()
-        entry = _Entry(work, priority, start, cost, self._arrivals)
-        self._arrivals += 1
-        self._entries[id(work)] = entry
-        self._push(entry)
+        """`cost` in tokens, by which it is ranked; what is paid is what `charge` says."""
+        key = (priority, client)
+        if key not in self._flows:
+            start = max(self._now[priority], self._finish.pop(key, 0))
+            self._flows[key] = _Flow(priority, client, start)
+        flow = self._flows[key]
+        flow.waiting[id(work)] = self._entries[id(work)] = _Entry(work, flow, cost, next(self._arrivals))
+        self._place(flow)
 
     def peek(self) -> Work | None:
         """What is to be served next, left in the queue."""
-        while self._heap and self._heap[0].removed:
-            heapq.heappop(self._heap)
-        return self._heap[0].work if self._heap else None
+        flow = self._first()
+        return None if flow is None else _first_of(flow).work
 
     @property
     def highest_priority(self) -> int | None:
         """Of what is to be served next."""
-        return None if self.peek() is None else self._heap[0].priority
+        flow = self._first()
+        return None if flow is None else flow.priority
 
     def charge(self, work: Work, tokens: int) -> None:
-        """`tokens` of an item were served, and there are more: it competes anew with what is left."""
-        old = self._entries[id(work)]
-        old.removed = True
-        self._now = max(self._now, old.start)
-        entry = _Entry(work, old.priority, old.start + tokens, max(1, old.cost - tokens), old.arrival)
-        self._entries[id(work)] = entry
-        self._push(entry)
+        """`tokens` of an item were served: it competes anew with what is left, until it is removed."""
+        entry = self._entries[id(work)]
+        flow = entry.flow
+        self._now[flow.priority] = max(self._now[flow.priority], flow.start)
+        flow.start += tokens
+        entry.cost = max(1, entry.cost - tokens)
+        self._place(flow)
+
+    def give_back(self, work: Work, tokens: int, cost: int) -> None:
+        """`tokens` that were charged for an item came to nothing: it is its client's first again, with `cost` left."""
+        entry = self._entries[id(work)]
+        entry.flow.start -= tokens
+        entry.cost = cost
+        entry.flow.waiting.move_to_end(id(work), last=False)
+        self._place(entry.flow)
 
     def remove(self, work: Work) -> None:
-        """Served whole, or dropped."""
-        entry = self._entries.pop(id(work))
-        self._now = max(self._now, entry.start)
-        entry.removed = True
-        if not self._entries:  # an idle queue owes nobody anything
-            self._heap.clear()
-            self._client_finish.clear()
-            self._now = 0.0
+        """Served whole, or dropped: what was not charged is not paid."""
+        flow = self._entries.pop(id(work)).flow
+        del flow.waiting[id(work)]
+        if flow.waiting:
+            self._place(flow)
+        elif self._entries:
+            del self._flows[flow.priority, flow.client]
+            self._finish[flow.priority, flow.client] = flow.start
+            if len(self._finish) > MAX_CLIENTS:
+                self._forget_clients()
+        else:  # an idle queue owes nobody anything
+            for everything in (self._flows, self._heap, self._finish, self._now):
+                everything.clear()
 
     def _forget_clients(self) -> None:
         """Every connection is a client; those that were served least are forgotten, which costs nobody much."""
-        by_finish = sorted(self._client_finish.items(), key=lambda item: item[1])
-        self._client_finish = dict(by_finish[MAX_CLIENTS // 2 :])
+        by_finish = sorted(self._finish.items(), key=lambda item: item[1])
+        self._finish = dict(by_finish[MAX_CLIENTS // 2 :])
 
-    def _push(self, entry: _Entry[Work]) -> None:
-        entry.finish = entry.start + min(entry.cost, self._quantum)
-        heapq.heappush(self._heap, entry)
+    def _first(self) -> _Flow[Work] | None:
+        while self._heap:
+            priority, client = -self._heap[0][0], self._heap[0][3]
+            flow = self._flows.get((priority, client))
+            if flow is not None and flow.rank == self._heap[0]:
+                return flow
+            heapq.heappop(self._heap)
+        return None
+
+    def _place(self, flow: _Flow[Work]) -> None:
+        """By its first item as it is now."""
+        first = _first_of(flow)
+        rank = (-flow.priority, flow.start + min(first.cost, self._quantum), first.arrival, flow.client)
+        if rank == flow.rank:
+            return
+        flow.rank = rank
+        heapq.heappush(self._heap, rank)
+        if len(self._heap) > 2 * len(self._flows) + MAX_OUTDATED:
+            self._heap = [flow.rank for flow in self._flows.values() if flow.rank is not None]
+            heapq.heapify(self._heap)
+
+
+def _first_of(flow: _Flow[Work]) -> _Entry[Work]:
+    return next(iter(flow.waiting.values()))

@@ -150,7 +150,7 @@ def _info(
         dtype=options.quantize or str(dtype).removeprefix("torch."),
         device=str(device),
         num_parameters=model.num_parameters,
-        max_length=min(options.max_length or spec.max_length, spec.max_length),
+        max_length=max_length_of(spec, options.max_length),
         vocab_size=text_config.vocab_size,
         canary_error=0.0,
         prefix_cache_tokens=0,
@@ -167,6 +167,19 @@ def _info(
         text=text,
         text_missing_reason=text_missing_reason,
     )
+
+
+def max_length_of(spec: ModelSpec, wanted: int) -> int:
+    """`wanted`, as far as the checkpoint goes; 0: all of that."""
+    if wanted > spec.max_length:
+        log.warning(
+            "max_length is %d, not %d: %s/config.json has no more positions; if the model is good for more, "
+            "say so there as max_position_embeddings",
+            spec.max_length,
+            wanted,
+            spec.folder,
+        )
+    return min(wanted or spec.max_length, spec.max_length)
 
 
 def first_id(ids: int | list[int] | None) -> int | None:

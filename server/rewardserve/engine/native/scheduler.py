@@ -13,6 +13,7 @@ import heapq
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Sequence_
 from dataclasses import dataclass, field
@@ -198,14 +199,12 @@ class Scheduler:
     def _fill(self, lane: _Lane) -> _Filling:
         filling = _Filling(self._token_limit, self._chunk_limit)
         while not filling.full and (group := self._next_group(lane)) is not None:
-            tokens_before, chunks_before = filling.tokens_left, len(filling.chunks)
+            tokens_before = filling.tokens_left
             done = self._serve(group, filling)
-            if done:
-                self._retire(group, filling)
-                continue
-            if len(filling.chunks) > chunks_before:
-                lane.queue.charge(group, tokens_before - filling.tokens_left)
-            break  # it did not fit: the next forward begins with what is fair then
+            lane.queue.charge(group, tokens_before - filling.tokens_left)
+            if not done:
+                break  # it did not fit: the next forward begins with what is fair then
+            self._retire(group, filling)
         return filling
 
     def _settle(self, filling: _Filling) -> None:
@@ -442,22 +441,26 @@ class Scheduler:
         plans, self._outstanding = self._outstanding, []
         touched = {id(chunk.group): chunk.group for plan in plans for chunk in plan.chunks}
         touched.update(self._started)
+        charged = Counter[int]()
+        for chunk in (chunk for plan in plans for chunk in plan.chunks):
+            charged[id(chunk.group)] += chunk.stop - chunk.start
         if self._cache is not None:
             for block in {block for plan in plans for block in plan.published}:
                 self._cache.retract(block)
             self._cache.undo(move for plan in plans for move in plan.moves)
-        for group in touched.values():
+        for group in reversed(touched.values()):  # each goes before those of its client
             if self._cache is not None:
                 self._cache.release(self._leave_started(group))
             if not self._in_flight(group):
                 continue
-            if group.waiting:
-                self._lanes[group.variant].queue.remove(group)
             for sequence in group.sequences:
                 if sequence.status is Status.RUNNING:
                     sequence.status = Status.WAITING
             group.num_cached = 0
-            self._enqueue(group)
+            queue = self._lanes[group.variant].queue
+            if group not in queue:
+                self._enqueue(group)
+            queue.give_back(group, charged[id(group)], group.num_tokens_left)
 
     def split(self, plan: BatchPlan) -> bool:
         """After a rollback: makes the next forwards smaller than `plan`. False if it cannot be split any further."""
@@ -504,7 +507,7 @@ class Scheduler:
 
     def _enqueue(self, group: Group) -> None:
         request = self._jobs[group.request_id].request
-        self._lanes[group.variant].queue.add(group, request.client, group.num_tokens, request.priority)
+        self._lanes[group.variant].queue.add(group, request.client, group.num_tokens_left, request.priority)
 
     def _remove(self, group: Group) -> None:
         """Takes a group out of the queue, planned or not, and frees what it holds."""

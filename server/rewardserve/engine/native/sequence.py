@@ -106,10 +106,6 @@ class Group:
         return self.prompt_length // BLOCK_TOKENS
 
     @property
-    def num_tokens(self) -> int:
-        return (len(self.prompt) + sum(len(s.tokens) for s in self.sequences)) // 4
-
-    @property
     def num_tokens_left(self) -> int:
         """Tokens still to be planned, if no more of the prompt is found in the cache."""
         return self.prompt_length - self.num_computed + sum(s.num_tokens for s in self.waiting)
