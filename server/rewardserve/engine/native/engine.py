@@ -351,7 +351,7 @@ class EngineLoop:
             raise DevicePoisoned(message) from error
         with self._lock:
             self._rollback()
-            if self._scheduler.split(plan):
+            if self._scheduler.split(plan, out_of_memory):
                 log.warning("a forward of %d tokens failed, trying smaller ones: %s", plan.num_tokens, message)
                 return
             log.error("one item cannot be computed: %s", message, exc_info=not out_of_memory)

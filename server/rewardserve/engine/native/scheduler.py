@@ -12,6 +12,7 @@ chunk is scheduled. When a forward fails, it and all scheduled after it are roll
 import heapq
 import itertools
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from rewardserve.engine.base import EngineGroup, EngineItem, EngineRequest, Engi
 from rewardserve.engine.native.fair_queue import FairQueue
 from rewardserve.engine.native.prefix_cache import PrefixCache, block_keys
 from rewardserve.engine.native.sequence import BatchPlan, Chunk, Group, Sequence, Status
+from rewardserve.engine.native.step_limit import StepLimit
 from rewardserve.models.reads import Features, Reader, ReadPlan
 from rewardserve.types import EncodedGroup, ItemCode, ItemFailure
 
@@ -54,17 +56,30 @@ class _Lane:
 class _Filling:
     """A forward being filled, and what is left of its budget."""
 
-    tokens_left: int
-    chunks_left: int
+    max_tokens: int
+    max_chunks: int
+    tokens_left: int = field(init=False)
+    chunks_left: int = field(init=False)
     chunks: list[Chunk] = field(default_factory=list)
     published: list[int] = field(default_factory=list)
     to_release: list[int] = field(default_factory=list)  # once the forward is planned
     num_cached_tokens: int = 0
     to_reserve: list[tuple[Group, int]] = field(default_factory=list)  # again, once those are released
 
+    def __post_init__(self) -> None:
+        self.tokens_left, self.chunks_left = self.max_tokens, self.max_chunks
+
     @property
     def full(self) -> bool:
         return self.tokens_left <= 0 or self.chunks_left <= 0
+
+    def admits(self, group: Group) -> bool:
+        """Whether the forward is, or can still be made, as small as the group's must be."""
+        if not self.chunks:
+            self.max_tokens = min(self.max_tokens, group.max_tokens)
+            self.max_chunks = min(self.max_chunks, group.max_chunks)
+            self.tokens_left, self.chunks_left = self.max_tokens, self.max_chunks
+        return self.max_tokens <= group.max_tokens and self.max_chunks <= group.max_chunks
 
     def add(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
@@ -91,10 +106,8 @@ class Scheduler:
         number of the first one whose backbone computes the same.
         """
         self._cache = cache
-        self._max_tokens = max_batch_tokens
+        self._limit = StepLimit(max_batch_tokens, least=BLOCK_TOKENS)
         self._max_chunks = max_batch_sequences
-        self._token_limit = max_batch_tokens  # lower after a forward that failed
-        self._chunk_limit = max_batch_sequences
         self._clock = clock
         self._lanes = [
             _Lane(variant, FairQueue(max_batch_tokens), reader, _key(trunk), _key(trunk, variant))
@@ -197,8 +210,8 @@ class Scheduler:
         return [lane for *_, lane in sorted(order, key=lambda entry: entry[:2])]
 
     def _fill(self, lane: _Lane) -> _Filling:
-        filling = _Filling(self._token_limit, self._chunk_limit)
-        while not filling.full and (group := self._next_group(lane)) is not None:
+        filling = _Filling(self._limit.tokens, self._max_chunks)
+        while not filling.full and (group := self._next_group(lane)) is not None and filling.admits(group):
             tokens_before = filling.tokens_left
             done = self._serve(group, filling)
             lane.queue.charge(group, tokens_before - filling.tokens_left)
@@ -324,7 +337,7 @@ class Scheduler:
     def _serve_response(self, group: Group, sequence: Sequence, cache: PrefixCache, filling: _Filling) -> bool:
         """True if the response's last token is planned."""
         start, stop = group.prompt_length, group.prompt_length + sequence.num_tokens
-        if sequence.num_computed is None and sequence.num_tokens <= self._token_limit:
+        if sequence.num_computed is None and sequence.num_tokens <= filling.max_tokens:
             if sequence.num_tokens > filling.tokens_left:
                 return False
             reads = tuple(position for position in sequence.reads if position >= start)
@@ -405,8 +418,7 @@ class Scheduler:
         """The oldest forward under way is done; `features` of all its chunks' reads, in their order."""
         assert self._outstanding and self._outstanding[0] is plan, "forwards complete in the order they were scheduled"
         self._outstanding.pop(0)
-        self._token_limit = min(self._max_tokens, 2 * self._token_limit)
-        self._chunk_limit = min(self._max_chunks, 2 * self._chunk_limit)
+        self._limit.ended_well()
         assert len(features) == plan.num_reads
         computed = iter(features)
         for chunk in plan.chunks:
@@ -462,20 +474,27 @@ class Scheduler:
                 self._enqueue(group)
             queue.give_back(group, charged[id(group)], group.num_tokens_left)
 
-    def split(self, plan: BatchPlan) -> bool:
-        """After a rollback: makes the next forwards smaller than `plan`. False if it cannot be split any further."""
-        if len(plan.chunks) == 1 and plan.num_tokens <= BLOCK_TOKENS:
+    def split(self, plan: BatchPlan, out_of_memory: bool = False) -> bool:
+        """After a rollback: the groups in `plan` go in smaller forwards from now on. What was computed of them
+        is gone, and if they grew again they would come to the same failure. False if there are no smaller ones.
+
+        `out_of_memory`: so must all others, for a while.
+        """
+        if len(plan.chunks) == 1 and (plan.num_tokens <= BLOCK_TOKENS or self._cache is None):
             return False
-        if self._cache is None and len(plan.chunks) == 1:
-            return False
-        self._token_limit = min(self._max_tokens, max(BLOCK_TOKENS, plan.num_tokens // 2))
-        self._chunk_limit = max(1, len(plan.chunks) // 2)
+        for chunk in plan.chunks:
+            group = chunk.group
+            group.max_tokens = min(group.max_tokens, max(BLOCK_TOKENS, plan.num_tokens // 2))
+            group.max_chunks = min(group.max_chunks, max(1, len(plan.chunks) // 2))
+        if out_of_memory:
+            self._limit.ran_out(plan.num_tokens)
         return True
 
     def fail(self, plan: BatchPlan, failure: ItemFailure) -> None:
         """After a rollback: what `plan` was about gets `failure` instead of a score."""
         for chunk in plan.chunks:
             group = chunk.group
+            group.max_tokens = group.max_chunks = sys.maxsize  # what made it fail is found
             if not self._in_flight(group):
                 continue
             for sequence in group.waiting if chunk.sequence is None else [chunk.sequence]:

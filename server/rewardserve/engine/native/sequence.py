@@ -1,6 +1,7 @@
 """What the scheduler moves: a group under way, its sequences, and the plan of one forward. Loads no torch."""
 
 import enum
+import sys
 from bisect import bisect_left
 from dataclasses import dataclass, field
 
@@ -56,6 +57,8 @@ class Group:
     num_cached: int = 0
     num_reserved: int = 0  # blocks it may still allocate; kept free for it, so that a started group can always finish
     started: bool = False
+    max_tokens: int = sys.maxsize  # of a forward that it is part of: smaller after one that failed
+    max_chunks: int = sys.maxsize
     dropped: bool = False  # its request expired or was cancelled; forwards under way may still hold its chunks
 
     @classmethod
