@@ -57,12 +57,14 @@ class Servicer(scoring_pb2_grpc.ScoringServicer, models_pb2_grpc.ModelsServicer)
         self.die_after: int | None = None  # close each stream after so many replies
         self.die_of = Code.UNAVAILABLE
         self.health = 1  # SERVING
+        self.health_code: Code | None = None  # that Check fails with
+        self.health_hangs = False
         self.requests: list = []
         self.prompts: Counter[str] = Counter()  # groups received, by the prompt's text
         self.metadata: list = []
         self.answered: Counter[str] = Counter()  # groups answered on streams
         self.num_in_flight = self.max_in_flight = 0
-        self.num_streams = self.num_cancelled = 0
+        self.num_streams = self.num_cancelled = self.num_checks = 0
         self.half_closed = 0
         self.change_reply = lambda reply: None
 
@@ -176,6 +178,11 @@ class Servicer(scoring_pb2_grpc.ScoringServicer, models_pb2_grpc.ModelsServicer)
 
     async def Check(self, request: bytes, context) -> bytes:
         self.requests.append(request)
+        self.num_checks += 1
+        if self.health_hangs:
+            await asyncio.sleep(3600)
+        if self.health_code is not None:
+            await context.abort(self.health_code, "no health here")
         return b"\x08" + bytes([self.health])  # HealthCheckResponse{status=1}, by hand: the client's own is under test
 
 
@@ -233,6 +240,83 @@ class FakeServer:
 
     def _run(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+
+
+class Proxy:
+    """The way to a server whose host can lose power: connections stay open, and nothing comes through them any more.
+
+    New ones are taken as well, and led nowhere. When it is back, it knows none of the old ones and resets them.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._has_power = True
+        self._writers: list[asyncio.StreamWriter] = []
+        self.num_connections = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        self._server = self._run(asyncio.start_server(self._accept, "127.0.0.1", 0))
+        self.target = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    def lose_power(self) -> None:
+        self._has_power = False
+
+    def come_back(self) -> None:
+        self._run(self._hang_up())
+        self._has_power = True
+
+    def end(self) -> None:
+        self._run(self._end())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.num_connections += 1
+        self._writers.append(writer)
+        if self._has_power:
+            there, onward = await asyncio.open_connection("127.0.0.1", self._port)
+            self._writers.append(onward)
+            await asyncio.gather(self._pipe(reader, onward), self._pipe(there, writer))
+
+    async def _pipe(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                if self._has_power:
+                    writer.write(data)
+                    await writer.drain()
+            if self._has_power:
+                writer.close()
+
+    async def _hang_up(self) -> None:
+        writers, self._writers = self._writers, []
+        for writer in writers:
+            writer.transport.abort()
+
+    async def _end(self) -> None:
+        self._server.close()
+        while True:
+            await self._hang_up()
+            await asyncio.sleep(0.02)  # for what was accepted just now, and for what was aborted to be closed
+            if asyncio.all_tasks() == {asyncio.current_task()} and not self._writers:
+                return
+
+    def _run(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(20)
+
+
+@pytest.fixture
+def proxy():
+    """A function that puts one more Proxy before a FakeServer; all are ended with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(server: FakeServer) -> Proxy:
+            made = Proxy(server.port)
+            stack.callback(made.end)
+            return made
+
+        yield start
 
 
 @pytest.fixture

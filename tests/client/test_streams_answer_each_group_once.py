@@ -15,7 +15,6 @@ from rewardserve.client import (
     PermissionDenied,
     RetryPolicy,
     Unavailable,
-    link,
 )
 
 Code = grpc.StatusCode
@@ -155,16 +154,6 @@ async def test_each_group_has_its_own_time(server):
     async with AsyncRewardClient(server.target, retry=PATIENT) as client, asyncio.timeout(10):
         outcomes = [outcome async for _, outcome in client.score_stream(many(4), window=2, timeout=0.2)]
     assert [type(outcome) for outcome in outcomes] == [DeadlineExceeded] * 4
-
-
-async def test_a_stream_that_fell_silent_is_opened_again(server, monkeypatch):
-    monkeypatch.setattr(link, "_SILENCE_S", 0.1)
-    server.servicer.hang = True
-    async with AsyncRewardClient(server.target, retry=PATIENT) as client, asyncio.timeout(10):
-        async for _, outcome in client.score_stream(many(2), window=1, timeout=0.3):
-            server.servicer.hang = False
-            last = outcome
-    assert isinstance(last, GroupScore) and server.servicer.num_streams == 2
 
 
 async def test_the_server_hears_for_how_long_each_group_is_waited_for(server):

@@ -116,6 +116,12 @@ def test_a_score_is_the_reduction_that_was_asked_for(client, reduction: str, wan
     assert item.raw_or_none == pytest.approx(wanted(item.steps), rel=1e-12)
 
 
+def test_a_product_of_logits_is_refused(client) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        client.score([Group(QUESTION, [Steps(STEPS)])], model="orm", steps=StepOptions("product"))
+    assert [name for name, _ in refused.value.violations] == ["options.step_reduction"]
+
+
 def test_another_separator_cuts_elsewhere(client, tagged: Served) -> None:
     result = client.score([Group(QUESTION, [" | ".join(STEPS)])], model="prm", steps=StepOptions(separator=" | "))
     right = tagged.steps(tagged.turns("".join(step + "<extra_0>" for step in STEPS)))

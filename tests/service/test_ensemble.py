@@ -10,7 +10,17 @@ from rewardserve.evaluation.calibration_file import Affine, Isotonic, Origin, Te
 from rewardserve.metrics import Metrics, ModelMetrics
 from rewardserve.service.ensemble import Ensemble, combine
 from rewardserve.service.finish import Finishing
-from rewardserve.types import Aggregate, GroupScore, How, ItemScore, ScoreKind, ScoreRequest, ScoreResult, Timings
+from rewardserve.types import (
+    Aggregate,
+    GroupScore,
+    How,
+    ItemCode,
+    ItemScore,
+    ScoreKind,
+    ScoreRequest,
+    ScoreResult,
+    Timings,
+)
 
 REQUEST = ScoreRequest("r", "both", ())
 VERSIONS = (("a", "a-1"), ("b", "b-1"))
@@ -116,3 +126,17 @@ def test_members_that_see_other_steps_fail_the_item_where_steps_are_asked_for() 
     assert found.score is None and "'a' 2, 'b' 1" in found.failure.message
     unasked, _ = combined([items[0], item(2.0)], both())
     assert (unasked.score, unasked.steps) == (1.5, ())
+
+
+@pytest.mark.parametrize("finishing", [Finishing(Affine(1e10, 0.0), ORIGIN), Finishing(Affine(1e300, 0.0), ORIGIN)])
+def test_what_fp32_cannot_hold_is_a_failure_and_no_score(finishing: Finishing) -> None:
+    found, _ = combined([item(1e30), item(3e30)], both(finishing))
+    assert found.score is None and found.raw is None
+    assert found.failure.code is ItemCode.INTERNAL and "no finite number" in found.failure.message
+
+
+def test_a_spread_subtracted_too_often_to_be_held_is_a_failure() -> None:
+    ensemble = both()
+    ensemble.aggregate = Aggregate(How.MEAN_LESS_STD, 1e39)
+    assert combined([item(1.0), item(3.0)], ensemble)[0].failure.code is ItemCode.INTERNAL
+    assert combined([item(1.0), item(1.0)], ensemble)[0].score == 1.0

@@ -156,3 +156,14 @@ def test_the_models_own_std_is_in_the_units_of_its_final_score(finishing: Finish
     item = EngineItem(1.5, attributes=(1.0,), std=0.5)
     assert Finish(info, finishing, StepReduction.MIN).std(item) == wanted
     assert Finish(info, finishing, StepReduction.MIN).std(replace(item, std=None)) is None
+
+
+def test_a_product_is_refused_of_steps_that_are_no_probabilities() -> None:
+    asked = ScoreRequest("", "", (), by_step=True, step_reduction=StepReduction.PRODUCT)
+    logits = replace(INFO, steps=StepFormat())
+    for request, info in ((asked, INFO), (asked, logits), (replace(asked, by_step=False), logits)):
+        with pytest.raises(InvalidRequest, match="use MIN, MEAN or LAST") as refused:
+            check_steps(request, info)
+        assert refused.value.field == "options.step_reduction"
+    check_steps(asked, replace(logits, is_probability=True))
+    check_steps(replace(asked, by_step=False), INFO)  # there are no steps, and nothing is multiplied

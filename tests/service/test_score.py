@@ -93,6 +93,18 @@ async def test_an_engines_failure_of_one_item_reaches_the_reply(house, tools) ->
     assert house.sample("item_failures_total", code="OUT_OF_RANGE") == 1
 
 
+async def test_a_final_score_that_fp32_cannot_hold_fails_its_item_and_is_in_no_sum(make_house, tools) -> None:
+    house = make_house()
+    house.engines["m"] = tools.Engine(replace(tools.INFO, scale=1e-30))
+    await house.serve()
+    house.engines["m"].scores = [1.0, 1e9, -1e300]  # the last one overflows already as a double
+    items = (await house.service.score(tools.request(*[tools.pack(4)] * 3))).groups[0].items
+    assert [item.score for item in items] == [pytest.approx(1e30), None, None]
+    assert [item.failure and item.failure.code.name for item in items] == [None, "INTERNAL", "INTERNAL"]
+    assert house.sample("score_total") == pytest.approx(1e30) and house.sample("pairs_total") == 1
+    assert house.sample("item_failures_total", code="INTERNAL") == 2
+
+
 async def test_stage_timings_are_the_replys_and_the_histograms_alike(house, tools) -> None:
     await house.serve()
     result = await house.service.score(tools.request(received_at=time.monotonic() - 1))

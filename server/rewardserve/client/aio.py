@@ -40,7 +40,9 @@ class AsyncRewardClient:
     """A client of one or several rewardserve servers that serve the same models.
 
     `endpoints` are gRPC targets ("host:port"). A prompt's groups stay on one endpoint, chosen by the prompt's content,
-    so that its prefix cache is hit; an endpoint that is unavailable is avoided for `cool_down_s` seconds.
+    so that its prefix cache is hit; an endpoint that is unavailable is avoided for `cool_down_s` seconds. One that owes
+    answers and is silent for 5 s is asked for its health: if 5 s later it has said nothing at all, its host is taken
+    for gone, and its calls move or are tried again. A slow server, which does answer that, is waited for.
     `timeout` is in seconds and covers a whole call, retries included; no call is without one. `metadata` travels with
     every call. `channel_options` are gRPC's own, for what has no argument here (keepalive, TLS names).
 
@@ -62,7 +64,9 @@ class AsyncRewardClient:
         Deadline.after(timeout)  # a timeout that is none is refused here, not at the first call
         self._timeout_s = timeout
         self._endpoints = Endpoints(endpoints, cool_down_s)
-        self._channels = Channels(credentials, max_message_bytes, metadata, channel_options)
+        self._channels = Channels(
+            credentials, max_message_bytes, metadata, channel_options, on_gone=self._endpoints.unavailable
+        )
         self._calls = Calls(self._channels, self._endpoints, retry or RetryPolicy())
 
     async def score(

@@ -1,9 +1,13 @@
-"""One long-lived channel per endpoint. Sends a message once; knows nothing of retries or of what is in the message."""
+"""One long-lived channel per endpoint. Sends a message once; knows nothing of retries or of what is in the message.
+
+A channel is given up, and another opened, only where the host at its other end is gone (pulse.py).
+"""
 
 import asyncio
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -12,7 +16,8 @@ import grpc.aio
 from google.protobuf.message import Message
 
 from rewardserve.client import health
-from rewardserve.client.errors import DeadlineExceeded, InvalidRequest, RewardClientError
+from rewardserve.client.errors import DeadlineExceeded, InvalidRequest, RewardClientError, Unavailable
+from rewardserve.client.pulse import Pulse
 from rewardserve.client.translate import from_rpc_error
 from rewardserve.v1 import models_pb2_grpc, scoring_pb2_grpc
 
@@ -21,7 +26,7 @@ ChannelOptions: TypeAlias = Sequence[tuple[str, Any]]
 
 # gRPC's own defaults suit a phone: 20 s to notice that a connection is not coming, and up to two minutes until a
 # server that is back is tried again.
-_CONNECT_TIMEOUT_MS = 5_000
+CONNECT_TIMEOUT_S = 5.0
 _INITIAL_RECONNECT_MS = 200
 _MAX_RECONNECT_MS = 3_000
 
@@ -34,6 +39,7 @@ class Wire:
     scoring: scoring_pb2_grpc.ScoringStub
     models: models_pb2_grpc.ModelsStub
     check: grpc.aio.UnaryUnaryMultiCallable
+    pulse: Pulse
 
 
 Rpc: TypeAlias = Callable[[Wire], grpc.aio.UnaryUnaryMultiCallable]
@@ -59,11 +65,14 @@ class Channels:
         max_message_bytes: int,
         metadata: Metadata,
         options: ChannelOptions,
+        on_gone: Callable[[str, float], None],
     ) -> None:
+        """`on_gone(endpoint, for_s)`: its host is gone; it takes so long to see whether there is one again."""
         self._credentials = credentials
         self._max_message_bytes = max_message_bytes
         self.metadata = _checked(metadata)
         self._options = (*_defaults(max_message_bytes), *options)  # the caller's come last and win
+        self._on_gone = on_gone
         self._wires: dict[str, Wire] = {}
         self.closed = False
 
@@ -73,14 +82,21 @@ class Channels:
         if timeout_s <= 0:
             message = "no time was left to send the request"
             raise DeadlineExceeded(message, code=grpc.StatusCode.DEADLINE_EXCEEDED, endpoint=endpoint)
-        try:
-            return await rpc(self.wire(endpoint))(request, timeout=timeout_s, metadata=self.metadata)
-        except grpc.RpcError as error:
-            raise from_rpc_error(error, endpoint) from error
-        except asyncio.CancelledError:
-            if self.closed and not _is_cancelling():  # close() cancelled the call, not the caller's task
-                raise RewardClientError("the client was closed during the call", endpoint=endpoint) from None
-            raise
+        wire = self.wire(endpoint)
+        with wire.pulse:
+            try:
+                return await rpc(wire)(request, timeout=timeout_s, metadata=self.metadata)
+            except grpc.RpcError as error:
+                raise from_rpc_error(error, endpoint) from error
+            except asyncio.CancelledError:
+                if _is_cancelling():
+                    raise
+                if wire.pulse.is_gone:
+                    message = "the server is silent, and does not say how it is"
+                    raise Unavailable(message, code=grpc.StatusCode.UNAVAILABLE, endpoint=endpoint) from None
+                if self.closed:  # close() cancelled the call, not the caller's task
+                    raise RewardClientError("the client was closed during the call", endpoint=endpoint) from None
+                raise
 
     def wire(self, endpoint: str) -> Wire:
         if self.closed:
@@ -100,6 +116,7 @@ class Channels:
         self.closed = True
         wires, self._wires = self._wires, {}
         for wire in wires.values():
+            wire.pulse.stop()
             await wire.channel.close()
 
     def _open(self, endpoint: str) -> Wire:
@@ -112,7 +129,26 @@ class Channels:
             request_serializer=health.HealthCheckRequest.SerializeToString,
             response_deserializer=health.HealthCheckResponse.FromString,
         )
-        return Wire(channel, scoring_pb2_grpc.ScoringStub(channel), models_pb2_grpc.ModelsStub(channel), check)
+        pulse = Pulse(partial(self._is_there, check), partial(self._give_up, endpoint))
+        return Wire(channel, scoring_pb2_grpc.ScoringStub(channel), models_pb2_grpc.ModelsStub(channel), check, pulse)
+
+    async def _is_there(self, check: grpc.aio.UnaryUnaryMultiCallable, timeout_s: float) -> bool:
+        """Whether there is any answer. That the connection broke is one: gRPC knows then what to do."""
+        try:
+            await check(health.HealthCheckRequest(), timeout=timeout_s, metadata=self.metadata)
+        except grpc.RpcError as error:
+            return error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+        return True
+
+    async def _give_up(self, endpoint: str) -> None:
+        """Ends what is in flight there, and connects anew."""
+        wire = self._wires.pop(endpoint, None)
+        if wire is None:  # closed meanwhile
+            return
+        self._on_gone(endpoint, CONNECT_TIMEOUT_S)
+        await wire.channel.close()
+        if not self.closed:
+            self.wire(endpoint).channel.get_state(try_to_connect=True)
 
 
 def _checked(metadata: Metadata) -> Metadata:
@@ -130,9 +166,11 @@ def _defaults(max_message_bytes: int) -> ChannelOptions:
     return (
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.min_reconnect_backoff_ms", _CONNECT_TIMEOUT_MS),
+        ("grpc.min_reconnect_backoff_ms", int(1000 * CONNECT_TIMEOUT_S)),
         ("grpc.initial_reconnect_backoff_ms", _INITIAL_RECONNECT_MS),
         ("grpc.max_reconnect_backoff_ms", _MAX_RECONNECT_MS),
+        # Or a process has one connection to an endpoint, and a new channel finds the one that was given up.
+        ("grpc.use_local_subchannel_pool", 1),
     )
 
 

@@ -42,9 +42,10 @@ class Endpoints:
         order = [name for name in rendezvous_order(self.names, key) if name not in tried]
         return min(order, key=self._is_cooling)  # min is stable: rendezvous order among equals
 
-    def unavailable(self, name: str) -> None:
-        """Avoid this endpoint for the cool-down."""
-        self._avoid_until[name] = self._clock() + self._cool_down_s
+    def unavailable(self, name: str, at_least_s: float = 0.0) -> None:
+        """Avoid this endpoint for the cool-down, or for longer."""
+        until = self._clock() + max(self._cool_down_s, at_least_s)
+        self._avoid_until[name] = max(until, self._avoid_until.get(name, 0.0))
 
     def answered(self, name: str) -> None:
         """It is back, whatever we thought."""

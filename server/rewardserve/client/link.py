@@ -2,7 +2,6 @@
 
 import asyncio
 import copy
-import time
 from collections.abc import AsyncIterator
 
 import grpc
@@ -11,8 +10,6 @@ from rewardserve.client.channels import Channels
 from rewardserve.client.errors import DeadlineExceeded, RewardClientError, Unavailable
 from rewardserve.client.translate import Code, from_rpc_error, from_status
 from rewardserve.v1 import scoring_pb2
-
-_SILENCE_S = 10.0  # a stream that owes answers and was silent for so long when one fell due is given up
 
 
 class StreamRefused(Exception):
@@ -29,29 +26,26 @@ class Link:
         self._endpoint = endpoint
         self._outbox: asyncio.Queue[scoring_pb2.ScoreRequest | None] = asyncio.Queue()
         self._waiting: dict[str, asyncio.Future[scoring_pb2.ScoreResponse]] = {}
-        self._silent_since_s = 0.0  # on the monotonic clock; since then an answer is owed and none has come
         self.ended = False
-        stub = channels.wire(endpoint).scoring
-        self._call = stub.ScoreStream(self._requests(), metadata=channels.metadata)
+        wire = channels.wire(endpoint)
+        self._pulse = wire.pulse
+        self._call = wire.scoring.ScoreStream(self._requests(), metadata=channels.metadata)
         self._reader = asyncio.create_task(self._read())
 
     async def ask(self, request: scoring_pb2.ScoreRequest, timeout_s: float) -> scoring_pb2.ScoreResponse:
         """Raises RewardClientError or StreamRefused. `request.request_id` must be new to this stream."""
-        if not self._waiting:
-            self._silent_since_s = time.monotonic()
         future: asyncio.Future[scoring_pb2.ScoreResponse] = asyncio.get_running_loop().create_future()
         self._waiting[request.request_id] = future
         self._outbox.put_nowait(request)
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await future
-        except TimeoutError:
-            if time.monotonic() - self._silent_since_s >= _SILENCE_S:  # the host may be gone without TCP knowing
-                self._end(Unavailable("the stream fell silent", code=Code.UNAVAILABLE, endpoint=self._endpoint))
-            message = "the group was not answered in time"
-            raise DeadlineExceeded(message, code=Code.DEADLINE_EXCEEDED, endpoint=self._endpoint) from None
-        finally:
-            self._waiting.pop(request.request_id, None)
+        with self._pulse:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await future
+            except TimeoutError:
+                message = "the group was not answered in time"
+                raise DeadlineExceeded(message, code=Code.DEADLINE_EXCEEDED, endpoint=self._endpoint) from None
+            finally:
+                self._waiting.pop(request.request_id, None)
 
     async def close(self, farewell_s: float) -> None:
         """Half-closes, so that the server sees an end and not a cancellation; cancels if it has not ended by then."""
@@ -82,7 +76,6 @@ class Link:
             self._end(error)
 
     def _deliver(self, reply: scoring_pb2.ScoreResponse) -> None:
-        self._silent_since_s = time.monotonic()
         future = self._waiting.get(reply.request_id)
         if future is None or future.done():
             return  # an answer to a request that was given up

@@ -51,7 +51,7 @@ Response: TypeAlias = str | TokenIds | Steps
 class StepOptions:
     """A score for each step of a response, and how they become the response's."""
 
-    reduction: Literal["min", "mean", "product", "last"] = "min"
+    reduction: Literal["min", "mean", "product", "last"] = "min"  # a product only of steps that are probabilities
     separator: str = ""  # what whole texts are cut at; empty: what the model's authors use, else a blank line
 
 

@@ -1,7 +1,6 @@
 """New weights of the same shapes, copied over those of a model that is loaded: no second copy of it is ever there."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -11,7 +10,7 @@ from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import bare_module
 from rewardserve.models.loader import bare_name
 from rewardserve.models.reward_model import RewardModel
-from rewardserve.models.spec import TEXT_FILES, ModelSpec
+from rewardserve.models.spec import ModelSpec
 
 # Of a config: what changes no score
 UNIMPORTANT = {"_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache"}
@@ -53,17 +52,12 @@ def _check_settings(spec: ModelSpec, loaded: ModelSpec) -> None:
             raise LoadFailed(f"{spec.folder}/config.json: {key} is not what is loaded; use Swap")
     if spec.recipe.normalizer != loaded.recipe.normalizer:
         raise LoadFailed(f"{spec.folder}: its normaliser is not the one that is loaded; use Swap")
-    if _texts(new.text_folder) != _texts(old.text_folder):
+    names = spec.texts.keys() | loaded.texts.keys()
+    if differing := sorted(name for name in names if spec.texts.get(name) != loaded.texts.get(name)):
         raise LoadFailed(
-            f"{spec.folder}: tokenizer, template and rewardserve.toml must be those that are loaded (a restart reads "
-            "them here); copy them, or use Swap"
+            f"{new.text_folder}: {', '.join(differing)} are not what is loaded: tokenizer, template and "
+            "rewardserve.toml must be the same (a restart reads them here); copy them, or use Swap"
         )
-
-
-def _texts(folder: Path) -> dict[str, bytes]:
-    """Files beside the weights that decide what a text's score is."""
-    names = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
-    return {file.name: file.read_bytes() for file in names if file.name not in ("config.json", "adapter_config.json")}
 
 
 def refresh(model: RewardModel, spec: ModelSpec) -> None:

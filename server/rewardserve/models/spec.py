@@ -1,7 +1,7 @@
 """What a checkpoint's files say before its backbone is read: what it is, how it is scored, how long an input may be."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class ModelSpec:
     stored_dtype: torch.dtype
     max_length: int
     version: str
+    texts: Mapping[str, bytes]  # digests, by name, of the files that decide what a text's score is; the folder may go
 
     @property
     def folder(self) -> Path:
@@ -74,6 +75,7 @@ def read_spec(source: str, any_quantization: bool = False) -> ModelSpec:
         stored_dtype=checkpoint.stored_dtype(besides=recipe.head_keys),
         max_length=_max_length(checkpoint.config),
         version=fingerprint(checkpoint.folders, checkpoint.weight_files),
+        texts=_digests(checkpoint.text_folder),
     )
 
 
@@ -93,6 +95,12 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
         raise LoadFailed(
             f"{checkpoint.folder}/config.json: quantization method '{method}' is unknown; its weights would be misread"
         )
+
+
+def _digests(folder: Path) -> dict[str, bytes]:
+    names = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
+    files = [file for file in names if file.name not in ("config.json", "adapter_config.json")]
+    return {file.name: hashlib.blake2b(file.read_bytes()).digest() for file in files}
 
 
 def _max_length(config: PreTrainedConfig) -> int:

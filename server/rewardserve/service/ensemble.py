@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from rewardserve.engine.base import ADAPTED
 from rewardserve.metrics import ModelMetrics
 from rewardserve.postprocess.members import fold_members
-from rewardserve.service.finish import Finishing
+from rewardserve.service.finish import Finishing, not_finite
 from rewardserve.types import (
     FINISHED,
     Aggregate,
@@ -113,8 +113,11 @@ def _item(parts: Sequence[ItemScore], ensemble: Ensemble, finishing: Finishing, 
     def finished(score: float) -> float:
         return finishing.finished(score, kind is ScoreKind.PROBABILITY, num_response_tokens)
 
+    final, each = finished(folded.score), [finished(score) for score in scores]
+    if failure := next(filter(None, map(not_finite, (final, *each))), None):
+        return _failed(parts[0], failure.code, failure.message)
     return ItemScore(
-        finished(folded.score),
+        final,
         None,
         max(part.num_prompt_tokens for part in parts),
         num_response_tokens,
@@ -123,7 +126,7 @@ def _item(parts: Sequence[ItemScore], ensemble: Ensemble, finishing: Finishing, 
         raw=fold_members(raw_scores, ensemble.aggregate).score,
         kind=ScoreKind.NORMALIZED if finishing.is_changing else kind,
         steps=_steps(parts, ensemble.aggregate) if steps_agree else (),
-        std=statistics.pstdev([finished(score) for score in scores]),
+        std=statistics.pstdev(each),
         members=EnsembleScore(finished(folded.mean), finished(folded.min), scores, raw_scores),
     )
 

@@ -24,9 +24,11 @@ from rewardserve.evaluation.calibration_file import (
     log_odds,
 )
 from rewardserve.postprocess.reduce import reduce_steps
-from rewardserve.types import FINISHED, ScoreKind, ScoreRequest, StepReduction
+from rewardserve.types import FINISHED, ItemCode, ItemFailure, ScoreKind, ScoreRequest, StepReduction
 
 log = logging.getLogger(__name__)
+
+MAX_SCORE = 3.4028234663852886e38  # of fp32, in which scores are answered; what is beyond would be infinite there
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +174,36 @@ class Finish:
         return std
 
 
+def not_finite(score: float) -> ItemFailure | None:
+    """Why a final score cannot be answered; None for one that is a number in fp32."""
+    if abs(score) <= MAX_SCORE:
+        return None
+    message = f"the final score is {score:g}, which is no finite number in fp32"
+    return ItemFailure(ItemCode.INTERNAL, message, is_of_the_score=True)
+
+
 def check_steps(request: ScoreRequest, info: EngineInfo) -> None:
-    """Raises InvalidRequest where steps are asked of a model that cannot be read at their ends."""
-    if not request.by_step or info.steps is not None:
+    """Raises InvalidRequest where steps are asked of a model that cannot be read at their ends, and for a product of
+    steps that are no probabilities."""
+    if not request.by_step and info.steps is None:
         return
-    reason = None
-    if info.judge is not None:
-        reason = "is a judge, which is read where its answer would begin"
-    elif info.appended is not None:
-        reason = f"is read at token {info.appended}, which ends a response and no step"
-    elif info.attributes or not info.reads_single_states:
-        reason = "reads more than a response's last token, or another"
-    if reason is not None:
+    if reason := _why_no_steps(info):
         raise InvalidRequest("options.granularity", f"{info.architecture} {reason}; it has no step scores")
+    if request.step_reduction is StepReduction.PRODUCT and not info.is_probability:  # (-5) x (-5) is more than 2 x 1
+        raise InvalidRequest(
+            "options.step_reduction",
+            f"{request.step_reduction} (PRODUCT) is of probabilities, and what {info.architecture} gives for a step is "
+            "none; use MIN, MEAN or LAST",
+        )
+
+
+def _why_no_steps(info: EngineInfo) -> str | None:
+    if info.steps is not None:
+        return None
+    if info.judge is not None:
+        return "is a judge, which is read where its answer would begin"
+    if info.appended is not None:
+        return f"is read at token {info.appended}, which ends a response and no step"
+    if info.attributes or not info.reads_single_states:
+        return "reads more than a response's last token, or another"
+    return None

@@ -10,7 +10,7 @@ from rewardserve.engine.base import EngineRequest, EngineResult
 from rewardserve.metrics import ModelMetrics
 from rewardserve.service.deadlines import Deadlines
 from rewardserve.service.ensemble import Ensemble, combine
-from rewardserve.service.finish import Finish, check_steps
+from rewardserve.service.finish import Finish, check_steps, not_finite
 from rewardserve.service.live_model import LiveModel, ModelState
 from rewardserve.service.registry import Registry
 from rewardserve.text.encoder import EncodedItem, EncodedRequest
@@ -110,6 +110,8 @@ def _item(item: EncodedItem, scored: EngineResult, finish: Finish) -> ItemScore:
     if result.score is None:
         return ItemScore(None, result.failure, *counts)
     raw, score = finish(result, item.num_response_tokens)
+    if failure := not_finite(score):
+        return ItemScore(None, failure, *counts)
     return ItemScore(score, None, *counts, raw, finish.kind, result.steps, result.attributes, finish.std(result))
 
 

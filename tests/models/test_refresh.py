@@ -1,0 +1,48 @@
+"""Weights are taken over in place from a checkpoint like the one that is loaded, as that was when it was loaded."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import make_tokenizer, save_checkpoint
+from rewardserve.errors import LoadFailed
+from safetensors.torch import load_file, save_file
+from scoring import native
+from texts import all_texts, groups
+
+IDS = [((1, 2, 3), ((4, 5), (6, 7, 8)))]
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Two checkpoints of a run, which differ in their weights."""
+    old, new = tmp_path / "step-1", tmp_path / "step-2"
+    save_checkpoint(old, texts=all_texts(groups(2, 2)))
+    shutil.copytree(old, new)
+    weights = {name: 1.25 * tensor for name, tensor in load_file(old / "model.safetensors").items()}
+    save_file(weights, new / "model.safetensors", {"format": "pt"})
+    return old, new
+
+
+async def test_the_folder_that_was_loaded_may_be_gone(folders) -> None:
+    """A trainer keeps its last checkpoints, and others go."""
+    old, new = folders
+    async with native(new, path="padded") as scorer:
+        wanted = await scorer.scores(IDS)
+    async with native(old, path="padded") as scorer:
+        assert not torch.allclose(await scorer.scores(IDS), wanted)
+        shutil.rmtree(old)
+        await scorer.engine.update_weights(str(new))
+        assert torch.equal(await scorer.scores(IDS), wanted)
+
+
+async def test_the_files_in_which_texts_differ_are_named(folders) -> None:
+    old, new = folders
+    make_tokenizer(["other texts, and hence other tokens"], "{{ messages[0].content }}").save_pretrained(new)
+    (new / "vocab.json").write_text("{}")
+    async with native(old, path="padded") as scorer:
+        (old / "vocab.json").write_text("{}")  # which was not there when it was loaded
+        with pytest.raises(LoadFailed, match=r"chat_template\.jinja, tokenizer\.json, vocab\.json are not") as refused:
+            await scorer.engine.update_weights(str(new))
+        assert str(new) in str(refused.value)
