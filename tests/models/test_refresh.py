@@ -2,14 +2,18 @@
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoints import make_tokenizer, save_checkpoint
 from rewardserve.errors import LoadFailed
+from rewardserve.models import refresh
+from rewardserve.models.backbone import Backbone
 from safetensors.torch import load_file, save_file
 from scoring import native
 from texts import all_texts, groups
+from transformers import AutoModel, Glm4MoeConfig
 
 IDS = [((1, 2, 3), ((4, 5), (6, 7, 8)))]
 
@@ -46,3 +50,22 @@ async def test_the_files_in_which_texts_differ_are_named(folders) -> None:
         with pytest.raises(LoadFailed, match=r"chat_template\.jinja, tokenizer\.json, vocab\.json are not") as refused:
             await scorer.engine.update_weights(str(new))
         assert str(new) in str(refused.value)
+
+
+def test_a_bias_by_which_experts_are_chosen_is_a_weight_though_no_parameter() -> None:
+    config = Glm4MoeConfig(
+        vocab_size=400,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+    )
+    module = AutoModel.from_config(config)
+    bias = "layers.1.mlp.gate.e_score_correction_bias"
+    assert bias in refresh._wanted(SimpleNamespace(config=config)) and bias in Backbone(module).loaded_as
+    assert not any("inv_freq" in name for name in refresh._wanted(SimpleNamespace(config=config)))

@@ -335,7 +335,7 @@ class Backbone:
         self.module = module
         self.config = module.config.get_text_config()
         self.device, self._dtype = module.device, module.dtype
-        self.loaded_as = {name: parameter.dtype for name, parameter in module.named_parameters()}
+        self.loaded_as = {name: tensor.dtype for name, tensor in module.state_dict().items()}
         self._padded_attention = module.config._attn_implementation
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
         self._pruned = False

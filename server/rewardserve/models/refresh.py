@@ -80,8 +80,13 @@ def refresh(model: RewardModel, spec: ModelSpec) -> None:
 
 
 def _wanted(spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """What the backbone's class keeps, on no device; tied weights once."""
-    return dict(_empty(spec).named_parameters())
+    """What the backbone's class keeps in checkpoints, on no device: parameters, tied ones once, and such buffers as the
+    bias by which a mixture chooses its experts.
+    """
+    module = _empty(spec)
+    parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    buffers = {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
+    return dict(module.named_parameters()) | buffers
 
 
 def _names(spec: ModelSpec) -> dict[str, str]:
