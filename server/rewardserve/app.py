@@ -56,6 +56,7 @@ def native_options(config: ServeConfig, source: str, dtype: str) -> NativeOption
         compile=config.compile,
         batch_invariant=config.batch_invariant,
         cuda_graphs=config.cuda_graphs,
+        own_kernels=config.own_kernels,
         quantize=config.quantize,
         path=config.path,
         num_threads=config.threads,

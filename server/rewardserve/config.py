@@ -18,6 +18,7 @@ DEVICES = r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$"
 NATIVE_SWITCHES = {
     "--batch-invariant": "batch_invariant",
     "--cuda-graphs": "cuda_graphs",
+    "--own-kernels": "own_kernels",
     "--share-backbone": "share_backbone",
     "--host-cache-mb": "host_cache_mb",
 }
@@ -80,15 +81,19 @@ class ServeConfig(Options):
     host_cache_mb: int = Field(
         default=0,
         ge=0,
-        description="host memory for prompts that leave the prefix cache; pays on a GPU, from 4B parameters on",
+        description="host memory for prompts that leave the prefix cache; meant for a GPU and 4B parameters or more",
     )
     batch_invariant: bool = Field(
         default=True,
-        description="on a GPU, native engine: a pair has the same score, to the bit, whatever is computed beside it",
+        description="on a GPU, native engine: a pair's score is to be the same bits whatever is computed beside it",
     )
     cuda_graphs: bool = Field(
         default=True,
         description="native engine: replay forwards of up to 2048 tokens as CUDA graphs, for models up to 5B",
+    )
+    own_kernels: bool = Field(
+        default=True,
+        description="native engine: off: torch's operations in place of our kernels; slow, to see if a kernel is wrong",
     )
     share_backbone: bool = Field(
         default=True,
@@ -148,6 +153,12 @@ class ServeConfig(Options):
             self.path != "padded" or self.compile != "on", "--compile on needs the packed path, not --path padded"
         )
         self.require(self.path != "padded" or not self.quantize, "--quantize needs the packed path, not --path padded")
+        self.require(
+            self.path != "padded" or not self.host_cache_mb, "--host-cache-mb is of the packed path, not --path padded"
+        )
+        self.require(
+            self.own_kernels or not self.quantize, "--quantize is done by kernels, which --no-own-kernels leaves out"
+        )
         self._check_engine()
         _ = (self.ensembles, self.length_penalties)
         calibrated = self.calibrations

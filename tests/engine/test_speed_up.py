@@ -14,6 +14,7 @@ from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
+from rewardserve_kernels.attention import chunked
 from rewardserve_kernels.cpu_code import CannotBuild
 from rewardserve_kernels.linear import avx512
 from rewardserve_kernels.linear.avx512 import Avx512GatedMLP, Avx512Linear
@@ -222,3 +223,13 @@ async def test_a_bf16_model_that_falls_back_is_as_exact_as_one_that_was_never_pa
             got = model.features_padded([torch.tensor(row) for row in rows], [[len(row) - 1] for row in rows])
         errors.append((got[:, 0] - wanted).abs().max() / wanted.abs().max())
     assert errors[1] <= 2 * errors[0], "in fp32 between layers it rounds less"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_our_kernels_torch_computes_all(tmp_path: Path, dtype: torch.dtype) -> None:
+    save_checkpoint(tmp_path, dtype=dtype)
+    loaded = load_runner(NativeOptions(str(tmp_path), num_threads=2, prefix_cache_bytes=16 << 20, own_kernels=False))
+    backbone = loaded.model.backbone
+    assert loaded.info.path == "packed" and backbone.attention is chunked
+    ours = [module for module in backbone.module.modules() if type(module).__module__.startswith("rewardserve_kernels")]
+    assert not ours

@@ -113,6 +113,7 @@ MODELS = {  # (head sizes, heads, kv heads, options)
     "Qwen3 8B": ((128, 128), 32, 8, {}),
     "Phi 2": ((80, 80), 32, 32, {}),
     "GPT-OSS": ((64, 64), 64, 8, {"window": True, "sinks": True}),
+    "Gemma 2": ((256, 256), 16, 8, {"window": True, "softcap": True}),
     "Gemma 3": ((256, 256), 16, 8, {"window": True}),
     "DeepSeek": ((192, 128), 16, 16, {}),
 }

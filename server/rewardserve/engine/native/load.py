@@ -194,7 +194,7 @@ def _pack(padded: Loaded, options: NativeOptions, device: torch.device, dtype: t
     padded.model.use(0)
     _find_packing(padded.model, canary, padded.info.max_length, tolerance)
     subject = Subject(padded.model, padded.info.num_parameters, canary, tolerance, padded.max_batch_tokens)
-    speed_up(subject, options.compile, options.quantize)
+    speed_up(subject, options.compile, options.quantize, options.own_kernels)
     small_pool, error = canary.run(padded.model)  # as it will be served
     for variant, other in enumerate(others, start=1):
         padded.model.use(variant)

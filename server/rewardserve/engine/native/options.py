@@ -18,6 +18,7 @@ class NativeOptions:
     host_cache_bytes: int = 0  # of prompts that left the prefix cache
     batch_invariant: bool = True  # on a GPU; on a CPU bf16 is so anyway
     cuda_graphs: bool = True  # for forwards of few tokens, on a GPU
+    own_kernels: bool = True  # False: torch's operations in their place, slowly
     compile: str = "auto"  # auto (where it works and pays), on, off
     quantize: str = ""  # "int8", "fp8": 8-bit weights and activations; dtype is then that of what lies between
     path: str = "auto"  # auto, packed (refuse what is not), padded

@@ -93,21 +93,23 @@ class Subject:
         return None if error <= self.tolerance else f"{DIFFERS} by {error:.1e} from the padded forward"
 
 
-def speed_up(subject: Subject, compile_option: str, quantize: str) -> None:
+def speed_up(subject: Subject, compile_option: str, quantize: str, own_kernels: bool = True) -> None:
     """Quantizes where that is asked for; lays weights out, builds and compiles where that works and pays.
+
+    Without `own_kernels` what torch brings computes all.
 
     Raises LoadFailed where what was asked for by name does not work.
     """
     if quantize:
         _quantize(subject, quantize)
         _keep_residual_in_fp32(subject)
-    elif subject.in_bf16_on_cpu and _lay_out(subject, can_build=compile_option != "off"):
+    elif own_kernels and subject.in_bf16_on_cpu and _lay_out(subject, can_build=compile_option != "off"):
         _keep_residual_in_fp32(subject)
-    if not subject.on_cpu:
+    if own_kernels and not subject.on_cpu:
         _use_triton(subject)
     if compile_option == "off":
         return
-    if subject.in_bf16_on_cpu:
+    if own_kernels and subject.in_bf16_on_cpu:
         _build_attention(subject)
     if compile_option == "auto" and subject.on_cpu and subject.num_parameters < MIN_PARAMETERS_TO_COMPILE:
         return
