@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -129,6 +130,16 @@ def test_a_compressed_file_is_the_same_and_suites_can_be_left_out(judged, tmp_pa
     assert report["suites"] == [] and len((tmp_path / "scores.jsonl").read_text().splitlines()) == 24
     assert report["ranking"]["accuracy"] == judged.report["ranking"]["accuracy"]
     assert report["about"]["input_sha256"] == judged.report["about"]["input_sha256"]
+
+
+def test_what_is_judged_offline_is_what_the_model_gives_whatever_calibration_lies_beside_it(judged, tmp_path):
+    """So that it can be fitted anew."""
+    model = shutil.copytree(DEMO_MODEL, tmp_path / "demo_model")
+    origin = calibration_file.Origin("demo_model", judged.report["about"]["version"], "pairs.jsonl", 10, 5)
+    calibration_file.write(model / calibration_file.BESIDE, calibration_file.Temperature(4.0), origin)
+    files = f"--output={tmp_path / 'out'}", f"--fit-calibration={tmp_path / 'c.json'}"
+    assert eval_.run([str(judged.source), f"--model={model}", "--no-suites", *ARGUMENTS, *files]) == 0
+    assert (tmp_path / "c.json").read_text() == (judged.folder / "c.json").read_text()
 
 
 def test_a_server_gives_the_figures_of_the_checkpoint(judged, tmp_path):

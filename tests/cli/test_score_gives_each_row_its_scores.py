@@ -3,10 +3,14 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 from rewardserve.client import TokenIds
 from rewardserve.engine.fake import fake_score
+from rewardserve.evaluation import calibration_file
+from rewardserve.evaluation.calibration_file import BESIDE, Affine, Origin
+from rewardserve.types import FINISHED
 
 TOO_LONG = "word " * 200
 
@@ -103,6 +107,38 @@ def test_offline_scores_are_those_of_a_server(cli, real_server, checkpoint, rows
         assert served[key].pop("scores") == scores  # not bitwise: in fp32 they depend a little on the batch
         assert served[key] == row
     assert served["a"]["errors"][0]["index"] == 2 and served["d"]["errors"][0]["code"] == "INVALID_ARGUMENT"
+
+
+@pytest.fixture
+def calibration(checkpoint) -> Iterator[None]:
+    """Beside the checkpoint."""
+    from rewardserve.models.spec import read_spec  # loads torch
+
+    version = read_spec(str(checkpoint)).version + "-fp32"
+    calibration_file.write(checkpoint / BESIDE, Affine(2.0, 100.0), Origin("tiny", version, "pairs.jsonl", 10, 5))
+    yield
+    (checkpoint / BESIDE).unlink()
+
+
+def test_offline_the_calibration_beside_a_checkpoint_is_applied_as_a_server_does(
+    cli, calibration, real_server, checkpoint, rows_file, out, tmp_path
+):
+    source = rows_file({"id": "a", "prompt": "What is two plus two?", "responses": ["It is four.", "word by word"]})
+    assert cli("score", source, tmp_path / "offline.jsonl", "--model", checkpoint).code == 0
+    assert cli("score", source, out, real_server.endpoint).code == 0
+    offline, served = read_jsonl(tmp_path / "offline.jsonl")["a"], read_jsonl(out)["a"]
+    assert min(offline["scores"]) > 50 and offline["kind"] == "normalized"
+    assert offline.pop("scores") == pytest.approx(served.pop("scores"), rel=1e-4)
+    assert offline == served and FINISHED in served["version"]
+    ranked = json.loads(cli("rank", "--input", source, "--model", checkpoint, "--json").out)
+    assert ranked["version"] == served["version"]
+    assert min(each["score"] for each in ranked["groups"][0]["ranked"]) > 50
+
+
+def test_offline_a_calibration_that_is_none_is_said_in_one_line(cli, calibration, checkpoint, rows_file, out):
+    (checkpoint / BESIDE).write_text("{}")
+    ran = cli("score", rows_file({"prompt": "x", "response": "y"}), out, "--model", checkpoint)
+    assert ran.code == 1 and BESIDE in ran.err and ran.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("folder", ["/nowhere", "."])

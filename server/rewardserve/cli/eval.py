@@ -40,6 +40,11 @@ class EvalOptions(ScoringOptions):
     "rejected": "..."}, with messages for prompt, and with or without "domain"; a pair may have a "margin".
     """
 
+    model: str = Field(
+        default="",
+        description="judge offline: load this checkpoint (FOLDER or hub name) here and ask no server; its own scores "
+        "are judged, whatever calibration lies beside it",
+    )
     input: CliPositionalArg[str] = Field(
         description="JSONL of pairs or rated responses, plain or .gz, - for stdin; rows as above"
     )
@@ -115,7 +120,7 @@ async def _scored(options: EvalOptions, plan: "Plan", folder: Path) -> "tuple[Sc
     """The scorer is closed by then; it still says what it was."""
     from rewardserve.cli import eval_scores
 
-    async with open_scorer(options) as scorer:
+    async with open_scorer(options, calibrated=False) as scorer:
         if options.fit_calibration and FINISHED in scorer.version:
             raise ConfigError(
                 f"--fit-calibration: scores of '{scorer.name}' are finished where it is served (calibration, penalty, "

@@ -51,7 +51,9 @@ class ScoringOptions(Options):
         default="", description="model to ask for, by the name it is served by; needed if there are several"
     )
     model: str = Field(
-        default="", description="score offline: load this checkpoint (FOLDER or hub name) here and ask no server"
+        default="",
+        description="score offline: load this checkpoint (FOLDER or hub name), and a calibration beside it, here and "
+        "ask no server",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="offline: precision of the backbone; auto is the checkpoint's own"
@@ -94,10 +96,13 @@ class Scorer(Protocol):
 
 
 @contextlib.asynccontextmanager
-async def open_scorer(options: ScoringOptions) -> AsyncIterator[Scorer]:
-    """Raises RewardClientError or RewardServeError if there is no model to score with."""
+async def open_scorer(options: ScoringOptions, calibrated: bool = True) -> AsyncIterator[Scorer]:
+    """`calibrated`: offline, by what lies beside the checkpoint, as by a server, which does so whatever is asked.
+
+    Raises RewardClientError or RewardServeError if there is no model to score with.
+    """
     if options.model:
-        async with _open_offline(options) as scorer:
+        async with _open_offline(options, calibrated) as scorer:
             yield scorer
     else:
         async with connect(options.endpoint, options.timeout) as client:
@@ -144,7 +149,7 @@ def _all_failed(group: Group, message: str) -> tuple[ItemScore, ...]:
 
 
 @contextlib.asynccontextmanager
-async def _open_offline(options: ScoringOptions) -> AsyncIterator["_OfflineScorer"]:
+async def _open_offline(options: ScoringOptions, calibrated: bool) -> AsyncIterator["_OfflineScorer"]:
     """The server's own path from text to score, with its engine in this process and no port. Raises LoadFailed."""
     from prometheus_client import CollectorRegistry
 
@@ -152,6 +157,7 @@ async def _open_offline(options: ScoringOptions) -> AsyncIterator["_OfflineScore
     from rewardserve.engine.native.options import NativeOptions
     from rewardserve.metrics import Metrics
     from rewardserve.service.admission import Limits
+    from rewardserve.service.finish import Finishing
     from rewardserve.service.registry import Registry
     from rewardserve.service.score import ScoringService
 
@@ -161,12 +167,12 @@ async def _open_offline(options: ScoringOptions) -> AsyncIterator["_OfflineScore
 
     unlimited = Limits(sys.maxsize, sys.maxsize, sys.maxsize)  # the window is the limit here
     with ThreadPoolExecutor(2, thread_name_prefix="tokenizer") as executor:
-        registry = Registry(make_engine, Metrics(CollectorRegistry()), unlimited, executor)
+        finishing = Finishing(looks_beside=calibrated)
+        registry = Registry(make_engine, Metrics(CollectorRegistry()), unlimited, executor, finishing=finishing)
         name = options.name or re.sub(r"[^\w.-]", "-", Path(options.model).resolve().name)
         try:
             live = await registry.load(name, options.model, options.dtype)
-            assert live.info is not None
-            yield _OfflineScorer(ScoringService(registry, executor), name, live.info.version, options)
+            yield _OfflineScorer(ScoringService(registry, executor), name, live.version, options)
         finally:
             await registry.stop()
 
