@@ -42,8 +42,7 @@ class EvalOptions(ScoringOptions):
 
     model: str = Field(
         default="",
-        description="judge offline: load this checkpoint (FOLDER or hub name) here and ask no server; its own scores "
-        "are judged, whatever calibration lies beside it",
+        description="judge offline: load this checkpoint (FOLDER or hub name) here, and no calibration beside it",
     )
     input: CliPositionalArg[str] = Field(
         description="JSONL of pairs or rated responses, plain or .gz, - for stdin; rows as above"

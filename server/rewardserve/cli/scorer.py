@@ -52,8 +52,7 @@ class ScoringOptions(Options):
     )
     model: str = Field(
         default="",
-        description="score offline: load this checkpoint (FOLDER or hub name), and a calibration beside it, here and "
-        "ask no server",
+        description="score offline: load this checkpoint (FOLDER or hub name) here, and a calibration beside it",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="offline: precision of the backbone; auto is the checkpoint's own"
