@@ -31,7 +31,10 @@ def machine(part: Part) -> None:
     part.note(copy_gb_per_s=2 * size / part.seconds(lambda: target.copy_(source)) / 1e9)
     n = 256 if part.tiny else 8192
     part.note(gemm_tflops=product_rate(part, n, n, n) / 1e12)
-    part.note(gemm_fp8_tflops=fp8_product_rate(part, n, n, n) / 1e12)
+    try:
+        part.note(gemm_fp8_tflops=fp8_product_rate(part, n, n, n) / 1e12)
+    except RuntimeError as error:  # an older GPU, a CPU before torch 2.13: the part fp8 will say so too
+        part.note(more={"no products in fp8": str(error).splitlines()[0]})
     part.say(f"{part.found}")
 
 

@@ -29,8 +29,8 @@ from served import (
 from ways import WAYS, graphs_off
 from work import ModelShape, shared
 
-ROUNDS = 3
-LATENCIES = 60  # groups
+ROUNDS, BUDGET_ROUNDS, WAY_ROUNDS = 3, 2, 2
+LATENCIES, LATENCIES_TINY = 60, 3  # groups
 _seeds = itertools.count(1000)  # no prompt comes up twice: it would be cached
 
 
@@ -73,10 +73,10 @@ async def _workloads(part: Part, engine: NativeEngine, tokens: int, limits: Limi
 
 
 async def throughput(
-    part: Part, engine: NativeEngine, traffic: Traffic, tokens: int, limits: Limits, rounds: int = ROUNDS
+    part: Part, engine: NativeEngine, traffic: Traffic, tokens: int, limits: Limits, rounds: int = 0
 ) -> dict[str, Any]:
     await score(engine, groups_of(part, traffic, 1, next(_seeds)))  # what the first forward of a kind sets up
-    times = [await round_s(part, engine, traffic, tokens) for _ in range(rounds)]
+    times = [await round_s(part, engine, traffic, tokens) for _ in range(rounds or ROUNDS)]
     groups = groups_of(part, traffic, tokens, 0)
     seconds, pairs = statistics.median(times), sum(len(responses) for _, responses in groups)
     least = shared([*prompt, *response] for prompt, responses in groups for response in responses)
@@ -94,7 +94,7 @@ async def round_s(part: Part, engine: NativeEngine, traffic: Traffic, tokens: in
 
 async def _latency(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -> None:
     """Of one small group alone, with CUDA graphs and without."""
-    found, count = {}, 3 if part.tiny else LATENCIES
+    found, count = {}, LATENCIES_TINY if part.tiny else LATENCIES
     for label in ("graphs", "no graphs"):
         if label == "graphs" and not how_it_runs(loaded_of(engine))["graphs"]:
             continue
@@ -113,7 +113,7 @@ async def _budgets(part: Part, engine: NativeEngine, tokens: int, limits: Limits
     try:
         for budget in (256, 512) if part.tiny else budgets:
             scheduler._max_tokens = scheduler._token_limit = budget
-            result = await throughput(part, engine, TRAFFIC["best_of_16"], tokens // 2, limits, rounds=2)
+            result = await throughput(part, engine, TRAFFIC["best_of_16"], tokens // 2, limits, BUDGET_ROUNDS)
             found[budget] = round(result["share_of_limit"], 3)
     finally:
         scheduler._max_tokens = scheduler._token_limit = before
@@ -126,7 +126,7 @@ async def _ways(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -
     found: dict[str, Any] = {}
     for name, way in WAYS.items():
         fast, slow = [], []
-        for number in range(3):  # the first one sets up what the way needs
+        for number in range(1 + WAY_ROUNDS):  # the first one sets up what the way needs
             fast.append(await round_s(part, engine, TRAFFIC["best_of_16"], tokens // 8))
             with way(engine):
                 slow.append(await round_s(part, engine, TRAFFIC["best_of_16"], tokens // 8))

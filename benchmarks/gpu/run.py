@@ -123,6 +123,7 @@ class _Running:
         result = json.loads(self._written.read_text()) if self._written.exists() else {}  # whole: it is replaced
         self._errors.seek(0)
         errors = self._errors.read()[-KEPT_ERRORS:]
+        self._errors.close()
         if failed and errors.strip():
             failed += f": {errors.strip().splitlines()[-1]}"
         told = {"failed": failed} if failed else {}

@@ -12,7 +12,8 @@ from rewardserve.engine.native.engine import NativeEngine
 from served import Traffic, groups_of, running, score
 
 ROOT = Path(__file__).parents[2]
-PROBE, PROBE_TOKENS, PROBE_SEED = Traffic(128, 8, 48), 33_000, 99  # 64 prompts, 512 pairs, by every variant of a model
+PROBE, PROBE_SEED = Traffic(128, 8, 48), 99  # scored by every variant of a model
+PROBE_TOKENS, PROBE_TOKENS_TINY = 33_000, 400  # 64 prompts, 512 pairs
 RANDOM_WEIGHTS = (
     "random weights: errors grow from layer to layer as in a trained model, but scores of answers to one prompt lie "
     "close together for no reason, so that how often they flip says little; the demo model is trained"
@@ -22,7 +23,7 @@ Scores = list[list[float]]  # of the answers to each prompt
 
 
 async def probe(part: Part, engine: NativeEngine) -> Scores:
-    groups = groups_of(part, PROBE, 400 if part.tiny else PROBE_TOKENS, PROBE_SEED)
+    groups = groups_of(part, PROBE, PROBE_TOKENS_TINY if part.tiny else PROBE_TOKENS, PROBE_SEED)
     return await scores_by_group(engine, groups)
 
 
