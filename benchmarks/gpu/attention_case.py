@@ -31,8 +31,8 @@ class Case:
 
     def __str__(self) -> str:
         options = [name for name in ("window", "softcap", "sinks") if getattr(self, name)]
-        sizes = f"{self.head_size}/{self.v_head_size}"
-        return f"{sizes} {' + '.join(options) or 'plain'}{f', {said(self.tuning)}' if self.tuning else ''}"
+        sizes = f"{self.head_size}/{self.v_head_size}, {self.heads}/{self.kv_heads} heads"
+        return f"{sizes}, {' + '.join(options) or 'plain'}{f', {said(self.tuning)}' if self.tuning else ''}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ seconds. What is compiled lies in Triton's cache on disk, where every later proc
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -35,7 +36,7 @@ def compile_all(part: Part, jobs: Sequence[tuple[str, Any]]) -> None:
         named = {pool.submit(_do, kind, of, *place): f"{kind} {of}" for kind, of in jobs}
         for done in as_completed(named):
             failure = done.exception()
-            taken[named[done]] = f"{type(failure).__name__}: {failure}" if failure else round(done.result(), 1)
+            taken[named[done]] = f"{type(failure).__name__}: {failure}" if failure else done.result()
             part.note(compiled_s=taken, workers=workers)
     part.say(f"{len(jobs)} jobs in {workers} processes: {taken}")
 
@@ -46,9 +47,13 @@ JOBS: dict[str, Callable[[Part, Any], object]] = {
 }
 
 
-def _do(kind: str, of: Case | str, folder: Path, device: str, tiny: bool) -> float:
+def _do(kind: str, of: Case | str, folder: Path, device: str, tiny: bool) -> float | str:
+    """Seconds, or what went wrong: not every error of a compiler crosses to another process."""
     part = Part("compiler", folder, device, tiny)
     begun = time.perf_counter()
-    JOBS[kind](part, of)
-    part.wait()
-    return time.perf_counter() - begun
+    try:
+        JOBS[kind](part, of)
+        part.wait()
+    except Exception:
+        return traceback.format_exc(limit=-2)
+    return round(time.perf_counter() - begun, 1)

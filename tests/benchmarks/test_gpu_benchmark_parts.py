@@ -49,7 +49,7 @@ def test_a_kernel_that_ignores_an_option_is_seen(option: str, gpu, tmp_path: Pat
     ignoring = SimpleNamespace(plan_attention=plan, tree_attention=kernel.tree_attention)
     if option != "window":
         ignoring.tree_attention = attend
-    (case,) = (c for c in checks.CASES if str(c) == f"128/128 {option}")
+    (case,) = (c for c in checks.CASES if str(c) == f"128/128, 8/2 heads, {option}")
     for part.tiny in (True, False):
         assert checks.attention_is_right(part, case)[0]
         with monkeypatch.context() as patched:
@@ -78,6 +78,13 @@ def test_a_pooling_that_is_wrong_is_seen(wrong: str, gpu, tmp_path: Path, monkey
     assert all(checks.pool_head_is_right(part, *way)[0] for way in ways)
     monkeypatch.setattr(checks, "pool_kernel", lambda part: other)
     assert not all(checks.pool_head_is_right(part, *way)[0] for way in ways)
+
+
+def test_each_kernel_to_compile_has_a_name_of_its_own(gpu, tmp_path: Path) -> None:
+    part = part_of(gpu, tmp_path)
+    part.tiny = False
+    cases = {*gpu("kernel_checks").CASES, *gpu("kernel_figures").cases(part)}
+    assert len({str(case) for case in cases}) == len(cases) == 12
 
 
 def test_a_check_that_raises_is_red_and_says_where(gpu, tmp_path: Path) -> None:
