@@ -164,6 +164,8 @@ def _pool_head_goes_on(part: Part) -> tuple[bool, str]:
 
 def _sums_are_right(part: Part) -> tuple[bool, str]:
     """To the bit, as row by row."""
+    if sum_kernel(part) is sum_pieces:
+        return True, "not checked: on a CPU row by row is the only way"
     torch.manual_seed(0)
     segments = (Segment(0, 70, 0, (1, 2), store=True), Segment(70, 90, BLOCK_TOKENS - 40, (0, 3), store=True))
     upload = Upload()

@@ -1,10 +1,8 @@
 """What will be run on a GPU, once there is one, runs: on a CPU, with tiny models; and what a part does that fails."""
 
 import json
-import os
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -45,14 +43,20 @@ def test_a_model_is_measured_hugging_face_beside_it_and_8_bits_compared_with_it(
 
 def test_the_gate_is_green(tmp_path: Path) -> None:
     """On a CPU with tiny models, in bf16 as on a GPU: what is red here would be red there."""
-    done, whole = run(tmp_path, "--only", "compile", "gate", "kernels")
+    done, whole = run(tmp_path, "--only", "gate")
     assert done.returncode == 0, done.stdout + done.stderr
     gate = {name: part["checks"] for name, part in whole["parts"].items() if name.startswith("gate ")}
     assert set(gate) == {"gate kernels", "gate families", "gate engine"}
     assert all(check["ok"] for checks in gate.values() for check in checks.values()), gate
     assert {"a step waits for nothing", "a pair's bits, cold, warm, batched, reordered"} <= set(gate["gate engine"])
+
+
+def test_kernels_are_compiled_ahead_and_measured(tmp_path: Path) -> None:
+    done, whole = run(tmp_path, "--only", "compile", "kernels", "tunings")
+    assert done.returncode == 0, done.stdout + done.stderr
     compiled = whole["parts"]["compile"]["compiled_s"]
     assert len(compiled) == 2 and all(isinstance(seconds, float) for seconds in compiled.values()), compiled
+    assert whole["parts"]["kernels"]["attention"] and whole["parts"]["kernels"]["sums"]
 
 
 def test_two_engines_side_by_side_are_compared_round_by_round(tmp_path: Path) -> None:
@@ -83,7 +87,7 @@ match name:
         raise ValueError("this part is broken")
     case "hugging face":
         note(known_before=2)
-        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", sys.argv[2]])
+        subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", __file__])
         time.sleep(600)
     case "fp8":
         print("attention by the library's products: it differs", file=sys.stderr)
@@ -103,9 +107,21 @@ sys.exit(run.main())
 """
 
 
+def left_over(parts: Path) -> bool:
+    """Whether what "hugging face" started, with the folder of `parts` to be told by, still runs."""
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = file.read_bytes()
+        except OSError:  # it has just ended
+            continue
+        if b"time.sleep(600)" in command and str(parts).encode() in command:
+            return True
+    return False
+
+
 def run_others(folder: Path, *flags: str, code: int) -> tuple[str, dict]:
     """run.py with PARTS for its parts, not as a dry run -> what it printed, and the file."""
-    (folder / "parts.py").write_text(textwrap.dedent(PARTS))
+    (folder / "parts.py").write_text(PARTS)
     command = [sys.executable, "-c", MAIN, GPU, folder / "parts.py", "--output", folder, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == code, done.stdout + done.stderr
@@ -130,9 +146,19 @@ def test_a_part_that_takes_too_long_is_stopped_with_all_it_started_and_what_it_k
     slow = whole["parts"]["hugging face"]
     assert slow["failed"].startswith("it was not done after") and slow["known_before"] == 2
     assert whole["parts"]["fp8"]["failed"] == "no time was left for it"
-    if Path("/proc").exists():
-        commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline") if os.access(file, os.R_OK)]
-        assert not any(b"time.sleep(600)" in command for command in commands)
+    assert not left_over(tmp_path)
+
+
+def test_who_ends_the_run_ends_its_parts(tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    command = [sys.executable, "-c", MAIN, GPU, tmp_path / "parts.py", "--output", tmp_path, "--only", "hugging face"]
+    with subprocess.Popen(command) as process:
+        deadline = time.monotonic() + 60
+        while not left_over(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert left_over(tmp_path)
+        process.terminate()
+    assert process.returncode == 1 and not left_over(tmp_path)
 
 
 def test_what_went_well_ends_well_and_what_was_said_on_the_way_is_kept(tmp_path: Path) -> None:
