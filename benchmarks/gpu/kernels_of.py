@@ -7,7 +7,7 @@ import torch
 from part import Part
 from rewardserve_kernels.attention import chunked
 from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index, store_rows
-from rewardserve_kernels.pooling import reference
+from rewardserve_kernels.pooling import reference, running_mean
 from rewardserve_kernels.ragged import Segment
 
 
@@ -37,3 +37,11 @@ def pool_kernel(part: Part) -> Callable[..., torch.Tensor]:
     from rewardserve_kernels.pooling import triton
 
     return triton.pool_head
+
+
+def sum_kernel(part: Part) -> running_mean.SumPieces:
+    if not part.on_gpu:
+        return running_mean.sum_pieces
+    from rewardserve_kernels.pooling import triton
+
+    return triton.sum_pieces

@@ -1,213 +1,158 @@
-"""What models reach: throughput of every workload, latency, what options cost, and Hugging Face beside them."""
+"""What models reach: throughput of every workload, latency, token budgets, and what each way of running brings."""
 
 import asyncio
-import gc
 import itertools
-import json
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import random_model
 import torch
-import torch.nn.functional as F
+from limits import Limits, limits_of
 from part import Part
 from rewardserve.engine.native.engine import NativeEngine
+from rewardserve.models.kv_pool import HostBlocks
+from score_errors import probe
 from served import (
     ROUND_TOKENS,
     TINY,
     TRAFFIC,
-    VOCAB_SIZE,
-    RandomWeights,
     Traffic,
     groups_of,
+    how_it_runs,
+    loaded_of,
     made_model,
     running,
     score,
     scores_of,
 )
-from work import ModelShape, least_seconds, shared
+from ways import WAYS, graphs_off
+from work import ModelShape, shared
 
-ROUNDS = 3
-HF_BATCH = 8
-PROBE_SEED = 99  # of what is scored by every variant of a model
+ROUNDS, BUDGET_ROUNDS, WAY_ROUNDS = 3, 2, 2
+LATENCIES, LATENCIES_TINY = 60, 3  # groups
 _seeds = itertools.count(1000)  # no prompt comes up twice: it would be cached
 
 
-def _rates(part: Part, shape: ModelShape) -> dict[str, float]:
-    """FLOP/s of each linear at 8,192 rows, by what the library's bf16 products reach."""
-    rows, rates = 8192 if part.on_gpu else 64, {}
-    for name, (inputs, outputs) in shape.linears.items():
-        x = torch.randn(rows, inputs, device=part.device, dtype=torch.bfloat16)
-        w = torch.randn(outputs, inputs, device=part.device, dtype=torch.bfloat16)
-        rates[name] = 2.0 * rows * inputs * outputs / part.seconds(lambda: F.linear(x, w), 0.05)  # noqa: B023
-    return rates
-
-
-def model(part: Part, name: str, everything: bool) -> None:
-    """Throughput of every workload, and Hugging Face's beside it; with `everything` also latency and budgets."""
-    name = name if part.on_gpu else TINY
+def model(part: Part, name: str) -> None:
+    """The model of that name: all workloads; of the smallest also what each way of running brings."""
+    name = TINY if part.tiny else name
     with made_model(part, name) as folder:
-        shape = ModelShape.of(Path(folder))
-        rates = _rates(part, shape)
-        part.note(linear_tflops={key: rate / 1e12 for key, rate in rates.items()}, more={})
-        # First: for our engine products are set up otherwise, for the whole process (engine/native/gpu.py).
-        _measure_hugging_face(part, folder, name, shape, rates)
-        asyncio.run(_measure(part, folder, name, shape, rates, everything))
+        limits = limits_of(part, ModelShape.of(Path(folder)))
+        asyncio.run(_measure(part, folder, name, limits))
 
 
-async def _measure(
-    part: Part, folder: str, name: str, shape: ModelShape, rates: dict[str, float], everything: bool
-) -> None:
+async def _measure(part: Part, folder: str, name: str, limits: Limits) -> None:
+    part.note(more={})
     started = time.perf_counter()
     async with running(part, folder) as engine:
+        info = loaded_of(engine).info
         part.found["more"]["load_s"] = round(time.perf_counter() - started, 1)
-        info = engine._loop._loaded.info  # type: ignore[union-attr]
         part.found["more"]["canary_error"] = f"{info.canary_error:.1e}"
         part.found["more"]["prefix_cache_tokens"] = info.prefix_cache_tokens
-        workloads: dict[str, Any] = {}
-        for workload, traffic in TRAFFIC.items():
-            workloads[workload] = await _throughput(part, engine, traffic, ROUND_TOKENS[name], shape, rates)
-            part.note(workloads=workloads)
-            part.say(f"{name} {workload}: {workloads[workload]}")
-        probe = groups_of(part, TRAFFIC["best_of_16"], 4_000, PROBE_SEED)
-        (part.folder / f"scores {name}.json").write_text(json.dumps(scores_of(await score(engine, probe))))
-        if everything:
-            await _latency(part, engine)
-            await _budgets(part, engine, name, shape, rates)
+        part.note(runs=how_it_runs(loaded_of(engine)))
+        await _workloads(part, engine, ROUND_TOKENS[name], limits)
+        part.note(probe=await probe(part, engine))
+        extras = [_budgets, _host_tier] if name == "qwen3-4b" else [_latency, _budgets, _ways]
+        for extra in extras if name != "llama-3.1-8b" else [_latency]:
+            if part.left() > 10:
+                await extra(part, engine, ROUND_TOKENS[name], limits)
+        if name == TINY:
+            await _host_tier(part, engine, ROUND_TOKENS[name], limits)
     if part.on_gpu:
         part.found["more"]["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
         part.note()
 
 
-async def _throughput(
-    part: Part, engine: NativeEngine, traffic: Traffic, tokens: int, shape: ModelShape, rates: dict[str, float]
+async def _workloads(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -> None:
+    found: dict[str, Any] = {}
+    for name, traffic in TRAFFIC.items():
+        found[name] = await throughput(part, engine, traffic, tokens, limits)
+        part.note(workloads=found)
+        part.say(f"{name}: {found[name]}")
+
+
+async def throughput(
+    part: Part, engine: NativeEngine, traffic: Traffic, tokens: int, limits: Limits, rounds: int = 0
 ) -> dict[str, Any]:
-    times = []
     await score(engine, groups_of(part, traffic, 1, next(_seeds)))  # what the first forward of a kind sets up
-    for _ in range(ROUNDS):
-        groups = groups_of(part, traffic, tokens, next(_seeds))
-        started = time.perf_counter()
-        scores_of(await score(engine, groups))
-        times.append(time.perf_counter() - started)
+    times = [await round_s(part, engine, traffic, tokens) for _ in range(rounds or ROUNDS)]
+    groups = groups_of(part, traffic, tokens, 0)
     seconds, pairs = statistics.median(times), sum(len(responses) for _, responses in groups)
     least = shared([*prompt, *response] for prompt, responses in groups for response in responses)
-    return {
-        "pairs": pairs,
-        "pairs_per_s": pairs / seconds,
-        "tokens_per_s": least.tokens / seconds,
-        "share_of_limit": least_seconds(shape, least, rates) / seconds,
-        "seconds": times,
-    }
+    rates = {"pairs": pairs, "pairs_per_s": pairs / seconds, "tokens_per_s": least.tokens / seconds}
+    return {**rates, **limits.shares(least, seconds), "seconds": times}
 
 
-async def _latency(part: Part, engine: NativeEngine) -> None:
+async def round_s(part: Part, engine: NativeEngine, traffic: Traffic, tokens: int) -> float:
+    """Seconds for groups of so many tokens, all at once, none of them seen before."""
+    groups = groups_of(part, traffic, tokens, next(_seeds))
+    started = time.perf_counter()
+    scores_of(await score(engine, groups))
+    return time.perf_counter() - started
+
+
+async def _latency(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -> None:
     """Of one small group alone, with CUDA graphs and without."""
-    runner: Any = engine._loop._runner  # type: ignore[union-attr]
-    graphs, found = runner._graphs, {}
-    for label, those in (("graphs", graphs), ("no graphs", None)):
-        if label == "graphs" and graphs is None:
+    found, count = {}, LATENCIES_TINY if part.tiny else LATENCIES
+    for label in ("graphs", "no graphs"):
+        if label == "graphs" and not how_it_runs(loaded_of(engine))["graphs"]:
             continue
-        runner._graphs = those
-        times = []
-        for _ in range(60):
-            groups = groups_of(part, Traffic(256, 4, 64), 1, next(_seeds))
-            started = time.perf_counter()
-            await score(engine, groups)
-            times.append(1e3 * (time.perf_counter() - started))
-        found[label] = {"p50_ms": round(statistics.median(times), 2), "p95_ms": round(sorted(times)[57], 2)}
-    runner._graphs = graphs
+        with graphs_off(engine, label == "no graphs"):
+            times = sorted([1e3 * await round_s(part, engine, Traffic(256, 4, 64), 1) for _ in range(count)])
+        found[label] = {"p50_ms": round(statistics.median(times), 2), "p95_ms": round(times[int(0.95 * count)], 2)}
     part.found["more"]["one group of 256 + 4 x 64"] = found
     part.note()
 
 
-async def _budgets(part: Part, engine: NativeEngine, name: str, shape: ModelShape, rates: dict[str, float]) -> None:
-    scheduler: Any = engine._loop._scheduler  # type: ignore[union-attr]
+async def _budgets(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -> None:
+    assert engine._loop is not None
+    scheduler: Any = engine._loop._scheduler
     found, before = {}, scheduler._max_tokens
-    for tokens in (2048, 4096, 8192, 16384, 32768) if part.on_gpu else (256, 512):
-        scheduler._max_tokens = scheduler._token_limit = tokens
-        result = await _throughput(part, engine, TRAFFIC["best_of_16"], ROUND_TOKENS[name] // 2, shape, rates)
-        found[tokens] = round(result["share_of_limit"], 3)
-    scheduler._max_tokens = scheduler._token_limit = before
+    budgets = (4096, 8192, 16384) if tokens < ROUND_TOKENS["qwen3-0.6b"] else (2048, 4096, 8192, 16384, 32768)
+    try:
+        for budget in (256, 512) if part.tiny else budgets:
+            scheduler._max_tokens = scheduler._token_limit = budget
+            result = await throughput(part, engine, TRAFFIC["best_of_16"], tokens // 2, limits, BUDGET_ROUNDS)
+            found[budget] = round(result["share_of_limit"], 3)
+    finally:
+        scheduler._max_tokens = scheduler._token_limit = before
     part.found["more"]["share of the limit by token budget"] = found
     part.note()
 
 
-def _measure_hugging_face(part: Part, folder: str, name: str, shape: ModelShape, rates: dict[str, float]) -> None:
-    """A plain forward of padded batches of 8, in the order in which pairs come and sorted by length."""
-    found: dict[str, str] = {}
-    part.found["more"][f"hugging face, batches of {HF_BATCH}"] = found
-    config = random_model._config(name, VOCAB_SIZE if part.on_gpu else 2000)
-    try:
-        model = RandomWeights.from_pretrained(folder, config, torch.bfloat16)[0].eval()
-        for workload in ("best_of_16", "shared_system"):
-            groups = groups_of(part, TRAFFIC[workload], ROUND_TOKENS[name] // 10, seed=7)
-            rows = [[*prompt, *response] for prompt, responses in groups for response in responses]
-            least = least_seconds(shape, shared(rows), rates)
-            _forward_padded(part, model, rows[:HF_BATCH])  # what the first one sets up
-            for order, these in (("as they come", rows), ("sorted", sorted(rows, key=len))):
-                started = time.perf_counter()
-                _forward_padded(part, model, these)
-                seconds = time.perf_counter() - started
-                found[f"{workload}, {order}"] = f"{len(rows) / seconds:.1f} pairs/s, {least / seconds:.1%} of the limit"
-                part.note()
-    except torch.OutOfMemoryError:
-        found["failed"] = "it did not fit"
-    model = None
-    gc.collect()
-    if part.on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    part.note()
+async def _ways(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -> None:
+    """How much slower best_of_16 is where one thing is as it was before it was made fast. In turns with all of them."""
+    found: dict[str, Any] = {}
+    for name, way in WAYS.items():
+        fast, slow = [], []
+        for number in range(1 + WAY_ROUNDS):  # the first one sets up what the way needs
+            fast.append(await round_s(part, engine, TRAFFIC["best_of_16"], tokens // 8))
+            with way(engine):
+                slow.append(await round_s(part, engine, TRAFFIC["best_of_16"], tokens // 8))
+            if part.left() < 10 and number:
+                break
+        found[name] = f"{statistics.median(slow[1:]) / statistics.median(fast[1:]):.3f} x the time"
+        part.found["more"]["best_of_16 with"] = found
+        part.note()
+        if part.left() < 15:
+            return
 
 
-def _forward_padded(part: Part, model: Any, rows: Sequence[list[int]]) -> None:
-    with torch.inference_mode():
-        for i in range(0, len(rows), HF_BATCH):
-            batch = rows[i : i + HF_BATCH]
-            ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
-            mask = torch.zeros_like(ids)
-            for row, (of_row, kept) in zip(batch, zip(ids, mask, strict=True), strict=True):
-                of_row[: len(row)] = torch.tensor(row)
-                kept[: len(row)] = 1
-            model(input_ids=ids.to(part.device), attention_mask=mask.to(part.device), use_cache=False)
-    part.wait()
-
-
-def variant(part: Part, name: str, **options: Any) -> None:
-    """One workload with other options, to compare with the part of the same model."""
-    name = name if part.on_gpu else TINY
-    with made_model(part, name) as folder:
-        shape = ModelShape.of(Path(folder))
-        rates = _rates(part, shape)
-        part.note(options=options, more={})
-
-        async def measure() -> None:
-            async with running(part, folder, **options) as engine:
-                traffic = TRAFFIC["best_of_16"]
-                result = await _throughput(part, engine, traffic, ROUND_TOKENS[name], shape, rates)
-                part.note(workloads={"best_of_16": result})
-                probe = groups_of(part, traffic, 4_000, PROBE_SEED)
-                _compare(part, name, scores_of(await score(engine, probe)))
-
-        asyncio.run(measure())
-
-
-def _compare(part: Part, name: str, scores: list[float]) -> None:
-    """With those the part of the same model left: errors and flipped pairs."""
-    file = part.folder / f"scores {name}.json"
-    if not file.exists():
-        return
-    wanted, got = np.array(json.loads(file.read_text())), np.array(scores)
-    first, second = np.triu_indices(len(wanted), 1)
-    flips = np.mean((wanted[first] > wanted[second]) != (got[first] > got[second]))
-    part.found["more"]["against bf16"] = {
-        "mean_abs_err": round(float(np.abs(got - wanted).mean()), 5),
-        "max_abs_err": round(float(np.abs(got - wanted).max()), 5),
-        "std_of_scores": round(float(wanted.std()), 3),
-        "flipped_pairs": f"{flips:.2%}",
+async def _host_tier(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -> None:
+    """A prompt of 512 tokens copied back from host memory, or computed once more."""
+    runner: Any = loaded_of(engine).runner
+    blocks, pool = range(4), runner._pool
+    host = HostBlocks(pool, len(blocks))
+    copied = {
+        name: part.seconds(lambda: [copy(block, block) for block in blocks])  # noqa: B023  # what lies there stays
+        for name, copy in {"out": host.copy_out, "back": host.copy_back}.items()
+    }
+    per_token = 1 / part.found["workloads"]["best_of_16"]["tokens_per_s"]
+    nbytes = len(blocks) * host._slots[0].nbytes
+    part.found["more"]["512 tokens to and from host memory"] = {
+        **{f"{name}_ms": round(1e3 * seconds, 3) for name, seconds in copied.items()},
+        "back_gb_per_s": round(nbytes / copied["back"] / 1e9, 1),
+        "computed_again_ms": round(512e3 * per_token, 3),
     }
     part.note()

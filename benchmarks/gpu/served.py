@@ -17,7 +17,9 @@ import random_model
 import torch
 from part import Part
 from rewardserve.engine.base import EngineListener, EngineRequest, EngineResult
+from rewardserve.engine.native import graphs as captures
 from rewardserve.engine.native.engine import NativeEngine
+from rewardserve.engine.native.load import MAX_PARAMETERS_FOR_GRAPHS, Loaded
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.models import loader
 from rewardserve.types import EncodedGroup
@@ -25,6 +27,7 @@ from safetensors.torch import save_file
 
 VOCAB_SIZE = 32_000
 TINY = "qwen3-tiny"
+ROOMS = {"attention": "attention", "storing": "kv_cache", "pooling": "pooling"}  # of a GPU's kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +77,14 @@ class RandomWeights:
         return module, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
 
 
+def vocabulary(part: Part) -> int:
+    return 2000 if part.tiny else VOCAB_SIZE
+
+
 @contextlib.contextmanager
 def made_model(part: Part, name: str) -> Iterator[str]:
     """A folder that loads as the model of that name."""
-    config = random_model._config(name, VOCAB_SIZE if part.on_gpu else 2000)
+    config = random_model._config(name, vocabulary(part))
     generator = torch.Generator().manual_seed(1)
     head = torch.randn(1, config.hidden_size, generator=generator) / config.hidden_size**0.5
     RandomWeights.device = part.device
@@ -95,19 +102,55 @@ def made_model(part: Part, name: str) -> Iterator[str]:
 
 def engine_options(part: Part, folder: str, **options: Any) -> NativeOptions:
     """Of a model in bf16: random weights on the device say nothing of the precision that they are stored in."""
-    small = {} if part.on_gpu else {"prefix_cache_bytes": 64 << 20, "max_batch_tokens": 1024}
+    small = {"prefix_cache_bytes": 16 << 20, "max_batch_tokens": 1024} if part.tiny else {}
     return NativeOptions(folder, device=str(part.device), **{"dtype": "bfloat16", **small, **options})
 
 
 @contextlib.asynccontextmanager
 async def running(part: Part, folder: str, **options: Any) -> Any:
-    engine = NativeEngine(engine_options(part, folder, path="packed", **options))
-    info = await engine.start(EngineListener())
-    require(info.dtype in ("bfloat16", "fp8"), f"it computes in {info.dtype}")
+    """An engine that runs as it is meant to; where it would not there is only a warning, and other figures."""
+    asked = engine_options(part, folder, path="packed", **options)
+    engine = NativeEngine(asked)
+    await engine.start(EngineListener())
     try:
+        require_meant(part, asked, how_it_runs(loaded_of(engine)))
         yield engine
     finally:
         await engine.stop()
+
+
+def loaded_of(engine: NativeEngine) -> Loaded:
+    assert engine._loop is not None
+    return engine._loop._loaded
+
+
+def how_it_runs(loaded: Loaded) -> dict[str, Any]:
+    """Which of the ways there are, of each thing that could silently be another."""
+    model, backbone = loaded.model, loaded.model.backbone
+    runner: Any = loaded.runner
+    graphs = getattr(runner, "_graphs", None)
+    return {
+        "path": loaded.info.path,
+        "dtype": loaded.info.dtype,
+        "parameters": loaded.info.num_parameters,
+        "attention": getattr(backbone.attention, "__name__", "none"),
+        "storing": backbone.store_rows.__module__,
+        "pooling": getattr(model._sum_pieces if model.takes_mean else model._pool_head, "__module__", "none"),
+        "pruned": backbone._pruned,
+        "compiled": any(layer._compiled_call_impl is not None for layer in backbone.decoder_layers),
+        "graphs": 0 if graphs is None else len(graphs._captured),
+    }
+
+
+def require_meant(part: Part, options: NativeOptions, runs: dict[str, Any]) -> None:
+    """Raises RuntimeError where it runs in another way than `options` and a GPU make it: what was found is not ours."""
+    meant: dict[str, Any] = {"path": "packed"}
+    if part.on_gpu:
+        graphs = len(captures.BUCKETS) if options.cuda_graphs and runs["parameters"] <= MAX_PARAMETERS_FOR_GRAPHS else 0
+        meant |= {kind: f"rewardserve_kernels.{room}.triton" for kind, room in ROOMS.items()}
+        meant |= {"compiled": options.compile != "off", "graphs": graphs}
+    other = {kind: runs[kind] for kind, how in meant.items() if runs[kind] != how}
+    require(not other, f"it does not run as meant: {other} instead of { ({kind: meant[kind] for kind in other}) }")
 
 
 _numbers = iter(range(10**9))
@@ -145,13 +188,13 @@ def groups_of(part: Part, traffic: Traffic, tokens: int, seed: int) -> list[tupl
 
     Lengths are the same for every `seed`, so that rounds are of the same work; ids are not.
     """
-    if not part.on_gpu:
+    if part.tiny:
         smaller = {"prompt": traffic.prompt // 8, "tokens": traffic.tokens // 8, "system": traffic.system // 8}
         traffic = replace(traffic, responses=min(4, traffic.responses), **smaller)
     of_lengths, of_ids = np.random.default_rng(0), np.random.default_rng(seed)
 
     def ids(length: int) -> list[int]:
-        return of_ids.integers(10, VOCAB_SIZE if part.on_gpu else 2000, length).tolist()
+        return of_ids.integers(10, vocabulary(part), length).tolist()
 
     def length(median: int) -> int:
         times = np.exp(traffic.spread * of_lengths.standard_normal()) if traffic.spread else 1.0

@@ -10,8 +10,8 @@ KINDS = {np.dtype(np.int32): torch.int32, np.dtype(np.int64): torch.int64}
 class Upload:
     """Arrays are added; `ship` lays them end to end and sends them off; then each is a tensor on the device.
 
-    On a GPU every copy has a price of its own, ten microseconds or so, and only one from pinned memory lets the host go
-    on. Where the device is a CPU nothing is copied twice.
+    On a GPU every copy is expected to have a price of its own, ten microseconds or so (not measured yet), and only one
+    from pinned memory lets the host go on. Where the device is a CPU nothing is copied twice.
     """
 
     def __init__(self) -> None:

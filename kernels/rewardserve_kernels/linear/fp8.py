@@ -1,8 +1,9 @@
 """Linear layers in 8-bit floats (e4m3): weights scaled by output channel, activations by row as they come.
 
-On GPUs of compute capability 8.9 and later a product runs at up to twice the rate of bf16; torch.compile makes one pass
-of finding a row's scale and rounding it. torch's CPU product gives the same numbers, slowly: for trying out. A row's
-scale is its own, so a row's result does not depend on the others as far as the product's does not.
+On GPUs of compute capability 8.9 and later a product is expected to run at up to twice the rate of bf16, which has not
+been measured yet (benchmarks/NOTES.md, 10); torch.compile is to make one pass of finding a row's scale and rounding it.
+torch's CPU product gives the same numbers, slowly: for trying out. A row's scale is its own, so a row's result does not
+depend on the others as far as the product's does not.
 """
 
 import torch

@@ -75,7 +75,8 @@ def choose_num_blocks(options: NativeOptions, device: torch.device, bytes_per_bl
 
 def default_batch_tokens(on_cpu: bool) -> int:
     """On two cores of a CPU 4096 are 5 % ahead of 2048 where prompts are long, and level elsewhere; what waits for the
-    forward under way waits longer. A GPU's multiprocessors are all busy from 8192 on, for models of 0.6B to 14B.
+    forward under way waits longer. A GPU's multiprocessors are expected to be all busy from 8192 on, for models of 0.6B
+    to 14B: counted, not measured yet (benchmarks/NOTES.md, 7).
     """
     return 4096 if on_cpu else 8192
 
