@@ -1,6 +1,9 @@
 """Engines on CPUs are forks of one process that has imported what they need, and nothing depends on its long life."""
 
 import asyncio
+import shutil
+import tempfile
+from pathlib import Path
 
 import psutil
 import pytest
@@ -43,13 +46,25 @@ def test_if_it_dies_all_engines_come_back_from_another(server, kit):
         assert kit.scores_of(reply) == before
 
 
-def test_it_ends_with_a_front_that_is_killed_while_it_imports(start, bf16_checkpoint, kit):
+def test_it_ends_with_a_front_that_is_killed_while_it_imports(start, bf16_checkpoint, kit, monkeypatch):
+    monkeypatch.setenv("TMPDIR", folder := tempfile.mkdtemp())  # short: sockets lie in it
     server = start(f"--model=tiny={bf16_checkpoint}", *SMALL).listen()
     kit.until(server.nursery)
     nursery = server.nursery()
     assert not server.engines()
+    assert list(Path(folder).glob("rewardserve-*"))
     server.process.kill()
     kit.until(lambda: is_gone(nursery))
+    assert not list(Path(folder).glob("rewardserve-*"))
+    shutil.rmtree(folder)
+
+
+FORK = """sleep 600 > /dev/null & echo '{"begun":'$!'}'"""
+
+
+def pretended(script: str) -> Nursery:
+    """In bash: once it has read its first request."""
+    return Nursery({}, ["bash", "-c", f"read; {script}; exec sleep 600"])
 
 
 async def becomes(condition) -> None:
@@ -60,10 +75,7 @@ async def becomes(condition) -> None:
 
 async def test_an_engine_that_nobody_waits_for_any_more_is_not_left_behind(tmp_path):
     asked, begun = tmp_path / "asked", tmp_path / "begun"
-    forks = (
-        f"read; touch {asked}; sleep 1; sleep 600 & echo $! > {begun}; echo '{{\"begun\":'$!'}}'; wait $!; sleep 600"
-    )
-    nursery = Nursery({}, ["bash", "-c", forks])
+    nursery = pretended(f"touch {asked}; sleep 1; {FORK}; echo $! > {begun}; wait $!")
     launch = asyncio.create_task(nursery.launch(["an engine"]))
     try:
         await becomes(asked.exists)
@@ -83,8 +95,9 @@ async def test_one_that_ends_instead_of_forking_is_named_to_who_waits():
 
 
 async def test_a_fork_that_fails_is_named_and_the_next_may_begin():
-    answers = """read; echo '{"failed": "no memory"}'; read; sleep 600 & echo '{"begun":'$!'}'; wait $!; """
-    nursery = Nursery({}, ["bash", "-c", answers + """echo '{"ended":'$!', "code": -9}'; sleep 600"""])
+    nursery = pretended(
+        f"""echo '{{"failed": "no memory"}}'; read; {FORK}; wait $!; echo '{{"ended":'$!', "code": -9}}'"""
+    )
     try:
         async with asyncio.timeout(60):
             with pytest.raises(EngineDied, match="no memory"):
@@ -97,6 +110,15 @@ async def test_a_fork_that_fails_is_named_and_the_next_may_begin():
                 running.kill()
     finally:
         await nursery.stop()
+
+
+async def test_what_is_said_of_other_processes_is_passed_over_and_nonsense_ends_it(caplog):
+    nursery = pretended(f"""{FORK}; echo '{{"ended": 1, "code": 0}}'; sleep 0.5; echo nonsense""")
+    async with asyncio.timeout(60):
+        running = await nursery.launch(["an engine"])
+        assert await running.wait() == -9
+    assert "cannot be understood" in caplog.text
+    await nursery.stop()
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

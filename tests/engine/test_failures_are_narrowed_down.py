@@ -141,3 +141,28 @@ def test_a_device_that_was_short_of_memory_for_a_moment_is_soon_given_whole_forw
     for _ in range(30):
         limit.ended_well()
     assert limit.tokens == 8192
+
+
+@pytest.mark.parametrize("out_of_memory", [False, True])
+def test_items_that_never_fit_do_not_make_the_forwards_of_others_small(out_of_memory: bool) -> None:
+    """One client has a failing item in every tenth forward or so; another keeps the device busy."""
+    scheduler = Scheduler(PrefixCache(BlockPool(NUM_BLOCKS)), MAX_TOKENS, MAX_CHUNKS)
+    failure = ItemFailure(ItemCode.RESOURCE_EXHAUSTED if out_of_memory else ItemCode.INTERNAL, "no")
+    bad, sizes = set(), []
+    for number in range(1500):
+        while scheduler.num_waiting_tokens() < 4 * MAX_TOKENS:
+            group = EncodedGroup(new_ids(256), (new_ids(256), new_ids(256)))
+            scheduler.add(EngineRequest(f"good {next(_numbers)}", (group,), client="busy"))
+        if number % 10 == 0:
+            bad.add(name := f"bad {number}")
+            scheduler.add(EngineRequest(name, (EncodedGroup(new_ids(10), (new_ids(600),)),), client="other"))
+        plan = scheduler.schedule()
+        if any(chunk.group.request_id in bad and chunk.sequence is not None for chunk in plan.chunks):
+            scheduler.rollback()
+            if not scheduler.split(plan, out_of_memory):
+                scheduler.fail(plan, failure)
+            continue
+        scheduler.complete(plan, [[0.0]] * plan.num_reads)
+        if number > 700:
+            sizes.append(plan.num_tokens)
+    assert sum(sizes) / len(sizes) > MAX_TOKENS / 4

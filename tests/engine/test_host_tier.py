@@ -7,7 +7,7 @@ import pytest
 import torch
 from checkpoints import VOCAB_SIZE, padded_scores, save_checkpoint
 from rewardserve.engine.base import EngineItem, EngineRequest
-from rewardserve.engine.native import load
+from rewardserve.engine.native import sizing
 from rewardserve.engine.native.block_pool import BlockPool
 from rewardserve.engine.native.prefix_cache import PrefixCache
 from rewardserve.engine.native.scheduler import Scheduler
@@ -155,7 +155,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_a_prompt_that_came_back_gives_the_same_scores_and_costs_no_tokens(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "MAX_BLOCKS", 8)
+    monkeypatch.setattr(sizing, "MAX_BLOCKS", 8)
     groups: list[IdGroup] = [
         ([(seed * 31 + i) % VOCAB_SIZE for i in range(280)], [list(range(10, 10 + n)) for n in (7, 40)])
         for seed in range(5)

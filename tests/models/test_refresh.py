@@ -52,7 +52,7 @@ async def test_the_files_in_which_texts_differ_are_named(folders) -> None:
         assert str(new) in str(refused.value)
 
 
-def test_a_bias_by_which_experts_are_chosen_is_a_weight_though_no_parameter() -> None:
+def test_a_bias_by_which_experts_are_chosen_is_a_weight_though_no_parameter(tmp_path: Path) -> None:
     config = Glm4MoeConfig(
         vocab_size=400,
         hidden_size=32,
@@ -67,5 +67,9 @@ def test_a_bias_by_which_experts_are_chosen_is_a_weight_though_no_parameter() ->
     )
     module = AutoModel.from_config(config)
     bias = "layers.1.mlp.gate.e_score_correction_bias"
-    assert bias in refresh._wanted(SimpleNamespace(config=config)) and bias in Backbone(module).loaded_as
-    assert not any("inv_freq" in name for name in refresh._wanted(SimpleNamespace(config=config)))
+    for where, wanted in (({bias: tmp_path, "norm.weight": tmp_path}, {bias}), ({"norm.weight": tmp_path}, set())):
+        spec = SimpleNamespace(
+            config=config, checkpoint=SimpleNamespace(where=where), recipe=SimpleNamespace(head_keys=())
+        )
+        assert refresh._wanted(spec).keys() - dict(module.named_parameters()).keys() == wanted
+    assert bias in Backbone(module).loaded_as

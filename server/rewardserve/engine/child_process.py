@@ -128,6 +128,11 @@ class ChildProcess:
             await asyncio.wait_for(self.process.wait(), patience_s)
         await self.kill()
 
+    def strike(self) -> None:
+        """Ends the process, if it is still there; `process.wait` tells."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+
     async def kill(self) -> None:
         if self._from_child.closed:
             return
@@ -136,8 +141,7 @@ class ChildProcess:
         if self._retry is not None:
             self._retry.cancel()
         if self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
+            self.strike()
             await self.process.wait()
         await _end_session(self.process.pid)
         self._to_child.close()
@@ -155,7 +159,15 @@ async def _end_session(leader: int) -> None:
         try:
             os.killpg(leader, number)
             while time.monotonic() < deadline:
+                _reap(leader)
                 os.killpg(leader, 0)
                 await asyncio.sleep(0.05)
         except ProcessLookupError:  # nobody is left
             return
+
+
+def _reap(group: int) -> None:
+    """Those of its processes that have become this one's children, as orphans in a container may."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass

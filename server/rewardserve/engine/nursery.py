@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import traceback
@@ -93,8 +94,10 @@ def main() -> None:
     answers = os.dup(STDOUT)
     os.dup2(STDERR, STDOUT)  # what a library prints is no answer
     child.import_native()
-    if os.getppid() != int(sys.argv[1]):
-        return  # the front ended meanwhile, and what it asked for is nobody's
+    if os.getppid() != int(sys.argv[1]):  # the front ended meanwhile, and what it asked for is nobody's
+        for line in sys.stdin:
+            shutil.rmtree(json.loads(line)[0], ignore_errors=True)
+        return
     gc.collect()
     gc.freeze()  # a collection in a fork writes to each object it looks at, and then nothing is shared
     with contextlib.suppress(BrokenPipeError):  # the front is gone

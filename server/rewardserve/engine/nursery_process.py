@@ -11,6 +11,7 @@ of it waits when this process ends.
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from typing import Any
 
 from rewardserve.engine.launch import Running
 from rewardserve.errors import EngineDied
+
+log = logging.getLogger(__name__)
 
 NURSERY_PROGRAM = (sys.executable, "-m", "rewardserve.engine.nursery")
 # numpy and scipy bring a BLAS each that starts threads when it is imported. The engine computes with torch.
@@ -68,7 +71,8 @@ class _Process:
     def hear(self, answer: dict[str, Any]) -> None:
         match answer:
             case {"ended": pid, "code": code}:
-                self.forked.pop(pid).ended(code)
+                if (ended := self.forked.pop(pid, None)) is not None:  # else what it imports has children of its own
+                    ended.ended(code)
             case {"begun": pid}:
                 forked = self.forked[pid] = Forked(pid)
                 future = self.beginning.popleft()
@@ -117,7 +121,7 @@ class Nursery:
             async with asyncio.timeout(BEGINS_WITHIN_S):
                 return await future
         except TimeoutError:
-            now.process.kill()
+            _kill(now.process)
             raise EngineDied(f"what engines are forked from was silent for {BEGINS_WITHIN_S:.0f} s") from None
         except asyncio.CancelledError:
             if not future.cancelled() and future.exception() is None:  # it began, and nobody has it
@@ -128,8 +132,7 @@ class Nursery:
         """After its engines."""
         if self._now is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            self._now.process.kill()  # it has nothing to lose, and may be in the middle of its imports
+        _kill(self._now.process)  # it has nothing to lose, and may be in the middle of its imports
         await asyncio.gather(*self._readers)
 
     async def _start(self) -> _Process:
@@ -149,13 +152,17 @@ class Nursery:
 
     async def _read(self, now: _Process) -> None:
         assert now.process.stdout is not None
-        async for line in now.process.stdout:
-            now.hear(json.loads(line))
+        try:
+            async for line in now.process.stdout:
+                now.hear(json.loads(line))
+        except Exception:
+            log.exception("what engines are forked from cannot be understood; it and they are started anew")
+            _kill(now.process)
         if self._now is now:
             self._now = None
         now.died(await now.process.wait())
 
 
-def _kill(forked: Forked) -> None:
+def _kill(process: Running) -> None:
     with contextlib.suppress(ProcessLookupError):
-        forked.kill()
+        process.kill()

@@ -289,7 +289,7 @@ class EngineProcess:
             elif (silent_s := time.monotonic() - self._asked_at) > self._stall_timeout_s:
                 log.error("the engine of model '%s' was silent for %.0f s; killing it", self._name, silent_s)
                 self._asked_at = None
-                child.process.kill()
+                child.strike()
 
     # -- messages --------------------------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class EngineProcess:
             self._handle(self._decoder.decode(message))
         except Exception:
             log.exception("a message of the engine of model '%s' cannot be handled; restarting it", self._name)
-            child.process.kill()
+            child.strike()
 
     def _handle(self, message: ToParent) -> None:
         match message:

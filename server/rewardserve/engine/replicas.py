@@ -184,13 +184,15 @@ class Replicas:
     async def _score(self, part: _Part, has_moved: bool) -> EngineResult:
         try:
             return await part.replica.engine.score(part.request)
-        except EngineDied as death:
+        except Unavailable as death:
+            if not isinstance(death, EngineDied) and (part.replica.up or self._stopped):
+                raise  # else it has died since it was chosen
             part.end()
             if has_moved:
                 raise EngineDied(f"{death}: the second one with this request in flight") from death
             return await self._move(part, death)
 
-    async def _move(self, part: _Part, death: EngineDied) -> EngineResult:
+    async def _move(self, part: _Part, death: Unavailable) -> EngineResult:
         """Where no engine is up, to the first that comes back."""
         request, wanted = part.request, self._wanted
         assert wanted is not None

@@ -80,12 +80,12 @@ def refresh(model: RewardModel, spec: ModelSpec) -> None:
 
 
 def _wanted(spec: ModelSpec) -> dict[str, torch.Tensor]:
-    """What the backbone's class keeps in checkpoints, on no device: parameters, tied ones once, and such buffers as the
-    bias by which a mixture chooses its experts.
+    """What the backbone's class takes from the checkpoint, on no device: parameters, tied ones once, and such buffers
+    as it brings, like the bias by which a mixture chooses its experts.
     """
-    module = _empty(spec)
+    module, brought = _empty(spec), _names(spec)
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    buffers = {name: tensor for name, tensor in module.state_dict().items() if name not in parameters}
+    buffers = {n: tensor for n, tensor in module.state_dict().items() if n not in parameters and n in brought}
     return dict(module.named_parameters()) | buffers
 
 

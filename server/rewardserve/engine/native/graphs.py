@@ -207,13 +207,14 @@ def _captured(step: StaticStep, memory: tuple[int, int]) -> Captured:
 
 
 def _difference(model: RewardModel, pool: KVPool, captured: Captured) -> float:
-    """Relative, of features by a replay to those of the same rows by a forward: of a prompt with responses."""
+    """Relative, of hidden states by a replay to those of the same rows by a forward: the median, as of the canary."""
     rows, graphs = _some_rows(model.backbone.config.vocab_size, captured.step.num_rows), Graphs(model, pool, [captured])
     replay = graphs.prepare(rows)
     assert replay is not None
-    wanted = model.features_packed(build_pack(rows, model.backbone, True, model.takes_mean), pool)
-    got = graphs.launch(replay)
-    return float((got - wanted).norm() / wanted.norm())
+    graphs.launch(replay)
+    got = captured.hidden[: replay.count].float()
+    wanted = model.hidden_packed(build_pack(rows, model.backbone, True, model.takes_mean), pool)[: replay.count].float()
+    return float(((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median())
 
 
 def _some_rows(vocab_size: int, most: int) -> PackRows:

@@ -15,7 +15,13 @@ from rewardserve.engine.native.gpu import make_batch_invariant, use_device
 from rewardserve.engine.native.graphs import capture
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner, PaddedRunner, Runner
-from rewardserve.engine.native.sizing import bytes_of_a_step, choose_num_blocks, default_batch_tokens, host_blocks
+from rewardserve.engine.native.sizing import (
+    GRAPHS_OF_A_STEP,
+    bytes_of_a_step,
+    choose_num_blocks,
+    default_batch_tokens,
+    host_blocks,
+)
 from rewardserve.engine.native.speed_up import Subject, keep_freed_memory, speed_up
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL
 from rewardserve.errors import LoadFailed
@@ -206,15 +212,17 @@ def _pack(padded: Loaded, options: NativeOptions, device: torch.device, dtype: t
             )
     padded.model.use(0)
     largest = (padded.max_batch_tokens, padded.info.max_length)
-    step_bytes = bytes_of_a_step(padded.model, small_pool, *largest) if device.type == "cuda" else 0
-    num_blocks = choose_num_blocks(options, device, small_pool.bytes_per_block, step_bytes)
+    captures = device.type == "cuda" and options.cuda_graphs and padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS
+    beside = 0
+    if device.type == "cuda":
+        beside = int(bytes_of_a_step(padded.model, small_pool, *largest) * (1 + captures * GRAPHS_OF_A_STEP))
+    num_blocks = choose_num_blocks(options, device, small_pool.bytes_per_block, beside)
     pool = KVPool(num_blocks + (device.type != "cpu"))  # one to spare, for what a graph stores and nobody wants
     pool.allocate_like(small_pool)
     if padded.model.takes_mean:
         pool.keep_sums(padded.model.backbone.config.hidden_size, device)
     graphs = None
-    small = padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS
-    if device.type == "cuda" and options.cuda_graphs and small:
+    if captures:
         graphs = capture(padded.model, pool, num_blocks, subject.tolerance)
     max_length = min(padded.info.max_length, (num_blocks - 2) * BLOCK_TOKENS)
     if max_length < padded.info.max_length:

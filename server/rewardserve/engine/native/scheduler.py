@@ -478,20 +478,22 @@ class Scheduler:
         """After a rollback: the groups in `plan` go in smaller forwards from now on. What was computed of them
         is gone, and if they grew again they would come to the same failure. False if there are no smaller ones.
 
-        `out_of_memory`: so must all others, for a while.
+        `out_of_memory`: so must all others, for a while; unless it was smaller than others already.
         """
         if len(plan.chunks) == 1 and (plan.num_tokens <= BLOCK_TOKENS or self._cache is None):
             return False
+        if out_of_memory and not any(chunk.group.is_narrowed for chunk in plan.chunks):
+            self._limit.ran_out(plan.num_tokens)
         for chunk in plan.chunks:
             group = chunk.group
             group.max_tokens = min(group.max_tokens, max(BLOCK_TOKENS, plan.num_tokens // 2))
             group.max_chunks = min(group.max_chunks, max(1, len(plan.chunks) // 2))
-        if out_of_memory:
-            self._limit.ran_out(plan.num_tokens)
         return True
 
     def fail(self, plan: BatchPlan, failure: ItemFailure) -> None:
         """After a rollback: what `plan` was about gets `failure` instead of a score."""
+        if failure.code is ItemCode.RESOURCE_EXHAUSTED:
+            self._limit.was_not_it()
         for chunk in plan.chunks:
             group = chunk.group
             group.max_tokens = group.max_chunks = sys.maxsize  # what made it fail is found

@@ -61,6 +61,10 @@ class Group:
     max_chunks: int = sys.maxsize
     dropped: bool = False  # its request expired or was cancelled; forwards under way may still hold its chunks
 
+    @property
+    def is_narrowed(self) -> bool:
+        return self.max_tokens < sys.maxsize
+
     @classmethod
     def from_encoded(cls, request_id: str, encoded: EncodedGroup, reader: Reader, variant: int) -> "Group":
         sequences = [Sequence(index, tokens) for index, tokens in enumerate(encoded.responses)]

@@ -19,6 +19,9 @@ CONTAINER_MEMORY = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+GRAPHS_OF_A_STEP = (
+    0.5  # what CUDA graphs take, of a step's memory: theirs have a quarter of its rows, and it is their own
+)
 MAX_BLOCKS = 65_536  # eight million tokens of prompts: beyond that bookkeeping costs more than it finds
 
 
@@ -49,28 +52,32 @@ def bytes_of_a_step(model: RewardModel, pool: KVPool, num_tokens: int, max_lengt
     return peak - before
 
 
-def choose_num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: int, step_bytes: int) -> int:
+def choose_num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: int, beside_bytes: int) -> int:
     """As many blocks as the prefix cache's bytes hold, but no fewer than one short request needs. Raises LoadFailed.
 
-    On a GPU it leaves room for a step, and half as much for CUDA graphs, whose memory is their own.
+    `beside_bytes` are left free on a GPU, for what is computed.
     """
-    budget = options.prefix_cache_bytes
+    budget, least = options.prefix_cache_bytes, 4 * bytes_per_block
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
-        room = free - step_bytes - step_bytes // 2
+        room = free - beside_bytes
+        if room < least:
+            raise LoadFailed(
+                f"the device has {free >> 20} MB left, and forwards need {beside_bytes >> 20} of it: no request fits "
+                "beside them; give fewer --max-batch-tokens"
+            )
         if budget > room:
             raise LoadFailed(
-                f"a prefix cache of {budget >> 20} MB does not fit: the device has {free >> 20}, and a forward needs "
-                f"{(free - room) >> 20} of it; give --prefix-cache-mb {max(0, room) >> 20}, or fewer --max-batch-tokens"
+                f"a prefix cache of {budget >> 20} MB does not fit: the device has {free >> 20} left, and forwards "
+                f"need {beside_bytes >> 20} of it; give --prefix-cache-mb {room >> 20}, or fewer --max-batch-tokens"
             )
-        budget = budget or max(0, min(int(0.6 * free), room))
-    elif not budget:
-        budget = auto_cache_bytes()
-    num_blocks = budget // bytes_per_block
-    if num_blocks < 4:
-        need = 4 * bytes_per_block
-        raise LoadFailed(f"the prefix cache of {budget} bytes holds no request; give it at least {need} bytes")
-    return min(num_blocks, MAX_BLOCKS)
+        budget = budget or max(least, min(int(0.6 * free), room))
+    budget = budget or auto_cache_bytes()
+    if budget < least:
+        raise LoadFailed(
+            f"a prefix cache of {budget >> 20} MB holds no request; give --prefix-cache-mb {-(-least >> 20)} at least"
+        )
+    return min(budget // bytes_per_block, MAX_BLOCKS)
 
 
 def default_batch_tokens(on_cpu: bool) -> int:

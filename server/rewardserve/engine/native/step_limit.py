@@ -15,6 +15,7 @@ class StepLimit:
         self._patience = 1  # forwards that end well before it is doubled
         self._num_well = 0  # since it was changed
         self._is_falling = False  # nothing has ended well since it was lowered
+        self._before = (most, 1)  # it was lowered, tokens and patience
 
     def ended_well(self) -> None:
         self._is_falling = False
@@ -27,7 +28,13 @@ class StepLimit:
 
     def ran_out(self, num_tokens: int) -> None:
         """With a forward of so many."""
+        self._before = (self.tokens, self._patience)
         if not self._is_falling:
             self._patience = min(MAX_PATIENCE, 2 * self._patience)
         self._is_falling, self._num_well = True, 0
         self.tokens = min(self.tokens, max(self._least, num_tokens // 2))
+
+    def was_not_it(self) -> None:
+        """One item alone ran out of memory, however small the forward: it was lowered for nothing."""
+        self.tokens, self._patience = self._before
+        self._is_falling, self._num_well = False, 0
