@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Of tests and servers on the same cores: threads that spin take what the others wait for (engine/environment.py).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# The tests start some hundred processes, and each would compile anew what it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 HERE = Path(__file__).parent
 LONGEST = ("e2e", "test_demo_model.py", "test_packaging.py", "training", "benchmarks", "parity", "cli")
