@@ -11,7 +11,9 @@ import torch
 from limits import Limits, limits_of
 from part import Part
 from rewardserve.engine.native.engine import NativeEngine
+from rewardserve.engine.native.step_limit import StepLimit
 from rewardserve.models.kv_pool import HostBlocks
+from rewardserve_kernels.ragged import BLOCK_TOKENS
 from score_errors import probe
 from served import (
     ROUND_TOKENS,
@@ -108,15 +110,15 @@ async def _latency(part: Part, engine: NativeEngine, tokens: int, limits: Limits
 async def _budgets(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -> None:
     assert engine._loop is not None
     scheduler: Any = engine._loop._scheduler
-    found, before = {}, scheduler._max_tokens
+    found, before = {}, scheduler._limit
     budgets = (4096, 8192, 16384) if tokens < ROUND_TOKENS["qwen3-0.6b"] else (2048, 4096, 8192, 16384, 32768)
     try:
         for budget in (256, 512) if part.tiny else budgets:
-            scheduler._max_tokens = scheduler._token_limit = budget
+            scheduler._limit = StepLimit(budget, least=BLOCK_TOKENS)
             result = await throughput(part, engine, TRAFFIC["best_of_16"], tokens // 2, limits, BUDGET_ROUNDS)
             found[budget] = round(result["share_of_limit"], 3)
     finally:
-        scheduler._max_tokens = scheduler._token_limit = before
+        scheduler._limit = before
     part.found["more"]["share of the limit by token budget"] = found
     part.note()
 
