@@ -264,7 +264,9 @@ class App:
         threads = config.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
         return Replicas(
             [
-                self._engine_process(replace(options, device=device, num_threads=threads), f"{name}/{number}", False)
+                self._engine_process(
+                    replace(options, device=device, num_threads=threads), f"{name}/{number}", resubmit=False
+                )
                 for number, device in enumerate(devices)
             ],
             options.source,

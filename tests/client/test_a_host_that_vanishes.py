@@ -105,6 +105,7 @@ async def test_it_gets_its_prompts_back_when_it_is_back(servers, host, targets):
             while set(servers[0].servicer.prompts) != before:
                 await asyncio.sleep(0.1)
                 await client.score(GROUPS)
+        assert before and set(servers[0].servicer.prompts) == before
 
 
 async def test_where_there_is_no_other_it_is_waited_for(host, expected):

@@ -82,6 +82,7 @@ async def test_an_engine_that_nobody_waits_for_any_more_is_not_left_behind(tmp_p
         launch.cancel()
         await becomes(lambda: begun.exists() and begun.read_text().strip())
         await becomes(lambda: not psutil.pid_exists(int(begun.read_text())))
+        assert launch.cancelled()
     finally:
         await nursery.stop()
 

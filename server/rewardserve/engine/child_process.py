@@ -56,9 +56,7 @@ class ChildProcess:
                 socket.setsockopt(zmq.LINGER, 0)
                 socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
                 socket.bind(f"ipc://{folder}/{name}")
-            process = await launcher.launch(
-                (folder, options.engine, json.dumps(asdict(options)), *log_options),
-            )
+            process = await launcher.launch((folder, options.engine, json.dumps(asdict(options)), *log_options))
         except BaseException:  # cancelled, too: a model may be unloaded while its engine is restarted
             for socket in sockets:
                 socket.close()
