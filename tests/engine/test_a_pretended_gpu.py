@@ -3,17 +3,23 @@ under way, Triton's kernels, captured graphs, a second tier in host memory, the 
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import save_checkpoint
+from forks import Forks
 
 SUPPORT = Path(__file__).parents[1] / "support"
 pytest.importorskip("triton", reason="triton is not installed")
 
-# In a process of its own: what is pretended is so for good, and the interpreter is chosen when triton is imported.
+IMPORTS = """
+import asyncio, json, sys
+import pretend_gpu, scoring, torch
+from rewardserve.engine.native import engine, graphs, load
+from rewardserve_kernels.attention import triton
+"""
+# What is pretended is so for good.
 BEGIN = """
 import asyncio, json, sys
 import pretend_gpu
@@ -75,16 +81,17 @@ print(json.dumps([t.flatten(1).mean(1).tolist() for t in (pool.whole[0, 0], pool
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
 
 
-def run(program: str, *arguments: str) -> list[dict]:
-    """What it prints, a line each."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
-    command = [sys.executable, "-W", "ignore", "-c", BEGIN + program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+Run = Callable[..., list[dict]]
 
 
-def test_scores_are_those_of_a_cpu_and_no_step_waits(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """A program behind BEGIN, with its arguments -> what it prints, a line each."""
+    with Forks(IMPORTS, {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}) as forks:
+        yield lambda program, *arguments: list(map(json.loads, forks.run(BEGIN + program, *arguments).splitlines()))
+
+
+def test_scores_are_those_of_a_cpu_and_no_step_waits(run: Run, tmp_path: Path) -> None:
     """gemma2: windows and softcaps; gpt2: a class that looks for padding in every forward; qwen3: means, so sums beside
     keys, and a rotary embedding that looks in every forward whether it is to change.
 
@@ -106,7 +113,7 @@ def test_scores_are_those_of_a_cpu_and_no_step_waits(tmp_path: Path) -> None:
             assert found["launches"] == {"copy_": 2, "graph": 1, "pool_span": 1}, folder
 
 
-def test_a_block_that_was_away_in_host_memory_is_what_it_was_and_nobody_waited() -> None:
+def test_a_block_that_was_away_in_host_memory_is_what_it_was_and_nobody_waited(run: Run) -> None:
     assert run(HOST_TIER) == [[[0, 0, 0, 7], [0, 0, 0, 5]]]
 
 
@@ -163,7 +170,7 @@ print(json.dumps(doubled.tolist()))
 """
 
 
-def test_what_a_gpu_would_refuse_is_refused_here() -> None:
+def test_what_a_gpu_would_refuse_is_refused_here(run: Run) -> None:
     """Or the test above would say nothing."""
     wrong, unminded, minded, fine, replayed = run(WRONG)
     assert all(wrong.values()), wrong
@@ -206,7 +213,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.parametrize("mode", ["the host waits", "a replay differs", "the capture fails"])
-def test_what_cannot_be_captured_is_found_out_before_anything_is_served(tmp_path: Path, mode: str) -> None:
+def test_what_cannot_be_captured_is_found_out_before_anything_is_served(run: Run, tmp_path: Path, mode: str) -> None:
     """And on its usual stream: steps on another would run beside the copies of their own inputs."""
     save_checkpoint(tmp_path, "qwen3", num_hidden_layers=2)
     (found,) = run(NOT_CAPTURED, json.dumps([str(tmp_path), mode]))
@@ -246,7 +253,7 @@ for options in ({"max_batch_tokens": 500}, {"prefix_cache_bytes": 50 * MB}, {"pr
 """
 
 
-def test_the_largest_step_is_tried_at_load_and_what_leaves_it_no_room_is_refused(tmp_path: Path) -> None:
+def test_the_largest_step_is_tried_at_load_and_what_leaves_it_no_room_is_refused(run: Run, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "qwen3", num_hidden_layers=1)
     too_large, too_much, fine = run(SIZES, str(tmp_path))
     assert "max_batch_tokens = 500 does not fit" in too_large

@@ -2,14 +2,13 @@
 inputs at fixed places, page tables. Scores are those of the plain path."""
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from adapters import TARGETS, adapter_of, save_adapter
 from checkpoints import save_checkpoint
+from forks import Forks
 from safetensors.torch import load_file
 
 # Of MKL and of torch's own loops, on every CPU: with AVX-512 a score of 1.3 among scores of 13 came out 1.5e-5 off.
@@ -17,7 +16,12 @@ ONE_PATH = {"MKL_CBWR": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 SUPPORT = Path(__file__).parents[1] / "support"
 pytest.importorskip("triton", reason="triton is not installed")
 
-# In a process of its own: the interpreter is chosen when triton is first imported, for good.
+IMPORTS = """
+import scoring, torch
+from rewardserve.engine.native import batch, graphs, load, runner, scheduler
+from rewardserve_kernels.attention import chunked, triton
+from rewardserve_kernels.kv_cache import triton
+"""
 PROGRAM = """
 import sys
 import torch
@@ -116,36 +120,32 @@ print(num_steps, graph.num_replays, len(variants))
 """
 
 
-def run(*folders: Path) -> tuple[int, ...]:
-    """Steps, those that were replayed, models among these; the program compares scores and stored keys itself."""
-    environment = {**os.environ, **ONE_PATH, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, folders)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return tuple(map(int, done.stdout.split()[-3:]))
+Run = Callable[..., tuple[int, ...]]
 
 
-def test_scores_and_stored_keys_are_those_of_the_plain_path(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Folders -> steps, those that were replayed, models among these. PROGRAM compares scores and stored keys."""
+    with Forks(IMPORTS, {**os.environ, **ONE_PATH, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}) as forks:
+        yield lambda *folders: tuple(map(int, forks.run(PROGRAM, *map(str, folders)).split()[-3:]))
+
+
+def test_scores_and_stored_keys_are_those_of_the_plain_path(run: Run, tmp_path: Path) -> None:
     """gemma2: layers with and without a window, softcaps, groups of heads."""
-    save_checkpoint(tmp_path, "gemma2", torch.float32)
+    save_checkpoint(tmp_path, "gemma2", num_hidden_layers=2)
     num_steps, num_replays, _ = run(tmp_path)
     assert num_steps >= 3 and num_replays >= 2
 
 
-def test_means_are_those_of_the_plain_path(tmp_path: Path) -> None:
+def test_means_are_those_of_the_plain_path(run: Run, tmp_path: Path) -> None:
     """All rows are what they are made of, and sums of stored ones are kept beside their keys."""
-    save_checkpoint(tmp_path)
+    save_checkpoint(tmp_path, num_hidden_layers=2)
     (tmp_path / "rewardserve.toml").write_text('[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n')
     num_steps, num_replays, _ = run(tmp_path)
     assert num_steps >= 3 and num_replays >= 2
 
 
-def test_models_over_one_backbone_share_its_graphs(tmp_path: Path) -> None:
+def test_models_over_one_backbone_share_its_graphs(run: Run, tmp_path: Path) -> None:
     """One captured with the first one's adapter computes with that of the model in use, and each head is its own."""
     save_checkpoint(tmp_path / "base")
     weights = load_file(tmp_path / "base" / "model.safetensors")
