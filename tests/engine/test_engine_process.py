@@ -7,6 +7,7 @@ import signal
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from rewardserve.engine.base import EngineListener, EngineRequest
 from rewardserve.engine.environment import engine_environment
@@ -131,6 +132,19 @@ async def test_a_child_that_hangs_while_it_loads_is_given_up(make_engine) -> Non
             await engine.start(EngineListener())
 
 
+async def test_a_child_that_is_loading_ends_with_its_engine(make_engine) -> None:
+    engine = make_engine("hangs")
+    start = asyncio.ensure_future(engine.start(EngineListener()))
+    me = psutil.Process()
+    async with asyncio.timeout(60):
+        while not me.children():
+            await asyncio.sleep(0.01)
+        await engine.stop()
+        assert not me.children()
+        with pytest.raises(Unavailable, match="unloaded"):
+            await start
+
+
 async def test_a_child_that_takes_its_time_to_load_but_says_so_is_waited_for(make_engine) -> None:
     engine = make_engine("loads long", stall_timeout_s=1.0)
     await engine.start(EngineListener())
@@ -167,11 +181,11 @@ async def test_a_child_that_takes_work_and_computes_none_is_ended_though_its_cal
 
 
 async def test_a_child_with_nothing_to_do_for_longer_than_a_stall_is_not_ended(make_engine) -> None:
-    engine = make_engine("answers", stall_timeout_s=0.5)
+    engine = make_engine("answers", stall_timeout_s=2.0)
     await engine.start(EngineListener())
     try:
         pid = engine.pid
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(5.0)
         assert await scored(engine, range(3)) == [0, 1, 2]
         assert engine.pid == pid
     finally:

@@ -90,6 +90,7 @@ class EngineProcess:
         self._info: EngineInfo | None = None
         self._child: ChildProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = False
         self._resubmits = resubmit
         self._clearing: asyncio.Future[None] | None = None
         self._asked_at: float | None = None  # when the ping that has no answer yet was sent
@@ -102,7 +103,15 @@ class EngineProcess:
 
     async def start(self, listener: EngineListener) -> EngineInfo:
         self._listener = listener
-        await self._launch()
+        launching = asyncio.create_task(self._launch())
+        self._tasks = [launching]
+        try:
+            await launching
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise
+        if self._stopped:
+            raise Unavailable(f"model '{self._name}' was unloaded while it was loading")
         assert self._info is not None
         self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._watch_for_stall())]
         return self._info
@@ -148,6 +157,7 @@ class EngineProcess:
         self._options = replace(self._options, source=sources[0], beside=tuple(sources[1:]))
 
     async def stop(self) -> None:
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
