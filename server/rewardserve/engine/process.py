@@ -216,6 +216,18 @@ class EngineProcess:
             await asyncio.gather(message, return_exceptions=True)
 
     async def _supervise(self) -> None:
+        try:
+            await self._keep_up()
+        except Exception as error:  # a bug; those who wait would wait for ever, and the next death go unnoticed
+            log.critical("the supervisor of model '%s' died", self._name, exc_info=True)
+            reason = f"the engine of model '{self._name}' cannot be kept up: {type(error).__name__}: {error}"
+            child, self._child = self._child, None
+            self._fail_flights(EngineDied(reason))
+            self._listener.on_failed(reason)
+            if child is not None:
+                await child.kill()
+
+    async def _keep_up(self) -> None:
         while True:
             assert self._child is not None
             child = self._child
@@ -338,7 +350,8 @@ class EngineProcess:
 
 def _cause(code: int) -> str:
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        named = {number.value: number.name for number in signal.Signals}  # not every signal of Linux has a name
+        return f"was killed by {named.get(-code, f'signal {-code}')}"
     if code == POISONED_EXIT:
         return "ended because its device, or a process of its own, cannot go on"
     return f"ended with exit code {code}"
