@@ -166,7 +166,8 @@ class App:
 
     async def drain(self) -> None:
         """Stops admitting and finishes what is in flight within the grace period."""
-        assert self._server is not None
+        if self._server is None:
+            return
         in_flight = sum(model.admission.num_requests for model in self.registry.models)
         log.info("draining: %d requests in flight, %.0f s of grace", in_flight, self._config.grace_s)
         await self._health.drain()
