@@ -1,6 +1,5 @@
 """Composition root: config -> every object wired; start, drain, stop. The only place that names concrete engines."""
 
-import asyncio
 import contextlib
 import errno
 import logging
@@ -32,7 +31,6 @@ from rewardserve.metrics import Metrics
 from rewardserve.models.source import check_source
 from rewardserve.service.admission import Limits
 from rewardserve.service.finish import Finishing, read_calibration
-from rewardserve.service.live_model import LiveModel
 from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
 from rewardserve.transport.grpc_server import MODELS, SCORING, DoorOptions, GrpcDoor
@@ -119,7 +117,6 @@ class App:
         self._config = config
         self._executor = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
         self._health = Health()
-        self._changes: set[asyncio.Task[None]] = set()
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
         beside_others = len(config.models) > 1 or config.allow_model_control or "," in config.device
         self._environment = partial(engine_environment, beside_others=beside_others, environ=os.environ)
@@ -131,7 +128,7 @@ class App:
             self.metrics,
             limits,
             self._executor,
-            self._on_change,
+            lambda model: self._health.update(self.registry, model),
             finishings(config),
             Finishing(looks_beside=True),
         )
@@ -147,10 +144,10 @@ class App:
 
     async def start(self) -> None:
         """Opens the ports, NOT_SERVING at first, and loads the models. Raises LoadFailed, OSError for a taken port."""
-        await self._health.update_server(self.registry)
+        self._health.update_server(self.registry)
         self._server = grpc.aio.server(options=self._channel_options())
         self._server.add_generic_rpc_handlers(self._door.handlers())
-        health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SCORING, MODELS, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name)
         reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), self._server)
         self.port = self._listen(self._server)
@@ -162,14 +159,15 @@ class App:
             self.registry.add_ensemble(name, members, aggregate)
         for name, source in self._config.models.items():
             await self.registry.load(name, source)
-        await self._health.started(self.registry)
+        self._health.started(self.registry)
 
     async def drain(self) -> None:
         """Stops admitting and finishes what is in flight within the grace period."""
-        assert self._server is not None
+        if self._server is None:
+            return
         in_flight = sum(model.admission.num_requests for model in self.registry.models)
         log.info("draining: %d requests in flight, %.0f s of grace", in_flight, self._config.grace_s)
-        await self._health.drain()
+        self._health.drain()
         self.registry.stop_admitting()
         self._door.close()
         await self.registry.drain(self._config.grace_s)
@@ -185,7 +183,6 @@ class App:
             self._metrics_server.shutdown()
             self._metrics_server.server_close()
         self._executor.shutdown(wait=False, cancel_futures=True)
-        await asyncio.gather(*self._changes, return_exceptions=True)
 
     def _listen(self, server: grpc.aio.Server) -> int:
         address = _address(self._host, self._config.port)
@@ -280,11 +277,6 @@ class App:
         return EngineProcess(
             options, name, launcher, config.stall_timeout_s, config.log_format, config.log_level, resubmit
         )
-
-    def _on_change(self, model: LiveModel) -> None:
-        task = asyncio.get_running_loop().create_task(self._health.update(self.registry, model))
-        self._changes.add(task)
-        task.add_done_callback(self._changes.discard)
 
     def _channel_options(self) -> list[tuple[str, int]]:
         size = self._config.max_message_mb << 20

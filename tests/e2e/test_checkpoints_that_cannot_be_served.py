@@ -193,3 +193,15 @@ def test_a_model_is_loaded_scored_and_unloaded_over_the_wire(server, checkpoint,
     server.models.Unload(models_pb2.UnloadModelRequest(name="three"), timeout=kit.ANTI_HANG_S)
     assert len(before - {engine.pid for engine in server.engines()}) == 1
     assert server.is_serving()
+
+
+def test_a_model_that_is_unloaded_while_it_loads_ends_its_load_and_leaves_no_engine(server, checkpoint, kit):
+    before = set(server.engines())
+    load = server.models.Load.future(Load(name="three", source=str(checkpoint)), timeout=kit.ANTI_HANG_S)
+    kit.until(lambda: set(server.engines()) - before)
+    (engine,) = set(server.engines()) - before
+    engine.suspend()  # it would be loading for ever
+    server.models.Unload(models_pb2.UnloadModelRequest(name="three"), timeout=kit.ANTI_HANG_S)
+    error = refused(load.result)
+    assert error.code() is Code.FAILED_PRECONDITION and "unloaded" in error.details()
+    kit.until(lambda: set(server.engines()) == before)

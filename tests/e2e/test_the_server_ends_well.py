@@ -62,6 +62,24 @@ def test_sigterm_answers_all_that_was_admitted_and_refuses_what_comes_after(star
     assert gone([engine], kit)
 
 
+def test_sigterm_while_one_model_still_loads_answers_what_another_has_admitted(start, bf16_checkpoint, kit):
+    server = start(*(f"--model={name}={bf16_checkpoint}" for name in ("one", "two")), "--grace-s", "60").listen()
+    kit.until(lambda: len(server.engines()) == 2)
+    one, two = sorted(server.engines(), key=lambda engine: engine.create_time())
+    two.suspend()  # it would be loading for ever
+    one.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(send, server, kit.ids_request([1], [[2]], model="one"))
+        kit.until(lambda: 'in_flight_requests{model="one"} 1.0' in server.scrape())
+        server.terminate()
+        server.wait_for_log("draining: ")
+        one.resume()
+        end = future.result(90)
+    assert not isinstance(end, grpc.RpcError), end
+    assert server.wait() == 0
+    assert gone([one, two], kit)
+
+
 def test_a_grace_too_short_ends_in_bounds_and_every_caller_hears_of_it(start, bf16_checkpoint, kit):
     server = start("--model", f"tiny={bf16_checkpoint}", "--grace-s", "0.05").ready()
     engine = server.engine()

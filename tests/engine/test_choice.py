@@ -1,5 +1,6 @@
 """Which engine serves a checkpoint."""
 
+import asyncio
 import dataclasses
 
 import pytest
@@ -15,8 +16,11 @@ class Refusing(FakeEngine):
     def __init__(self, reason: str) -> None:
         super().__init__(INFO)
         self.reason, self.stopped = reason, False
+        self.may_refuse = asyncio.Event()
+        self.may_refuse.set()
 
     async def start(self, listener):
+        await self.may_refuse.wait()
         raise LoadFailed(self.reason)
 
     async def stop(self):
@@ -73,3 +77,17 @@ async def test_where_neither_can_both_reasons_are_said_once(theirs, said):
 async def test_a_named_native_engine_has_no_fallback():
     with pytest.raises(LoadFailed, match="no folder"):
         await choose(Wish("native"), lambda: Refusing("no folder"), vllm).start(EngineListener())
+
+
+async def test_one_that_is_stopped_while_it_loads_is_not_loaded_by_another_engine():
+    native, others = Refusing("weights of kind x"), []
+    native.may_refuse.clear()
+    engine = NativeElseVllm(native, others.append, is_installed=lambda: True)
+    start = asyncio.create_task(engine.start(EngineListener()))
+    await asyncio.sleep(0)
+    await engine.stop()
+    assert native.stopped
+    native.may_refuse.set()
+    with pytest.raises(LoadFailed, match="kind x"):
+        await start
+    assert not others

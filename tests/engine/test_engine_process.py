@@ -3,10 +3,13 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from rewardserve.engine.base import EngineListener, EngineRequest
 from rewardserve.engine.environment import engine_environment
@@ -131,6 +134,19 @@ async def test_a_child_that_hangs_while_it_loads_is_given_up(make_engine) -> Non
             await engine.start(EngineListener())
 
 
+async def test_a_child_that_is_loading_ends_with_its_engine(make_engine) -> None:
+    engine = make_engine("hangs")
+    start = asyncio.ensure_future(engine.start(EngineListener()))
+    me = psutil.Process()
+    async with asyncio.timeout(60):
+        while not me.children():
+            await asyncio.sleep(0.01)
+        await engine.stop()
+        assert not me.children()
+        with pytest.raises(Unavailable, match="unloaded"):
+            await start
+
+
 async def test_a_child_that_takes_its_time_to_load_but_says_so_is_waited_for(make_engine) -> None:
     engine = make_engine("loads long", stall_timeout_s=1.0)
     await engine.start(EngineListener())
@@ -167,11 +183,11 @@ async def test_a_child_that_takes_work_and_computes_none_is_ended_though_its_cal
 
 
 async def test_a_child_with_nothing_to_do_for_longer_than_a_stall_is_not_ended(make_engine) -> None:
-    engine = make_engine("answers", stall_timeout_s=0.5)
+    engine = make_engine("answers", stall_timeout_s=2.0)
     await engine.start(EngineListener())
     try:
         pid = engine.pid
-        await asyncio.sleep(2.0)
+        await asyncio.sleep(5.0)
         assert await scored(engine, range(3)) == [0, 1, 2]
         assert engine.pid == pid
     finally:
@@ -188,6 +204,63 @@ async def test_what_an_engine_dies_over_fails_at_once_where_another_can_take_it(
         with pytest.raises(EngineDied, match="SIGKILL with this request in flight"):
             async with asyncio.timeout(60):
                 await call
+    finally:
+        await engine.stop()
+
+
+async def restarted(engine: EngineProcess, listener: EngineListener, end: Callable[[int], None]) -> list[float]:
+    """Scores of the one that comes after it."""
+    down, up = asyncio.Event(), asyncio.Event()
+    listener.on_down, listener.on_up = lambda reason: down.set(), lambda info: up.set()
+    await engine.start(listener)
+    try:
+        end(engine.pid)
+        async with asyncio.timeout(60):
+            await down.wait()
+            await up.wait()
+        return await scored(engine, range(3))
+    finally:
+        await engine.stop()
+
+
+async def test_one_that_is_ended_by_a_signal_without_a_name_is_restarted(make_engine, caplog) -> None:
+    nameless = signal.SIGRTMIN + 6
+    found = await restarted(make_engine("answers"), EngineListener(), lambda pid: os.kill(pid, nameless))
+    assert found == [0, 1, 2]
+    assert f"was killed by signal {nameless}" in caplog.text
+
+
+async def test_one_that_dies_while_no_file_can_be_opened_is_restarted_when_some_can(make_engine) -> None:
+    """A front of many callers may be at its limit just then; without one, nobody would try again."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    def end(pid: int) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        asyncio.get_running_loop().call_later(0.5, resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        os.kill(pid, signal.SIGKILL)
+
+    try:
+        assert await restarted(make_engine("answers"), EngineListener(), end) == [0, 1, 2]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+async def test_a_supervisor_that_fails_leaves_nobody_waiting(make_engine) -> None:
+    """Whatever it may be that fails: here, what it tells of a death to."""
+    engine, failed = make_engine("computes nothing"), []
+
+    def forgets(reason: str) -> None:
+        raise KeyError(reason)
+
+    await engine.start(EngineListener(on_down=forgets, on_failed=failed.append))
+    call = asyncio.ensure_future(engine.score(request(1)))
+    try:
+        await asyncio.sleep(0)
+        os.kill(engine.pid, signal.SIGKILL)
+        with pytest.raises(EngineDied):
+            async with asyncio.timeout(60):
+                await call
+        assert len(failed) == 1
     finally:
         await engine.stop()
 

@@ -35,6 +35,7 @@ class Held:
     refuses: tuple[str, ...] = ()
     dies_of: tuple[str, ...] = ()
     slow: bool = False  # to take over weights
+    slow_to_load: bool = False
     updates: list[str] = field(default_factory=list)
     in_flight: set[str] = field(default_factory=set)
     num_deaths: int = 0
@@ -45,6 +46,8 @@ class Held:
     async def start(self, listener: EngineListener) -> EngineInfo:
         if self.fails_to_load:
             raise LoadFailed("no memory for it")
+        if self.slow_to_load:
+            await self.go.wait()
         self.listener = listener
         return self.info
 
@@ -118,6 +121,30 @@ async def sent(replicas: Replicas, *requests: EngineRequest) -> list[asyncio.Tas
         await asyncio.sleep(0)
         await asyncio.sleep(0)
     return calls
+
+
+async def test_one_that_dies_while_another_loads_is_used_when_it_has_come_back() -> None:
+    a, b, down = Held(), Held(slow_to_load=True), []
+    replicas = Replicas((a, b))
+    start = asyncio.create_task(replicas.start(EngineListener(on_down=down.append)))
+    await asyncio.sleep(0.01)
+    a.die()
+    a.come_back()
+    a.die()
+    b.go.set()
+    await start
+    await replicas.score(request("1", group(100)))
+    assert (a.prompts, b.prompts, down) == ([], [100], [])
+    a.come_back()
+    await sent(replicas, request("2", group(200)))
+    assert a.prompts == [200]
+
+
+async def test_engines_that_find_different_checkpoints_are_no_model() -> None:
+    a, b = Held(), Held(replace(INFO, version="v2"))
+    with pytest.raises(LoadFailed, match="loaded v1 and v2; was it changed meanwhile"):
+        await started(a, b)
+    assert a.stopped and b.stopped
 
 
 async def test_work_goes_to_the_engine_that_has_least() -> None:

@@ -272,8 +272,11 @@ async def test_weights_that_cannot_score_are_given_back(house, tools) -> None:
     with pytest.raises(LoadFailed, match="no memory"):
         await house.registry.update_weights("m", "/new")
     assert model.state is FAILED and "is not what it was" in model.message
+    engine.listener.on_down("died")
+    engine.listener.on_up(engine._info)  # with the weights that nobody is to be scored by
     with pytest.raises(Unavailable, match="is not what it was"):
         await house.service.score(tools.request())
+    assert house.sample("model_up") == 0
 
 
 async def test_what_lies_beside_a_checkpoint_counts_when_it_is_loaded_and_not_when_its_engine_restarts(

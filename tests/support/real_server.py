@@ -127,13 +127,15 @@ class ServerProcess:
         (engine,) = self.engines()
         return engine
 
+    def scrape(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=20) as reply:
+            return reply.read().decode()
+
     def metrics(self) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
         """(sample name, sorted labels without the model's) -> value, as Prometheus would scrape it."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=20) as reply:
-            text = reply.read().decode()
         return {
             (sample.name, tuple(sorted((k, v) for k, v in sample.labels.items() if k != "model"))): sample.value
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(self.scrape())
             for sample in family.samples
         }
 

@@ -209,6 +209,17 @@ async def test_health_watch_hears_of_draining(served):
     await draining
 
 
+async def test_health_watch_goes_on_for_others_when_one_leaves(served):
+    health = health_pb2_grpc.HealthStub(served.channel)
+    leaving, staying = (health.Watch(health_pb2.HealthCheckRequest()) for _ in range(2))
+    assert [(await watch.read()).status for watch in (leaving, staying)] == [SERVING, SERVING]
+    leaving.cancel()
+    await asyncio.sleep(0.1)  # until the server has heard of it
+    draining = asyncio.create_task(served.app.drain())
+    assert (await asyncio.wait_for(staying.read(), 20)).status == NOT_SERVING
+    await draining
+
+
 async def test_loading_one_more_model_does_not_take_the_server_out_of_service(controlled, kit):
     """A load balancer asks for "": the models that are served must stay reachable for the minutes a load takes."""
     health = health_pb2_grpc.HealthStub(controlled.channel)

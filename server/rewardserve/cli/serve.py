@@ -54,10 +54,10 @@ async def _serve(config: ServeConfig) -> int:
             await starting
             log.info("ready")
             await stop
-            await app.drain()
         else:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+        await app.drain()  # what is loaded serves, while the others are loading
     except (LoadFailed, OSError) as error:
         log.critical("%s", error)
         return 1

@@ -30,10 +30,12 @@ class ChildProcess:
     several times the cost of moving it.
     """
 
-    def __init__(self, process: Running, folder: str, sockets: tuple[zmq.Socket[bytes], ...]) -> None:
+    def __init__(
+        self, process: Running, folder: str, to_child: zmq.Socket[bytes], from_child: zmq.Socket[bytes]
+    ) -> None:
         self.process = process
         self._folder = folder
-        self._to_child, self._from_child = sockets
+        self._to_child, self._from_child = to_child, from_child
         self._outbox: deque[bytes] = deque()
         self._retry: asyncio.TimerHandle | None = None
         self._hear: Callable[[bytes], None] | None = None
@@ -49,20 +51,23 @@ class ChildProcess:
     ) -> "ChildProcess":
         """Raises EngineDied or OSError when none can be started."""
         folder = tempfile.mkdtemp(prefix="rewardserve-")
-        context = zmq.Context.instance()
-        sockets = tuple(context.socket(kind) for kind in (zmq.PUSH, zmq.PULL))
+        sockets: list[zmq.Socket[bytes]] = []
         try:
-            for socket, name in zip(sockets, ("in", "out"), strict=True):
+            for kind, name in ((zmq.PUSH, "in"), (zmq.PULL, "out")):
+                socket = zmq.Context.instance().socket(kind)
+                sockets.append(socket)
                 socket.setsockopt(zmq.LINGER, 0)
                 socket.set_hwm(0)  # admission bounds what is under way; a full pipe must not block the loop
                 socket.bind(f"ipc://{folder}/{name}")
             process = await launcher.launch((folder, options.engine, json.dumps(asdict(options)), *log_options))
-        except BaseException:  # cancelled, too: a model may be unloaded while its engine is restarted
+        except BaseException as error:  # cancelled, too: a model may be unloaded while its engine is restarted
             for socket in sockets:
                 socket.close()
             shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, zmq.ZMQError):
+                raise OSError(error.errno, f"no socket for an engine: {error}") from error
             raise
-        return cls(process, folder, sockets)
+        return cls(process, folder, *sockets)
 
     def send(self, message: bytes) -> None:
         """Never waits: a socket whose other end died takes nothing, and what is in flight goes to the next child."""

@@ -56,19 +56,19 @@ class NativeElseVllm:
     def __init__(
         self, native: Engine, vllm: Callable[[str], Engine], is_installed: Callable[[], bool] = is_vllm_installed
     ) -> None:
-        self._engine: Engine | None = native
+        self._engine = native
         self._vllm = vllm
         self._is_installed = is_installed
+        self._stopped = False
 
     async def start(self, listener: EngineListener) -> EngineInfo:
-        assert self._engine is not None
         try:
             return await self._engine.start(listener)
         except LoadFailed as refusal:
-            if not self._is_installed():
+            await self._engine.stop()
+            if self._stopped or not self._is_installed():
                 raise
             log.warning("the native engine cannot load it, trying vLLM: %s", refusal)
-            await self._engine.stop()
             self._engine = self._vllm(f"the native engine cannot load it: {refusal}")
             return await self._start_vllm(self._engine, listener, refusal)
 
@@ -81,16 +81,15 @@ class NativeElseVllm:
             raise LoadFailed(f"{refusal}; nor can vLLM: {error}") from error
 
     async def score(self, request: EngineRequest) -> EngineResult:
-        if self._engine is None:
+        if self._stopped:
             raise Unavailable("the engine was stopped")
         return await self._engine.score(request)
 
     async def update_weights(self, source: str) -> EngineInfo:
-        if self._engine is None:
+        if self._stopped:
             raise Unavailable("the engine was stopped")
         return await self._engine.update_weights(source)
 
     async def stop(self) -> None:
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            await engine.stop()
+        self._stopped = True
+        await self._engine.stop()

@@ -90,6 +90,7 @@ class EngineProcess:
         self._info: EngineInfo | None = None
         self._child: ChildProcess | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._stopped = False
         self._resubmits = resubmit
         self._clearing: asyncio.Future[None] | None = None
         self._asked_at: float | None = None  # when the ping that has no answer yet was sent
@@ -102,7 +103,15 @@ class EngineProcess:
 
     async def start(self, listener: EngineListener) -> EngineInfo:
         self._listener = listener
-        await self._launch()
+        launching = asyncio.create_task(self._launch())
+        self._tasks = [launching]
+        try:
+            await launching
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise
+        if self._stopped:
+            raise Unavailable(f"model '{self._name}' was unloaded while it was loading")
         assert self._info is not None
         self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._watch_for_stall())]
         return self._info
@@ -148,6 +157,7 @@ class EngineProcess:
         self._options = replace(self._options, source=sources[0], beside=tuple(sources[1:]))
 
     async def stop(self) -> None:
+        self._stopped = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -206,6 +216,18 @@ class EngineProcess:
             await asyncio.gather(message, return_exceptions=True)
 
     async def _supervise(self) -> None:
+        try:
+            await self._keep_up()
+        except Exception as error:  # a bug; those who wait would wait for ever, and the next death go unnoticed
+            log.critical("the supervisor of model '%s' died", self._name, exc_info=True)
+            reason = f"the engine of model '{self._name}' cannot be kept up: {type(error).__name__}: {error}"
+            child, self._child = self._child, None
+            self._fail_flights(EngineDied(reason))
+            self._listener.on_failed(reason)
+            if child is not None:
+                await child.kill()
+
+    async def _keep_up(self) -> None:
         while True:
             assert self._child is not None
             child = self._child
@@ -328,7 +350,8 @@ class EngineProcess:
 
 def _cause(code: int) -> str:
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        named = {number.value: number.name for number in signal.Signals}  # not every signal of Linux has a name
+        return f"was killed by {named.get(-code, f'signal {-code}')}"
     if code == POISONED_EXIT:
         return "ended because its device, or a process of its own, cannot go on"
     return f"ended with exit code {code}"

@@ -77,20 +77,25 @@ class Replicas:
 
     async def start(self, listener: EngineListener) -> EngineInfo:
         """Loads all at a time. Raises what the first failure raises; nothing is running then."""
-        self._listener = listener
-        starts = [asyncio.ensure_future(r.engine.start(self._listener_of(r))) for r in self._replicas]
+        starts = [asyncio.ensure_future(self._start(replica)) for replica in self._replicas]
         try:
-            infos = await asyncio.gather(*starts)
+            await asyncio.gather(*starts)
         except BaseException:
             for start in starts:
                 start.cancel()
             await asyncio.gather(*starts, return_exceptions=True)
             await self.stop()
             raise
-        for replica, info in zip(self._replicas, infos, strict=True):
-            replica.info, replica.up = info, True
-        self._wanted = infos[0]
+        self._listener = listener  # what became of those that were up before the others is nobody's business
         return self._info()
+
+    async def _start(self, replica: _Replica) -> None:
+        info = await replica.engine.start(self._listener_of(replica))
+        self._wanted = self._wanted or info
+        if not self._is_wanted(info):
+            versions = f"{self._wanted.version} and {info.version}"
+            raise LoadFailed(f"{self._source}: its engines loaded {versions}; was it changed meanwhile? load it again")
+        replica.info, replica.up = info, True
 
     async def score(self, request: EngineRequest) -> EngineResult:
         return await self._share_out(request, has_moved=False)

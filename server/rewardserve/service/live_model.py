@@ -116,7 +116,7 @@ class LiveModel:
         """Raises LoadFailed, or Unavailable if the engine died while loading."""
 
         def set_state(state: ModelState, message: str = "") -> None:
-            if self.state is not ModelState.DRAINING:
+            if self.state not in (ModelState.DRAINING, ModelState.FAILED):
                 self.state, self.message = state, message
             self.metrics.up.set(self.state is ModelState.SERVING)
             on_change(self)
