@@ -20,11 +20,11 @@ from rewardserve.models.head_parts import (
     head_prefix,
     keys_below,
     layers_below,
-    lm_rows,
+    lm_head,
     odds_head,
     scalar_head,
 )
-from rewardserve.models.heads import Head, LinearHead, ModuleHead
+from rewardserve.models.heads import Head, ModuleHead
 from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
 from rewardserve.types import JudgeFormat, StepFormat, StepStyle
 
@@ -301,7 +301,7 @@ def _rlhflow_prm(checkpoint: Checkpoint) -> Recipe:
 
 
 def _nemotron(checkpoint: Checkpoint) -> Recipe:
-    return Recipe("Nemotron", LinearHead(lm_rows(checkpoint, (0,))), keys_below(checkpoint, "lm_head"))
+    return Recipe("Nemotron", lm_head(checkpoint, 0), keys_below(checkpoint, "lm_head"))
 
 
 def _athene(checkpoint: Checkpoint) -> Recipe:
