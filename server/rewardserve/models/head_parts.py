@@ -96,7 +96,7 @@ def _check_shape(checkpoint: Checkpoint, key: str, tensor: torch.Tensor, wanted:
 
 
 def lm_logits(checkpoint: Checkpoint, ids: Sequence[int]) -> nn.Linear | nn.Sequential:
-    """Final hidden states [rows, hidden_size] -> logits [rows, ids], by all that a language model's class does there."""
+    """Final hidden states [rows, hidden_size] -> logits [rows, ids], by all that the language model's class does."""
     config = checkpoint.config.get_text_config()
     key = _lm_key(checkpoint)
     num_rows = checkpoint.shape(key)[0]
