@@ -1,6 +1,7 @@
 """What is loaded is the checkpoint, every weight of it, and it scores as padded Hugging Face does by true length."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from checkpoints import padded_scores
 from rewardserve.errors import LoadFailed
 from rewardserve.models.loader import choose_device, choose_dtype, load
 from rewardserve.models.spec import read_spec
+from safetensors.torch import load_file
 from scoring import native
 from transformers import AutoModelForSequenceClassification
 
@@ -39,6 +41,15 @@ def test_a_checkpoint_in_one_file_scores_as_hugging_face(folder) -> None:
 
 def test_a_checkpoint_in_shards_scores_the_same(folder, shards) -> None:
     assert torch.equal(scores(shards.path), scores(folder.path))
+
+
+def test_head_and_backbone_come_from_the_files_that_hugging_face_reads(folder, shards) -> None:
+    """Where several sets of weights lie in one folder, others were left behind by what saved it first."""
+    folder.reweigh(lambda w: w.update({key: tensor * 1.2 for key, tensor in w.items()}))
+    shutil.copy(folder.weights, shards.path)
+    torch.save({key: torch.zeros(1) for key in load_file(folder.weights)}, shards.path / "pytorch_model.bin")
+    assert torch.equal(scores(shards.path), scores(folder.path))
+    assert close(scores(shards.path), padded_scores(shards.path, ROWS, torch.float32))
 
 
 def test_the_backbones_prefix_may_be_absent(folder, pristine: Path) -> None:

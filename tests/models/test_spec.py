@@ -192,9 +192,9 @@ BAD_INDEXES = ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": [1]}', '{"
 
 
 @pytest.mark.parametrize("text", BAD_INDEXES)
-def test_a_broken_index_is_named(folder, text: str) -> None:
-    folder.index.write_text(text)
-    assert "index.json" in refusal(folder.path)
+def test_a_broken_index_is_named(shards, text: str) -> None:
+    shards.index.write_text(text)
+    assert "index.json" in refusal(shards.path)
 
 
 BAD_CONFIGS = {
@@ -275,9 +275,9 @@ def test_the_longest_input_is_the_configs(folder) -> None:
 
 
 def test_the_index_decides_which_files_are_read(shards) -> None:
-    """A leftover model.safetensors beside shards is not looked at."""
-    (shards.path / "model.safetensors").write_bytes(b"left over")
-    assert "model.safetensors" not in [file.name for file in read_spec(str(shards.path)).weight_files]
+    """A leftover shard, and torch's own file, beside them are not looked at."""
+    for name in ("model-00009-of-00009.safetensors", "pytorch_model.bin"):
+        (shards.path / name).write_bytes(b"left over")
     names = set(json.loads(shards.index.read_text())["weight_map"].values())
     assert {file.name for file in read_spec(str(shards.path)).weight_files} == names
 
