@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import padded_scores
+from checkpoints import COMMON, padded_scores
 from rewardserve.errors import LoadFailed
 from rewardserve.models.loader import choose_device, choose_dtype, load
 from rewardserve.models.spec import read_spec
 from safetensors.torch import load_file
 from scoring import native
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PAD = 0  # of the tiny checkpoints
@@ -126,6 +126,37 @@ def test_surplus_weights_are_said_and_change_nothing(folder, pristine: Path, cap
     folder.reweigh(lambda w: w.update({"value_head.weight": torch.ones(3)}))
     assert torch.equal(scores(folder.path), scores(pristine))
     assert "value_head.weight" in caplog.text and "score.weight" not in caplog.text
+
+
+@pytest.mark.parametrize("prefix", ["model.", "transformer."])
+@pytest.mark.parametrize("key", ["layers.1.self_attn.q_proj.bias", "layers.3.mlp.up_proj.weight", "norm.bias"])
+def test_weights_of_the_backbone_that_the_config_knows_nothing_of_are_refused(folder, key: str, prefix: str) -> None:
+    """Hugging Face computes without them."""
+    folder.rename(lambda name: name.replace("model.", prefix))
+    folder.reweigh(lambda w: w.update({prefix + key: torch.ones(64)}))
+    message = refusal(folder.path)
+    assert key in message and "config.json describes a model without" in message
+
+
+def test_what_stands_between_backbone_and_head_is_refused_until_it_is_told(folder, pristine: Path) -> None:
+    folder.reweigh(lambda w: w.update({"head.dense.weight": torch.ones(64, 64)}))
+    message = refusal(folder.path)
+    assert "head.dense.weight" in message and "rewardserve.toml" in message
+    (folder.path / "rewardserve.toml").write_text('[head]\nkind = "linear"\nweights = "score"\n')
+    assert torch.equal(scores(folder.path), scores(pristine))
+
+
+def test_a_decoder_whose_class_transforms_what_it_classifies_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("modernbert-decoder", **COMMON)
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    assert "head.dense.weight" in refusal(tmp_path)
+
+
+def test_buffers_that_older_versions_saved_are_no_weights(folder, pristine: Path) -> None:
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.rotary_emb.inv_freq": torch.ones(8)}
+    folder.reweigh(lambda w: w.update(old))
+    assert torch.equal(scores(folder.path), scores(pristine))
 
 
 def test_a_response_that_ends_in_the_pad_id_is_scored_there(folder) -> None:
