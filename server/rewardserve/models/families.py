@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rewardserve.errors import LoadFailed
@@ -380,9 +381,12 @@ def _deberta(checkpoint: Checkpoint) -> Recipe:
     classifier = heads.linear(checkpoint.tensor("classifier.weight"), checkpoint.tensor("classifier.bias"))
     if classifier.out_features != 1:
         raise LoadFailed(f"{checkpoint.folder}: the head 'classifier' has {classifier.out_features} outputs, not one")
+    activation = checkpoint.config.pooler_hidden_act
+    if activation not in ACT2FN:
+        raise LoadFailed(f"{checkpoint.folder}/config.json: pooler_hidden_act '{activation}' is unknown")
     return Recipe(
         "DeBERTa",
-        ModuleHead(nn.Sequential(dense, nn.GELU(), classifier), 1),
+        ModuleHead(nn.Sequential(dense, ACT2FN[activation], classifier), 1),
         keys_below(checkpoint, "pooler", "classifier", "lm_predictions", "mask_predictions"),
         ReadPlan(ReadAt.FIRST),
     )
@@ -501,7 +505,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "DeBERTa",
         "OpenAssistant/reward-model-deberta-v3-large-v2",
-        "dense, GELU, linear on the first token of an encoder",
+        "dense, GELU (config.pooler_hidden_act), linear on the first token of an encoder",
         _is("DebertaV2ForSequenceClassification"),
         _deberta,
     ),

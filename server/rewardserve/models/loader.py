@@ -186,9 +186,9 @@ def _check_surplus(spec: ModelSpec, module: PreTrainedModel, surplus: Sequence[s
     told = (spec.folder / SPEC_FILE).is_file()
     if beside := [key for key, name in first_names.items() if name not in OTHER_HEADS and not told]:
         raise LoadFailed(
-            f"{spec.folder}: {_listed(beside)} are neither of the backbone nor of a head that is known: the score would "
-            "leave them out. Say in rewardserve.toml beside config.json how it is scored (docs/models.md); weights that "
-            "it does not name are not used"
+            f"{spec.folder}: {_listed(beside)} are neither of the backbone nor of a head that is known: the score "
+            "would leave them out. Say in rewardserve.toml beside config.json how it is scored (docs/models.md); "
+            "weights that it does not name are not used"
         )
     if surplus:
         log.warning("%d weights of the checkpoint are not used: %s", len(surplus), _listed(surplus))

@@ -25,11 +25,14 @@ PAIR_TEMPLATE = (
 )
 
 
-def export_text(folder: Path, in_pairs: bool = False) -> tuple[TextSpec | None, str]:
+def export_text(folder: Path, in_pairs: bool = False, num_token_types: int = 0) -> tuple[TextSpec | None, str]:
     """The checkpoint's text handling, or None and why there is none: then only token ids can be scored.
 
     `in_pairs`: an encoder that is shown prompt and response as a pair of segments, by its tokenizer's own rule.
+    `num_token_types`: how many kinds of segments it tells apart beside their ids.
     """
+    if in_pairs and num_token_types > 1:
+        return None, f"its config's type_vocab_size is {num_token_types}: it tells a pair's halves apart by token types"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one up, empty
         return None, f"none of {', '.join(TOKENIZER_FILES)} is in the checkpoint's folder"
     try:

@@ -144,7 +144,11 @@ def _info(
 ) -> EngineInfo:
     """Of one model, on the padded path. `beside_deltas`: its linear layers add what some model's adapter adds."""
     recipe, text_config = spec.recipe, spec.config.get_text_config()
-    text, text_missing_reason = export_text(spec.checkpoint.text_folder, in_pairs=recipe.reads.at is ReadAt.FIRST)
+    text, text_missing_reason = export_text(
+        spec.checkpoint.text_folder,
+        in_pairs=recipe.reads.at is ReadAt.FIRST,
+        num_token_types=getattr(text_config, "type_vocab_size", 0),
+    )
     # What LoRA adds to a product is rounded otherwise than what it adds to a weight: one version, one score. So is a
     # product that another's adapter keeps apart from what follows it.
     adapted = ADAPTED if beside_deltas else ""
