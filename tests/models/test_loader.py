@@ -12,7 +12,7 @@ from rewardserve.models.loader import choose_device, choose_dtype, load
 from rewardserve.models.spec import read_spec
 from safetensors.torch import load_file
 from scoring import native
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PAD = 0  # of the tiny checkpoints
@@ -187,6 +187,18 @@ async def test_the_engine_scores_a_pad_id_at_the_end_as_a_token_on_both_paths(fo
 def test_scores_are_fp32_whatever_the_backbones_precision(folder) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert scores(folder.path, dtype=dtype).dtype is torch.float32
+
+
+def test_a_norm_that_stands_before_the_layers_as_well_gives_them_their_precision(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("nanochat", **COMMON)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "rewardserve.toml").write_text('[head]\nkind = "lm_rows"\nids = [30]\n')
+    wanted = [model(input_ids=torch.tensor([row])).logits[0, -1, 30].item() for row in ROWS]
+    exact, rounded = scores(tmp_path), scores(tmp_path, dtype=torch.bfloat16)
+    assert exact.tolist() == pytest.approx(wanted, abs=1e-5)
+    assert rounded.tolist() == pytest.approx(wanted, abs=0.05)
 
 
 @pytest.mark.parametrize(
