@@ -218,6 +218,8 @@ def _config(folder: Path, raw: dict[str, Any], foreign: dict[str, str]) -> PreTr
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # said, or transformers asks
     except Exception as error:  # a config can be wrong in as many ways as it has keys
         raise LoadFailed(f"{folder}/config.json: {first_line(error)}") from error
+    if getattr(config.get_text_config(), "vocab_size", None) is None:
+        raise LoadFailed(f"{folder}/config.json: a {config.model_type} has no vocab_size: no token ids to read")
     if config.is_encoder_decoder:
         raise LoadFailed(f"{folder}: an encoder-decoder model; only decoders and encoders with a head can be served")
     return config

@@ -110,10 +110,11 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
     for family in FAMILIES:
         if family.recognizes(checkpoint):
             return family.build(checkpoint)
-    if _is_encoder(checkpoint) and head_prefix(checkpoint) is not None:
+    if _is_encoder(checkpoint) and any(key.startswith(("classifier.", "score.")) for key in checkpoint.where):
         raise LoadFailed(
             f"{checkpoint.folder}: what a {checkpoint.architecture} computes before its classifier is not known here. "
-            "Say in rewardserve.toml beside config.json how it is scored (docs/models.md)"
+            "If nothing stands between its last layer and a head of one layer, or of numbered ones, say so in "
+            "rewardserve.toml beside config.json (docs/models.md)"
         )
     keys = checkpoint.where
     found = [key for key in keys if any(part in key for part in HEAD_LIKE)] or list(keys)[-5:]
@@ -145,14 +146,15 @@ def _is(*architectures: str) -> Callable[[Checkpoint], bool]:
     return lambda checkpoint: checkpoint.architecture in architectures
 
 
-def _named(*parts: str) -> Callable[[Checkpoint], bool]:
-    """A language model that only its name tells to be a reward model."""
+def _named(*parts: str, but: str = "") -> Callable[[Checkpoint], bool]:
+    """A language model that only its name, with all of `parts` and without `but`, tells to be a reward model."""
 
     def recognizes(checkpoint: Checkpoint) -> bool:
         told = (checkpoint.source, str(checkpoint.raw_config.get("_name_or_path", "")))
         names = [name.rstrip("/").rpartition("/")[2].lower() for name in told]  # not of the folders it lies in
         is_plain = checkpoint.architecture.endswith("ForCausalLM") and head_prefix(checkpoint) is None
-        return is_plain and any(all(part in name for part in parts) for name in names)
+        fits = any(all(part in name for part in parts) for name in names)
+        return is_plain and fits and not (but and any(but in name for name in names))
 
     return recognizes
 
@@ -473,7 +475,7 @@ FAMILIES: tuple[Family, ...] = (
         "Nemotron",
         "Llama-3.1-Nemotron-70B-Reward-HF, Llama-3.3-Nemotron-70B-Reward",
         "the LM head's logit of id 0 at the last token",
-        _named("nemotron", "reward"),
+        _named("nemotron", "reward", but="principle"),  # of those, what is read is not known
         _nemotron,
     ),
     Family(
