@@ -1,16 +1,18 @@
 """What is loaded is the checkpoint, every weight of it, and it scores as padded Hugging Face does by true length."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import padded_scores
+from checkpoints import COMMON, padded_scores
 from rewardserve.errors import LoadFailed
 from rewardserve.models.loader import choose_device, choose_dtype, load
 from rewardserve.models.spec import read_spec
+from safetensors.torch import load_file
 from scoring import native
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 PAD = 0  # of the tiny checkpoints
@@ -39,6 +41,15 @@ def test_a_checkpoint_in_one_file_scores_as_hugging_face(folder) -> None:
 
 def test_a_checkpoint_in_shards_scores_the_same(folder, shards) -> None:
     assert torch.equal(scores(shards.path), scores(folder.path))
+
+
+def test_head_and_backbone_come_from_the_files_that_hugging_face_reads(folder, shards) -> None:
+    """Where several sets of weights lie in one folder, others were left behind by what saved it first."""
+    folder.reweigh(lambda w: w.update({key: tensor * 1.2 for key, tensor in w.items()}))
+    shutil.copy(folder.weights, shards.path)
+    torch.save({key: torch.zeros(1) for key in load_file(folder.weights)}, shards.path / "pytorch_model.bin")
+    assert torch.equal(scores(shards.path), scores(folder.path))
+    assert close(scores(shards.path), padded_scores(shards.path, ROWS, torch.float32))
 
 
 def test_the_backbones_prefix_may_be_absent(folder, pristine: Path) -> None:
@@ -117,6 +128,37 @@ def test_surplus_weights_are_said_and_change_nothing(folder, pristine: Path, cap
     assert "value_head.weight" in caplog.text and "score.weight" not in caplog.text
 
 
+@pytest.mark.parametrize("prefix", ["model.", "transformer."])
+@pytest.mark.parametrize("key", ["layers.1.self_attn.q_proj.bias", "layers.3.mlp.up_proj.weight", "norm.bias"])
+def test_weights_of_the_backbone_that_the_config_knows_nothing_of_are_refused(folder, key: str, prefix: str) -> None:
+    """Hugging Face computes without them."""
+    folder.rename(lambda name: name.replace("model.", prefix))
+    folder.reweigh(lambda w: w.update({prefix + key: torch.ones(64)}))
+    message = refusal(folder.path)
+    assert key in message and "config.json describes a model without" in message
+
+
+def test_what_stands_between_backbone_and_head_is_refused_until_it_is_told(folder, pristine: Path) -> None:
+    folder.reweigh(lambda w: w.update({"head.dense.weight": torch.ones(64, 64)}))
+    message = refusal(folder.path)
+    assert "head.dense.weight" in message and "rewardserve.toml" in message
+    (folder.path / "rewardserve.toml").write_text('[head]\nkind = "linear"\nweights = "score"\n')
+    assert torch.equal(scores(folder.path), scores(pristine))
+
+
+def test_a_decoder_whose_class_transforms_what_it_classifies_is_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("modernbert-decoder", **COMMON)
+    config.num_labels = 1
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    assert "head.dense.weight" in refusal(tmp_path)
+
+
+def test_buffers_that_older_versions_saved_are_no_weights(folder, pristine: Path) -> None:
+    old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8), "model.rotary_emb.inv_freq": torch.ones(8)}
+    folder.reweigh(lambda w: w.update(old))
+    assert torch.equal(scores(folder.path), scores(pristine))
+
+
 def test_a_response_that_ends_in_the_pad_id_is_scored_there(folder) -> None:
     """Hugging Face's own head looks for the last token that is not padding and scores another one."""
     got = scores(folder.path)
@@ -145,6 +187,18 @@ async def test_the_engine_scores_a_pad_id_at_the_end_as_a_token_on_both_paths(fo
 def test_scores_are_fp32_whatever_the_backbones_precision(folder) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         assert scores(folder.path, dtype=dtype).dtype is torch.float32
+
+
+def test_a_norm_that_stands_before_the_layers_as_well_gives_them_their_precision(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("nanochat", **COMMON)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "rewardserve.toml").write_text('[head]\nkind = "lm_rows"\nids = [30]\n')
+    wanted = [model(input_ids=torch.tensor([row])).logits[0, -1, 30].item() for row in ROWS]
+    exact, rounded = scores(tmp_path), scores(tmp_path, dtype=torch.bfloat16)
+    assert exact.tolist() == pytest.approx(wanted, abs=1e-5)
+    assert rounded.tolist() == pytest.approx(wanted, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from rewardserve.models.heads import LinearHead
 from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 HIDDEN = 64
 
@@ -192,9 +192,9 @@ BAD_INDEXES = ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": [1]}', '{"
 
 
 @pytest.mark.parametrize("text", BAD_INDEXES)
-def test_a_broken_index_is_named(folder, text: str) -> None:
-    folder.index.write_text(text)
-    assert "index.json" in refusal(folder.path)
+def test_a_broken_index_is_named(shards, text: str) -> None:
+    shards.index.write_text(text)
+    assert "index.json" in refusal(shards.path)
 
 
 BAD_CONFIGS = {
@@ -275,9 +275,9 @@ def test_the_longest_input_is_the_configs(folder) -> None:
 
 
 def test_the_index_decides_which_files_are_read(shards) -> None:
-    """A leftover model.safetensors beside shards is not looked at."""
-    (shards.path / "model.safetensors").write_bytes(b"left over")
-    assert "model.safetensors" not in [file.name for file in read_spec(str(shards.path)).weight_files]
+    """A leftover shard, and torch's own file, beside them are not looked at."""
+    for name in ("model-00009-of-00009.safetensors", "pytorch_model.bin"):
+        (shards.path / name).write_bytes(b"left over")
     names = set(json.loads(shards.index.read_text())["weight_map"].values())
     assert {file.name for file in read_spec(str(shards.path)).weight_files} == names
 
@@ -288,6 +288,31 @@ def test_an_encoder_whose_layers_before_the_classifier_are_not_known_is_refused(
     BertForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(LoadFailed, match="BertForSequenceClassification computes before its classifier is not known"):
         read_spec(str(tmp_path))
+
+
+@pytest.mark.parametrize(("kind", "words"), [("roberta", "before its classifier is not"), ("canine", "no vocab_size")])
+def test_encoders_that_cannot_be_served_are_refused_as_such(tmp_path, kind: str, words: str) -> None:
+    config = AutoConfig.for_model(
+        kind, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=1
+    )
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    assert words in refusal(tmp_path)
+
+
+def test_a_nemotron_that_is_asked_about_a_principle_is_not_read_as_those_that_are_not(tmp_path) -> None:
+    for name, refused in (("Llama-3.3-Nemotron-70B-Reward", False), ("Llama-3.3-Nemotron-70B-Reward-Principle", True)):
+        folder = tmp_path / name
+        save_checkpoint(folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+        del weights["score.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
+        (folder / "config.json").write_text(json.dumps(config))
+        if refused:
+            assert "no scalar head" in refusal(folder)
+        else:
+            assert read_spec(str(folder)).recipe.family == "Nemotron"
 
 
 def test_a_head_that_is_there_counts_for_more_than_a_name(tmp_path) -> None:

@@ -68,6 +68,9 @@ def test_versions_tell_adapters_and_bases_apart(base: Path, tmp_path: Path) -> N
     [
         ({"use_dora": True}, "use_dora cannot be merged"),
         ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
         ({"peft_type": "PREFIX_TUNING"}, "peft_type is 'PREFIX_TUNING'"),
         ({"base_model_name_or_path": ""}, "base_model_name_or_path is missing"),
     ],

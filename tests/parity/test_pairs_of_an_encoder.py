@@ -36,13 +36,17 @@ def tokenizer_of(pre_tokenizer) -> PreTrainedTokenizerFast:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    return save_encoder(tmp_path)
+
+
+def save_encoder(folder: Path, **options) -> Path:
     config = DebertaV2Config(
         vocab_size=400,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=48,
-        type_vocab_size=0,
+        **{"type_vocab_size": 0, **options},
     )
     config.num_labels = 1
     torch.manual_seed(0)
@@ -50,9 +54,9 @@ def folder(tmp_path: Path) -> Path:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(tmp_path)
-    tokenizer_of(pre_tokenizers.Metaspace(prepend_scheme="always")).save_pretrained(tmp_path)
-    return tmp_path
+    model.save_pretrained(folder)
+    tokenizer_of(pre_tokenizers.Metaspace(prepend_scheme="always")).save_pretrained(folder)
+    return folder
 
 
 async def test_texts_score_as_hugging_face_scores_the_pair(folder: Path) -> None:
@@ -78,3 +82,17 @@ def test_pairs_that_are_no_single_text_are_scored_by_ids_only(tmp_path: Path) ->
     tokenizer_of(pre_tokenizers.Metaspace(prepend_scheme="first")).save_pretrained(tmp_path)
     text, reason = export_text(tmp_path, in_pairs=True)
     assert text is None and "pairs cannot be written as one text" in reason
+
+
+async def test_an_encoder_that_tells_segments_by_token_types_is_scored_by_ids_only(tmp_path: Path) -> None:
+    save_encoder(tmp_path, type_vocab_size=2)
+    async with native(tmp_path) as scorer:
+        assert scorer.info.text is None and "type_vocab_size is 2" in scorer.info.text_missing_reason
+
+
+async def test_the_poolers_activation_is_the_configs(tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(save_encoder(tmp_path, pooler_hidden_act="tanh")).eval()
+    with torch.inference_mode():
+        wanted = model(torch.tensor([[1, 5, 6, 7, 2]])).logits[0, 0].item()
+    async with native(tmp_path) as scorer:
+        assert (await scorer.scores([([1, 5, 6], [[7, 2]])])).item() == pytest.approx(wanted, abs=1e-5)

@@ -8,7 +8,16 @@ from rewardserve.errors import LoadFailed
 
 CONFIG = "adapter_config.json"
 # Options of PEFT that change what a layer computes in a way that is not known here
-NOT_KNOWN = ("use_dora", "lora_bias", "alora_invocation_tokens", "trainable_token_indices", "alpha_pattern")
+NOT_KNOWN = (
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "trainable_token_indices",
+    "alpha_pattern",
+    "layer_replication",
+)
+# Values of init_lora_weights, or how they begin, by which PEFT changes the base's weights too, also when it loads
+CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -23,6 +32,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         raise LoadFailed(f"{path}: peft_type is '{kind}'; LORA is what can be served, merge others first")
     if asked := [name for name in NOT_KNOWN if config.get(name)]:
         raise LoadFailed(f"{path}: {', '.join(asked)} cannot be merged here; merge it with PEFT first")
+    how = config.get("init_lora_weights")
+    if isinstance(how, str) and how.lower().startswith(CHANGING_THE_BASE):
+        raise LoadFailed(
+            f"{path}: init_lora_weights is '{how}', which changes the base's weights as well; save the adapter with "
+            "PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT first"
+        )
     if not config.get("base_model_name_or_path"):
         raise LoadFailed(f"{path}: base_model_name_or_path is missing; it names the model to adapt")
     return config

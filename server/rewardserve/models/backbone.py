@@ -27,6 +27,7 @@ from rewardserve.models.kv_pool import KVPool
 COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
 ATTENTION = {dtype: f"rewardserve_{str(dtype).removeprefix('torch.')}" for dtype in COMPUTED}
 PACKABLE_LAYERS = {"full_attention", "sliding_attention"}
+NORMED_TWICE = {"dory", "nanochat"}  # the final norm stands before the first layer as well
 FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
 
@@ -498,7 +499,9 @@ def _decoder_layers(module: nn.Module, num_layers: int) -> nn.ModuleList | None:
     return lists[0] if len(lists) == 1 else None
 
 
-def _widen_final_norm(module: nn.Module) -> _FullPrecisionNorm | None:
+def _widen_final_norm(module: PreTrainedModel) -> _FullPrecisionNorm | None:
+    if module.config.model_type in NORMED_TWICE:  # layers take nothing wider than they are
+        return None
     for name in FINAL_NORMS:
         norm = getattr(module, name, None)
         if isinstance(norm, nn.Module):

@@ -17,9 +17,14 @@ from rewardserve.models.adapter import Changes
 from rewardserve.models.source import check_source
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# In the order in which transformers, which reads the backbone, looks for them: of two, one was left behind
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 SPEC_FILE = "rewardserve.toml"  # says how a model is scored, where its other files do not
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 VALUE_HEADS = (
     "value_head.safetensors",
     "value_head.bin",
@@ -213,6 +218,8 @@ def _config(folder: Path, raw: dict[str, Any], foreign: dict[str, str]) -> PreTr
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)  # said, or transformers asks
     except Exception as error:  # a config can be wrong in as many ways as it has keys
         raise LoadFailed(f"{folder}/config.json: {first_line(error)}") from error
+    if getattr(config.get_text_config(), "vocab_size", None) is None:
+        raise LoadFailed(f"{folder}/config.json: a {config.model_type} has no vocab_size: no token ids to read")
     if config.is_encoder_decoder:
         raise LoadFailed(f"{folder}: an encoder-decoder model; only decoders and encoders with a head can be served")
     return config
@@ -220,9 +227,8 @@ def _config(folder: Path, raw: dict[str, Any], foreign: dict[str, str]) -> PreTr
 
 def _weight_files(folder: Path) -> list[Path]:
     """Safetensors if there are any, else torch's own; and a value head that lies beside them."""
-    index = next((folder / name for name in INDEXES if (folder / name).is_file()), None)
-    single = next((name for name in SINGLE_FILES if (folder / name).is_file()), SINGLE_FILES[0])
-    names = _read_index(index) if index is not None else [single]
+    first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), WEIGHT_FILES[0])
+    names = _read_index(folder / first) if first.endswith(".json") else [first]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         others = ", ".join(sorted(p.name for p in folder.iterdir())[:20])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from rewardserve.errors import LoadFailed
@@ -20,11 +21,11 @@ from rewardserve.models.head_parts import (
     head_prefix,
     keys_below,
     layers_below,
-    lm_rows,
+    lm_head,
     odds_head,
     scalar_head,
 )
-from rewardserve.models.heads import Head, LinearHead, ModuleHead
+from rewardserve.models.heads import Head, ModuleHead
 from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
 from rewardserve.types import JudgeFormat, StepFormat, StepStyle
 
@@ -109,10 +110,11 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
     for family in FAMILIES:
         if family.recognizes(checkpoint):
             return family.build(checkpoint)
-    if _is_encoder(checkpoint) and head_prefix(checkpoint) is not None:
+    if _is_encoder(checkpoint) and any(key.startswith(("classifier.", "score.")) for key in checkpoint.where):
         raise LoadFailed(
             f"{checkpoint.folder}: what a {checkpoint.architecture} computes before its classifier is not known here. "
-            "Say in rewardserve.toml beside config.json how it is scored (docs/models.md)"
+            "If nothing stands between its last layer and a head of one layer, or of numbered ones, say so in "
+            "rewardserve.toml beside config.json (docs/models.md)"
         )
     keys = checkpoint.where
     found = [key for key in keys if any(part in key for part in HEAD_LIKE)] or list(keys)[-5:]
@@ -144,14 +146,15 @@ def _is(*architectures: str) -> Callable[[Checkpoint], bool]:
     return lambda checkpoint: checkpoint.architecture in architectures
 
 
-def _named(*parts: str) -> Callable[[Checkpoint], bool]:
-    """A language model that only its name tells to be a reward model."""
+def _named(*parts: str, but: str = "") -> Callable[[Checkpoint], bool]:
+    """A language model that only its name, with all of `parts` and without `but`, tells to be a reward model."""
 
     def recognizes(checkpoint: Checkpoint) -> bool:
         told = (checkpoint.source, str(checkpoint.raw_config.get("_name_or_path", "")))
         names = [name.rstrip("/").rpartition("/")[2].lower() for name in told]  # not of the folders it lies in
         is_plain = checkpoint.architecture.endswith("ForCausalLM") and head_prefix(checkpoint) is None
-        return is_plain and any(all(part in name for part in parts) for name in names)
+        fits = any(all(part in name for part in parts) for name in names)
+        return is_plain and fits and not (but and any(but in name for name in names))
 
     return recognizes
 
@@ -301,7 +304,7 @@ def _rlhflow_prm(checkpoint: Checkpoint) -> Recipe:
 
 
 def _nemotron(checkpoint: Checkpoint) -> Recipe:
-    return Recipe("Nemotron", LinearHead(lm_rows(checkpoint, (0,))), keys_below(checkpoint, "lm_head"))
+    return Recipe("Nemotron", lm_head(checkpoint, 0), keys_below(checkpoint, "lm_head"))
 
 
 def _athene(checkpoint: Checkpoint) -> Recipe:
@@ -380,9 +383,12 @@ def _deberta(checkpoint: Checkpoint) -> Recipe:
     classifier = heads.linear(checkpoint.tensor("classifier.weight"), checkpoint.tensor("classifier.bias"))
     if classifier.out_features != 1:
         raise LoadFailed(f"{checkpoint.folder}: the head 'classifier' has {classifier.out_features} outputs, not one")
+    activation = checkpoint.config.pooler_hidden_act
+    if activation not in ACT2FN:
+        raise LoadFailed(f"{checkpoint.folder}/config.json: pooler_hidden_act '{activation}' is unknown")
     return Recipe(
         "DeBERTa",
-        ModuleHead(nn.Sequential(dense, nn.GELU(), classifier), 1),
+        ModuleHead(nn.Sequential(dense, ACT2FN[activation], classifier), 1),
         keys_below(checkpoint, "pooler", "classifier", "lm_predictions", "mask_predictions"),
         ReadPlan(ReadAt.FIRST),
     )
@@ -469,7 +475,7 @@ FAMILIES: tuple[Family, ...] = (
         "Nemotron",
         "Llama-3.1-Nemotron-70B-Reward-HF, Llama-3.3-Nemotron-70B-Reward",
         "the LM head's logit of id 0 at the last token",
-        _named("nemotron", "reward"),
+        _named("nemotron", "reward", but="principle"),  # of those, what is read is not known
         _nemotron,
     ),
     Family(
@@ -501,7 +507,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "DeBERTa",
         "OpenAssistant/reward-model-deberta-v3-large-v2",
-        "dense, GELU, linear on the first token of an encoder",
+        "dense, GELU (config.pooler_hidden_act), linear on the first token of an encoder",
         _is("DebertaV2ForSequenceClassification"),
         _deberta,
     ),

@@ -1,15 +1,29 @@
 """A checkpoint's weights -> the heads they are: by the names of their keys, and nothing else."""
 
+import math
 import re
 from collections.abc import Sequence
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models import heads
 from rewardserve.models.checkpoint import HEAD_NAMES, Checkpoint
 from rewardserve.models.heads import Head, LinearHead, ModuleHead
+
+LM_HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")
+EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
+# What logits are multiplied by: how model types begin, the config's key and the power of its value
+LOGIT_FACTORS = (
+    ("cohere", "logit_scale", 1),
+    ("falcon_h1", "lm_head_multiplier", 1),
+    ("granite", "logits_scaling", -1),
+    ("hyperclovax", "logits_scaling", 1),
+    ("minicpm3", "logits_scaling", -1),
+)
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")  # Gemma and others; recurrent Gemma
 
 
 def head_prefix(checkpoint: Checkpoint) -> str | None:
@@ -81,19 +95,56 @@ def _check_shape(checkpoint: Checkpoint, key: str, tensor: torch.Tensor, wanted:
         )
 
 
-def lm_rows(checkpoint: Checkpoint, ids: Sequence[int]) -> torch.Tensor:
-    """Rows [ids, hidden_size] of the language model's head, which may be its embedding."""
-    names = ("lm_head.weight", "output.weight", "embed_out.weight", "model.embed_tokens.weight", "embed_tokens.weight")
-    key = next((name for name in names if checkpoint.has(name)), None)
-    if key is None:
-        raise LoadFailed(f"{checkpoint.folder}: none of {', '.join(names)}: no language model's head to read")
+def lm_logits(checkpoint: Checkpoint, ids: Sequence[int]) -> nn.Linear | nn.Sequential:
+    """Final hidden states [rows, hidden_size] -> logits [rows, ids], by all that the language model's class does."""
+    config = checkpoint.config.get_text_config()
+    key = _lm_key(checkpoint)
     num_rows = checkpoint.shape(key)[0]
     for wanted in ids:
         if wanted >= num_rows:
             raise LoadFailed(f"{checkpoint.folder}: token id {wanted} is outside of '{key}' with {num_rows} rows")
-    return checkpoint.tensor(key)[list(ids)]
+    factor = math.prod(
+        getattr(config, name) ** power
+        for kinds, name, power in LOGIT_FACTORS
+        if config.model_type.startswith(kinds) and getattr(config, name, None) is not None
+    )
+    bias_key = key.removesuffix("weight") + "bias"
+    bias = checkpoint.tensor(bias_key)[list(ids)].float() * factor if checkpoint.has(bias_key) else None
+    product = heads.linear(checkpoint.tensor(key)[list(ids)].float() * factor, bias)
+    softcap = next((float(cap) for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
+    return product if softcap is None else nn.Sequential(product, heads.Softcap(softcap))
+
+
+def lm_head(checkpoint: Checkpoint, token: int) -> Head:
+    """The logit of one token."""
+    return as_head(lm_logits(checkpoint, (token,)), 1)
+
+
+def as_head(module: nn.Module, num_features: int) -> Head:
+    if isinstance(module, nn.Linear):
+        return LinearHead(module.weight.data, None if module.bias is None else module.bias.data)
+    return ModuleHead(module, num_features)
+
+
+def _lm_key(checkpoint: Checkpoint) -> str:
+    """Of the language model's head, or of the embedding that it is tied to."""
+    heads_there = [name for name in LM_HEADS if checkpoint.has(name)]
+    embeddings = [name for name in EMBEDDINGS if checkpoint.has(name)]
+    if not heads_there and embeddings and not _is_tied(checkpoint.config):
+        raise LoadFailed(
+            f"{checkpoint.folder}: none of {', '.join(LM_HEADS)}, and config.json does not tie the language model's "
+            "head to the embedding (tie_word_embeddings): it has none to read"
+        )
+    if found := heads_there + embeddings:
+        return found[0]
+    names = ", ".join(LM_HEADS + EMBEDDINGS)
+    raise LoadFailed(f"{checkpoint.folder}: none of {names}: no language model's head to read")
+
+
+def _is_tied(config: PreTrainedConfig) -> bool:
+    return any(getattr(each, "tie_word_embeddings", True) for each in (config, config.get_text_config()))
 
 
 def odds_head(checkpoint: Checkpoint, yes: int, no: int) -> Head:
     """Probability of one token against another, by softmax over the two."""
-    return ModuleHead(nn.Sequential(heads.linear(lm_rows(checkpoint, (yes, no))), heads.OddsOf(0)), 1)
+    return ModuleHead(nn.Sequential(lm_logits(checkpoint, (yes, no)), heads.OddsOf(0)), 1)

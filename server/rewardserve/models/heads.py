@@ -99,6 +99,17 @@ class OddsOf(nn.Module):
         return logits.softmax(-1)[:, self._index, None]
 
 
+class Softcap(nn.Module):
+    """Logits of any size -> within (-cap, cap)."""
+
+    def __init__(self, cap: float) -> None:
+        super().__init__()
+        self._cap = cap
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(logits / self._cap) * self._cap
+
+
 class GatedHead(nn.Module):
     """Rewards of every objective, and the weights a gate would give them: read at two positions, both made for each.
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
-from rewardserve.models.checkpoint import first_line
+from rewardserve.models.checkpoint import HEAD_NAMES, SPEC_FILE, first_line
 from rewardserve.models.heads import Head
 from rewardserve.models.reads import ReadAt
 from rewardserve.models.reward_model import RewardModel
@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 # What wrappers put before the names of a backbone's weights
 WRAPPERS = re.compile(r"^(?:(?:pretrained_model|base_model|language_model|transformer|backbone|model)\.)+")
+# Weights that are computed anew, or belong to other kinds of attention than those that run here
+BUFFERS = re.compile(r"(?:inv_freq|masked_bias|position_ids|[kv]_scale|(?:attn|attention)\.bias)$")
+# First names of heads that may lie unused beside the one that is read
+OTHER_HEADS = {name.partition(".")[0] for name in (*HEAD_NAMES, "lm_head", "embed_out")}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -164,10 +168,34 @@ def _read_backbone(spec: ModelSpec, **options: Any) -> PreTrainedModel:
     if info["missing_keys"] or info["mismatched_keys"]:
         keys = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise LoadFailed(f"{spec.folder}: weights missing or of the wrong shape: {', '.join(keys[:10])}")
-    ignored = sorted(set(info["unexpected_keys"]) - spec.recipe.head_keys)
-    if ignored:
-        log.warning("%d weights of the checkpoint are not used: %s", len(ignored), ", ".join(ignored[:10]))
+    if getattr(spec.config, "quantization_config", None) is None:  # with it there are scales of many names
+        _check_surplus(spec, module, sorted(set(info["unexpected_keys"]) - spec.recipe.head_keys))
     return module
+
+
+def _check_surplus(spec: ModelSpec, module: PreTrainedModel, surplus: Sequence[str]) -> None:
+    """Raises LoadFailed where the score would leave out what the model was trained with; says what else is not used."""
+    surplus = [key for key in surplus if not BUFFERS.search(key)]
+    first_names = {key: bare_name(key, module).partition(".")[0] for key in surplus}
+    parts = {name for name, _ in module.named_children()}
+    if inside := [key for key, name in first_names.items() if name in parts]:
+        raise LoadFailed(
+            f"{spec.folder}: config.json describes a model without the weights {_listed(inside)}: the score would "
+            "leave them out. Correct what config.json says of its layers and biases, or remove the weights"
+        )
+    told = (spec.folder / SPEC_FILE).is_file()
+    if beside := [key for key, name in first_names.items() if name not in OTHER_HEADS and not told]:
+        raise LoadFailed(
+            f"{spec.folder}: {_listed(beside)} are neither of the backbone nor of a head that is known: the score "
+            "would leave them out. Say in rewardserve.toml beside config.json how it is scored (docs/models.md); "
+            "weights that it does not name are not used"
+        )
+    if surplus:
+        log.warning("%d weights of the checkpoint are not used: %s", len(surplus), _listed(surplus))
+
+
+def _listed(keys: Sequence[str]) -> str:
+    return ", ".join(keys[:10]) + (f" and {len(keys) - 10} more" if len(keys) > 10 else "")
 
 
 def _in_safetensors(spec: ModelSpec) -> bool:
@@ -189,4 +217,6 @@ def _renamed(spec: ModelSpec, empty: PreTrainedModel) -> dict[str, torch.Tensor]
     ):
         return None
     bare = {key: bare_name(key, empty) for key in keys}
-    return {name: checkpoint.tensor(key) for key, name in bare.items() if name in names} or None
+    if not names & set(bare.values()):
+        return None
+    return {name: checkpoint.tensor(key) for key, name in bare.items()}

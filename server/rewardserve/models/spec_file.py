@@ -7,8 +7,8 @@ from rewardserve.errors import LoadFailed
 from rewardserve.models import heads
 from rewardserve.models.checkpoint import SPEC_FILE, Checkpoint
 from rewardserve.models.families import Normalizer, Recipe
-from rewardserve.models.head_parts import keys_below, layers_below, lm_rows, odds_head, scalar_head
-from rewardserve.models.heads import Head, LinearHead, ModuleHead
+from rewardserve.models.head_parts import as_head, keys_below, layers_below, lm_logits, odds_head, scalar_head
+from rewardserve.models.heads import Head, ModuleHead
 from rewardserve.models.reads import Pattern, ReadAt, ReadPlan
 from rewardserve.models.spec_judge import judge_recipe
 from rewardserve.models.spec_keys import HeadKeys, Refuse, SpecFile, read_keys, refuse_unheeded
@@ -93,7 +93,7 @@ def _head(checkpoint: Checkpoint, told: HeadKeys, refuse: Refuse) -> Head | nn.M
     if kind == "lm_rows":
         if not ids:
             raise refuse("head.ids", "is missing: ids of the tokens whose logits are read")
-        return heads.linear(lm_rows(checkpoint, ids))
+        return lm_logits(checkpoint, ids)
     prefix, outputs = told.weights, told.outputs
     first = f"{prefix}.0.weight" if kind == "mlp" else f"{prefix}.weight"
     if not prefix or not checkpoint.has(first):
@@ -170,6 +170,4 @@ def _scored(head: Head | nn.Module, num_outputs: int, told: SpecFile, refuse: Re
                 "score.weights_of and score.attributes", f"must have a value for each of the {num_outputs} outputs"
             )
         return ModuleHead(nn.Sequential(*layers, _Weighted(score.weights_of)), 1 + num_outputs)
-    if len(layers) == 1 and isinstance(head, nn.Linear):
-        return LinearHead(head.weight.data, None if head.bias is None else head.bias.data)
-    return ModuleHead(nn.Sequential(*layers), 1)
+    return as_head(head if len(layers) == 1 else nn.Sequential(*layers), 1)

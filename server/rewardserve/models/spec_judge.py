@@ -6,10 +6,9 @@ import tokenizers
 import torch
 from torch import nn
 
-from rewardserve.models import heads
 from rewardserve.models.checkpoint import Checkpoint
 from rewardserve.models.families import Recipe
-from rewardserve.models.head_parts import keys_below, lm_rows
+from rewardserve.models.head_parts import keys_below, lm_logits
 from rewardserve.models.heads import ModuleHead
 from rewardserve.models.spec_keys import JudgeKeys, Refuse, VerdictKeys
 from rewardserve.types import JudgeFormat, VerdictFormat, at_the_end
@@ -48,7 +47,7 @@ def judge_recipe(checkpoint: Checkpoint, told: JudgeKeys, refuse: Refuse) -> Rec
         if len(found) != 1:
             raise refuse("judge.labels", f"'{label}' is {len(found)} tokens and must be one")
         ids += found
-    head = nn.Sequential(heads.linear(lm_rows(checkpoint, ids)), _Expected(told.values))
+    head = nn.Sequential(lm_logits(checkpoint, ids), _Expected(told.values))
     return Recipe(
         family="judge",
         head=ModuleHead(head, 1 + len(ids)),
@@ -81,7 +80,7 @@ def _writing_judge(checkpoint: Checkpoint, told: JudgeKeys, verdict: VerdictKeys
             raise refuse("judge.verdict.pattern", f"must have a group by each criterion's name, (?P<{names[0]}>...)")
     if not (checkpoint.text_folder / "tokenizer.json").is_file():
         raise refuse("judge.verdict", "cannot be read: there is no tokenizer.json")
-    lm_rows(checkpoint, (0,))  # for its error: what writes has a language model's head
+    lm_logits(checkpoint, (0,))  # for its error: what writes has a language model's head
     return Recipe(
         family="judge that writes",
         head=None,

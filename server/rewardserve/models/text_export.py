@@ -1,8 +1,10 @@
 """A checkpoint's tokenizer -> TextSpec: what the front needs to do the same without transformers and torch."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rewardserve.types import Probe, TextSpec
@@ -25,11 +27,14 @@ PAIR_TEMPLATE = (
 )
 
 
-def export_text(folder: Path, in_pairs: bool = False) -> tuple[TextSpec | None, str]:
+def export_text(folder: Path, in_pairs: bool = False, num_token_types: int = 0) -> tuple[TextSpec | None, str]:
     """The checkpoint's text handling, or None and why there is none: then only token ids can be scored.
 
     `in_pairs`: an encoder that is shown prompt and response as a pair of segments, by its tokenizer's own rule.
+    `num_token_types`: how many kinds of segments it tells apart beside their ids.
     """
+    if in_pairs and num_token_types > 1:
+        return None, f"its config's type_vocab_size is {num_token_types}: it tells a pair's halves apart by token types"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one up, empty
         return None, f"none of {', '.join(TOKENIZER_FILES)} is in the checkpoint's folder"
     try:
@@ -53,6 +58,25 @@ def export_text(folder: Path, in_pairs: bool = False) -> tuple[TextSpec | None, 
         ),
         "",
     )
+
+
+def doubts_about(text: TextSpec, padding_id: int | None) -> Iterator[str]:
+    """Where Hugging Face's own classes would, of the same texts, read another number. `padding_id` is the config's."""
+    backend = Tokenizer.from_str(text.tokenizer_json)
+    bare = backend.encode("x", add_special_tokens=False).ids
+    whole = backend.encode("x", add_special_tokens=True).ids
+    if text.chat_template is None and whole != bare:
+        added = " and ".join(backend.id_to_token(token) for token in whole if token not in bare)
+        yield (
+            f"without a chat template texts are tokenized as they stand, while the tokenizer itself would add {added}; "
+            "a model that was trained with it is to be sent it, in the text or as token ids"
+        )
+    closed = [probe.token_ids for probe in text.probes if probe.messages and not probe.add_generation_prompt]
+    if padding_id is not None and closed and all(ids[-1:] == (padding_id,) for ids in closed):
+        yield (
+            f"its chat template ends in the padding token (pad_token_id {padding_id}) and is read there; Hugging "
+            "Face's class reads the last token before it. If that class trained it, send token ids that end there"
+        )
 
 
 def _pairs(tokenizer: PreTrainedTokenizerBase) -> tuple[TextSpec | None, str]:
