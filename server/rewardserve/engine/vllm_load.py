@@ -327,6 +327,7 @@ def _info(options: VllmOptions, spec: ModelSpec, num_parameters: int, llm: Any) 
         bos_token_id=first_id(getattr(spec.config.get_text_config(), "bos_token_id", None)),
         attributes=spec.recipe.attributes,
         judge=spec.recipe.judge,
+        steps=spec.recipe.steps,
         text=text,
         text_missing_reason=text_missing_reason,
     )
@@ -356,7 +357,7 @@ class _Listener:
         ended = [] if iteration_stats is None else iteration_stats.finished_requests
         queued_s = {request.request_id: request.queued_time for request in ended}
         num_tokens = details.num_ctx_tokens + details.num_generation_tokens
-        self._on_step(Step(num_tokens, len(ended), details.elapsed_ms / 1000, queued_s))
+        self._on_step(Step(num_tokens, details.elapsed_ms / 1000, queued_s))
 
     def log_engine_initialized(self) -> None:
         pass
