@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -170,29 +171,39 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
 def _check_head(options: VllmOptions, spec: ModelSpec) -> None:
     """vLLM's own pooling for a `*ForSequenceClassification` with one output is right; others it reads otherwise."""
     recipe = spec.recipe
+    if spec.checkpoint.base is not None:
+        raise LoadFailed(f"{options.source}: vLLM takes whole checkpoints; merge the adapter into its base with PEFT")
     if _verdict(spec) is not None:
         return
-    plain = isinstance(recipe.head, LinearHead) and recipe.reads == ReadPlan() and recipe.normalizer is None
-    if not plain or recipe.appended is not None or not spec.checkpoint.has("score.weight"):
+    is_read_so = recipe.reads == ReadPlan() and recipe.normalizer is None and recipe.appended is None
+    if not is_read_so or not _is_its_own_head(spec):
         raise LoadFailed(
-            f"{options.source}: vLLM serves a linear head 'score' at the last token, and this is {recipe.family}; "
-            "the native engine knows it: leave out --engine vllm"
+            f"{options.source}: vLLM serves a linear head 'score' at the last token, and this is {recipe.family}"
+            f"{_way_out(options)}"
         )
+
+
+def _is_its_own_head(spec: ModelSpec) -> bool:
+    """vLLM reads `score`, whatever else is there and whatever rewardserve.toml says."""
+    head, checkpoint = spec.recipe.head, spec.checkpoint
+    if not isinstance(head, LinearHead) or not checkpoint.has("score.weight"):
+        return False
+    return torch.equal(head.weight, checkpoint.tensor("score.weight").float())
+
+
+def _way_out(options: VllmOptions) -> str:
+    """By what chose vLLM (choice.py); there is none where the native engine has refused already."""
+    flags = {"asked for": "engine vllm", "tensor_parallel": "tensor-parallel", "vllm_quantization": "vllm-quantization"}
+    flag = next((flag for reason, flag in flags.items() if options.reason.startswith(reason)), None)
+    return f"; the native engine knows it: leave out --{flag}" if flag else ""
 
 
 def _check_weights(spec: ModelSpec) -> int:
     """How many parameters there are. vLLM itself starts with whatever was in memory where a weight is missing."""
-    if getattr(spec.config, "quantization_config", None) is None:
+    if not spec.is_quantized:
         return count_parameters(spec)
     log.warning("%s is quantized: whether weights are missing is left to vLLM to notice", spec.folder)
-    from safetensors import safe_open
-
-    total = 0
-    for file in spec.weight_files:
-        with safe_open(file, framework="pt") as tensors:
-            keys = list(tensors.keys())
-            total += sum(torch.Size(tensors.get_slice(key).get_shape()).numel() for key in keys)
-    return total
+    return sum(math.prod(spec.checkpoint.shape(key)) for key in spec.checkpoint.where)
 
 
 def _set_environment(options: VllmOptions) -> None:
@@ -297,7 +308,7 @@ def _ends(spec: ModelSpec, tokenizer: tokenizers.Tokenizer) -> list[int]:
 
 def _dtype(options: VllmOptions, spec: ModelSpec, device: str) -> str:
     """By name, always: vLLM's own `auto` takes half precision for checkpoints in fp32."""
-    if options.dtype == "auto" and getattr(spec.config, "quantization_config", None) is not None:
+    if options.dtype == "auto" and spec.is_quantized:
         return "auto"  # what is stored says nothing; the method knows what it computes in
     return str(choose_dtype(options.dtype, spec, torch.device(device))).removeprefix("torch.")
 
