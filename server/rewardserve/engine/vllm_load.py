@@ -164,8 +164,14 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
         except Exception as error:
             await asyncio.sleep(PIPE_S)
             reason = next(iter(reasons), first_line(error))
-            raise LoadFailed(f"{options.source}: vLLM cannot serve it: {reason}") from error
+            raise LoadFailed(f"{options.source}: vLLM cannot serve it: {reason}{_in_our_words(reason)}") from error
     return model
+
+
+def _in_our_words(reason: str) -> str:
+    """vLLM names options of its own."""
+    is_of_memory = re.search("memory.utilization|kv-cache-memory-bytes", reason, re.IGNORECASE)
+    return ". The memory of its cache is --prefix-cache-mb here" if is_of_memory else ""
 
 
 def _check_head(options: VllmOptions, spec: ModelSpec) -> None:
@@ -242,8 +248,10 @@ def _binding(options: VllmOptions) -> str:
 
 
 def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: Callable[[Step], None]) -> VllmModel:
+    from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     device = current_platform.device_type
@@ -251,42 +259,83 @@ def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: 
         raise LoadFailed(f"device = {options.device}, but the vLLM that is installed is for {device}; {HOW_TO_INSTALL}")
     on_cpu = device == "cpu"
     max_batch_tokens = options.max_batch_tokens or default_batch_tokens(on_cpu)
-    cache_bytes = options.prefix_cache_bytes or (auto_cache_bytes() if on_cpu else 0)
     verdict, max_length = _verdict(spec), max_length_of(spec, options.max_length)
-    if verdict is not None and verdict.max_tokens >= max_length:
-        raise LoadFailed(
-            f"{spec.folder}/rewardserve.toml: judge.verdict.max_tokens is {verdict.max_tokens}, which leaves nothing "
-            f"of the model's max_length of {max_length} for the question"
-        )
+    _check_room(spec, max_length)
     compiled = options.compile == "on" or (options.compile == "auto" and num_parameters >= COMPILE_FROM_PARAMETERS)
+    # By word, always: a file of another library's beside the checkpoint may say otherwise.
+    last = PoolerConfig(task="classify", seq_pooling_type="LAST", use_activation=False)
     arguments = AsyncEngineArgs(
         model=str(spec.folder),
+        config_format="hf",
+        load_format="hf",
         runner="pooling" if verdict is None else "generate",
+        pooler_config=last if verdict is None else None,
+        hf_overrides={"num_labels": 1, "head_dtype": "float32"} if verdict is None else {},
         skip_tokenizer_init=True,  # ids come in, and not every checkpoint has one
         trust_remote_code=False,
         dtype=_dtype(options, spec, device),
-        quantization=options.quantization or None,
+        **quantization_of(options, spec),
         tensor_parallel_size=options.tensor_parallel,
         max_model_len=max_length,
         max_num_batched_tokens=max_batch_tokens,
         max_num_seqs=min(options.max_batch_sequences, max_batch_tokens),
-        kv_cache_memory_bytes=cache_bytes // options.tensor_parallel or None,
+        **memory_of(options, on_cpu),
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
         scheduling_policy="priority",
         enforce_eager=not compiled,
-        enable_log_requests=False,
-        disable_log_stats=True,  # but for what listens below
         enable_logging_iteration_details=True,  # which makes it tell of each forward
     )
     log.info("loading %s (%s) into %s", options.source, spec.architecture, _vllm_version())
-    llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda config, index=0: _Listener(on_step)])
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    config.model_config.original_max_model_len = -1  # makes it take fewer tokens where its cache does not hold so many
+    llm = AsyncLLM.from_vllm_config(
+        config,
+        stat_loggers=[lambda config, index=0: _Listener(on_step)],
+        enable_log_requests=False,
+        disable_log_stats=True,  # but for what listens
+    )
+    if config.model_config.max_model_len < max_length:
+        log.warning(
+            "max_length is %d, not %d: that is what the prefix cache holds",
+            config.model_config.max_model_len,
+            max_length,
+        )
+    _check_room(spec, config.model_config.max_model_len)
     info = _info(options, spec, num_parameters, llm)
     if verdict is None:
         return Classifier(llm, info, max_batch_tokens, arguments.max_num_seqs)
     assert info.text is not None
     tokenizer = tokenizers.Tokenizer.from_str(info.text.tokenizer_json)
     return WritingJudge(llm, info, max_batch_tokens, arguments.max_num_seqs, verdict, tokenizer, _ends(spec, tokenizer))
+
+
+def memory_of(options: VllmOptions, on_cpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's. Told how much its cache may take, it is not to ask for most of a GPU to be free: another
+    version of the model may be there.
+    """
+    cache_bytes = options.prefix_cache_bytes or (auto_cache_bytes() if on_cpu else 0)
+    if not cache_bytes:
+        return {}
+    return {"kv_cache_memory_bytes": cache_bytes // options.tensor_parallel, "gpu_memory_utilization": 0.01}
+
+
+def quantization_of(options: VllmOptions, spec: ModelSpec) -> dict[str, Any]:
+    """Arguments of vLLM's. The head stays as it is: its output would be rounded to the precision of the backbone."""
+    from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+
+    is_at_load = options.quantization in ("fp8", *ONLINE_QUANT_SHORTHAND_NAMES) and not spec.is_quantized
+    ignored = {"quantization_config": {"ignore": ["score"]}} if is_at_load else {}
+    return {"quantization": options.quantization or None, **ignored}
+
+
+def _check_room(spec: ModelSpec, max_length: int) -> None:
+    verdict = _verdict(spec)
+    if verdict is not None and verdict.max_tokens >= max_length:
+        raise LoadFailed(
+            f"{spec.folder}/rewardserve.toml: judge.verdict.max_tokens is {verdict.max_tokens}, which leaves nothing "
+            f"of the model's max_length of {max_length} for the question"
+        )
 
 
 def _verdict(spec: ModelSpec) -> VerdictFormat | None:
