@@ -1,13 +1,83 @@
-"""What is for vLLM imports without it: it is looked for when a model is loaded."""
+"""What is for vLLM imports without it: it is looked for when a model is loaded, after all that can be seen without."""
+
+import importlib.util
+import json
+from pathlib import Path
 
 import pytest
+import torch
+from adapters import adapter_of, save_adapter
+from checkpoints import save_checkpoint
+from rewardserve.engine import vllm_load
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.errors import LoadFailed
+from rewardserve.models.spec import read_spec
+from safetensors.torch import load_file, save_file
+
+
+async def refusal(folder: Path | str, reason: str = "asked for") -> str:
+    with pytest.raises(LoadFailed) as refused:
+        await vllm_load.load(VllmOptions(source=str(folder), reason=reason), lambda step: None)
+    return str(refused.value)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM seems to be there; who imports it fails."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: object() if name == "vllm" else find(name, *rest)
+    )
 
 
 async def test_without_vllm_a_model_is_refused_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rewardserve.engine import vllm_load
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "vLLM is not installed; install it with pip install" in await refusal("/nowhere")
 
-    monkeypatch.setattr(vllm_load.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LoadFailed, match="vLLM is not installed"):
-        await vllm_load.load(VllmOptions(source="/nowhere", reason="asked for"), lambda step: None)
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("asked for", "leave out --engine vllm"),
+        ("tensor_parallel = 2", "leave out --tensor-parallel"),
+        ("vllm_quantization = mxfp8", "leave out --vllm-quantization"),
+    ],
+)
+async def test_a_head_that_is_not_what_vllm_reads_is_refused_with_what_chose_it(
+    pretended: None, tmp_path: Path, reason: str, said: str
+) -> None:
+    """It reads `score`, where there is one: a wrong number for each response."""
+    save_checkpoint(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(weights | {"my_head.weight": torch.ones(1, 64)}, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "rewardserve.toml").write_text('[head]\nkind = "linear"\nweights = "my_head"\n')
+    message = await refusal(tmp_path, reason)
+    assert "this is by rewardserve.toml" in message and said in message
+
+
+async def test_where_the_native_engine_has_refused_it_is_not_recommended(pretended: None, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path)
+    (tmp_path / "rewardserve.toml").write_text('[head]\nkind = "linear"\nweights = "score"\nactivation = "sigmoid"\n')
+    assert "leave out" not in await refusal(tmp_path, "the native engine cannot load it: weights of kind x")
+
+
+async def test_an_adapter_is_refused_with_what_to_do(pretended: None, tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "base")
+    adapter = adapter_of(load_file(tmp_path / "base" / "model.safetensors"))
+    save_adapter(tmp_path / "adapter", tmp_path / "base", adapter)
+    assert "merge the adapter into its base" in await refusal(tmp_path / "adapter", "tensor_parallel = 2")
+
+
+@pytest.mark.parametrize("is_torchs_own", [False, True])
+def test_numbers_are_counted_of_a_quantized_checkpoint_in_files_of_any_kind(
+    tmp_path: Path, is_torchs_own: bool
+) -> None:
+    save_checkpoint(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    weights = load_file(tmp_path / "model.safetensors")
+    if is_torchs_own:
+        (tmp_path / "model.safetensors").unlink()
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    spec = read_spec(str(tmp_path), any_quantization=True)
+    assert vllm_load._check_weights(spec) == sum(tensor.numel() for tensor in weights.values())

@@ -46,7 +46,7 @@ class PretendedModel:
             raise ItemFailed(ItemFailure(ItemCode.INTERNAL, "the forward failed: thirteen"))
         if token_ids[-1] == 66:
             raise ModelGone("it has died")
-        self._on_step(Step(len(token_ids), 1, 0.01, {item_id: 0.0}))
+        self._on_step(Step(len(token_ids), 0.01, {item_id: 0.0}))
         return Scored(math.nan if token_ids[-1] == 99 else float(sum(token_ids)), len(token_ids) - 1)
 
 
@@ -127,6 +127,25 @@ def test_a_bad_item_fails_alone(house, bad, code, said):
     assert failed.failure.code is code and said in failed.failure.message
     assert failed.failure.is_of_the_score == (bad == [99])
     assert house.poison.empty()
+
+
+def test_each_step_is_read_at_its_end_and_the_least_is_the_score(house):
+    encoded = EncodedGroup(pack([1, 2]), (pack([3, 4, 5]), pack([6])), ((2, 4), ()))
+    house.loop.submit(EngineRequest("r", (encoded,)))
+    (group,) = house.outcome().result.groups
+    assert [(item.score, item.steps) for item in group.items] == [(6.0, (6.0, 15.0)), (9.0, ())]
+    assert sorted(ids for ids, _ in house.model.given) == [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 6]]
+    reports = [house.reports.get(timeout=WAIT_S) for _ in range(3)]
+    assert sum(report.num_pairs for report in reports) == 2, "a pair is one, however many steps it has"
+
+
+@pytest.mark.parametrize(("bad", "said"), [(13, "thirteen"), (99, "not a number")])
+def test_a_step_that_has_no_score_fails_its_response(house, bad, said):
+    encoded = EncodedGroup(b"", (pack([bad, 4, 5]), pack([6, 7, 8])), ((0, 2), (0, 2)))
+    house.loop.submit(EngineRequest("r", (encoded,)))
+    (group,) = house.outcome().result.groups
+    assert group.items[0].score is None and said in group.items[0].failure.message
+    assert group.items[1].steps == (6.0, 21.0)
 
 
 def test_no_more_than_a_few_batches_lie_in_vllm_and_the_rest_waits(house):

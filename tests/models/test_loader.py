@@ -122,6 +122,31 @@ def test_a_quantization_whose_library_is_missing_is_refused(folder) -> None:
     assert "quant" in refusal(folder.path) or "AWQ" in refusal(folder.path)
 
 
+def test_eight_bits_that_only_a_file_of_modelopt_tells_of_are_refused(folder) -> None:
+    def quantize(weights) -> None:
+        for key in [key for key in weights if key.endswith("proj.weight")]:
+            scale = weights[key].abs().amax() / 448
+            weights[key] = (weights[key] / scale).to(torch.float8_e4m3fn)
+            weights[f"{key}_scale"] = scale
+
+    folder.reweigh(quantize)
+    (folder.path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    assert "hf_quant_config.json" in refusal(folder.path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_head_in_eight_bits_is_refused(folder, dtype: torch.dtype) -> None:
+    """Its scale lies elsewhere, and is not applied here."""
+
+    def quantize(weights) -> None:
+        scale = weights["score.weight"].abs().amax() / 100
+        weights |= {"score.weight": (weights["score.weight"] / scale).to(dtype), "score.weight_scale": scale}
+
+    folder.reweigh(quantize)
+    message = refusal(folder.path)
+    assert "'score.weight'" in message and "8 bits" in message
+
+
 def test_surplus_weights_are_said_and_change_nothing(folder, pristine: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder.reweigh(lambda w: w.update({"value_head.weight": torch.ones(3)}))
     assert torch.equal(scores(folder.path), scores(pristine))

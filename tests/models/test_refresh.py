@@ -1,5 +1,6 @@
 """Weights are taken over in place from a checkpoint like the one that is loaded, as that was when it was loaded."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,8 @@ from checkpoints import make_tokenizer, save_checkpoint
 from rewardserve.errors import LoadFailed
 from rewardserve.models import refresh
 from rewardserve.models.backbone import Backbone
+from rewardserve.models.reward_model import RewardModel
+from rewardserve.models.spec import read_spec
 from safetensors.torch import load_file, save_file
 from scoring import native
 from texts import all_texts, groups
@@ -50,6 +53,16 @@ async def test_the_files_in_which_texts_differ_are_named(folders) -> None:
         with pytest.raises(LoadFailed, match=r"chat_template\.jinja, tokenizer\.json, vocab\.json are not") as refused:
             await scorer.engine.update_weights(str(new))
         assert str(new) in str(refused.value)
+
+
+def test_of_quantized_weights_which_have_scales_beside_them_nothing_is_taken_over(folders) -> None:
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    loaded, new = (read_spec(str(folder)) for folder in folders)
+    model = RewardModel(Backbone(AutoModel.from_config(loaded.config)), [loaded.recipe.head])
+    with pytest.raises(LoadFailed, match="quantized; use Swap"):
+        refresh.check_refresh(model, new, loaded)
 
 
 def test_a_bias_by_which_experts_are_chosen_is_a_weight_though_no_parameter(tmp_path: Path) -> None:

@@ -130,6 +130,53 @@ def test_text_is_scored_as_by_the_native_engine(native, vllm, kit, checkpoint, r
     assert max(differences(cold, wanted)) <= TOLERANCE
 
 
+def test_steps_are_scored_as_by_the_native_engine(native, vllm, kit, checkpoint):
+    responses = [kit.random_ids(40 + i, length) for i, length in enumerate((30, 200))]
+    ends = [(3, 4, 29), (64, 150, 200)]
+    group = scoring_pb2.Group(
+        prompt=scoring_pb2.Prompt(token_ids=kit.pack(kit.random_ids(4, 150))),
+        responses=[scoring_pb2.Response(token_ids=kit.pack(ids), step_ends=ends[i]) for i, ids in enumerate(responses)],
+    )
+    options = scoring_pb2.ScoreOptions(granularity=scoring_pb2.GRANULARITY_STEP)
+    items = []
+    for server in (native, vllm):
+        load(server, kit, checkpoint)
+        request = scoring_pb2.ScoreRequest(model="m", groups=[group], options=options)
+        items.append(server.scoring.Score(request, timeout=kit.ANTI_HANG_S).groups[0].items)
+    for ours, theirs in zip(*items, strict=True):
+        assert len(theirs.step_scores) == 3 and theirs.score == min(theirs.step_scores)
+        assert max(differences(theirs.step_scores, ours.step_scores)) <= TOLERANCE
+
+
+def test_what_other_libraries_say_beside_a_checkpoint_changes_nothing(native, vllm, kit, groups, tmp_path):
+    """sentence-transformers' files say how a text is embedded; a config may leave out how many labels there are."""
+    checkpoints.save_checkpoint(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del config["id2label"], config["label2id"]
+    file.write_text(json.dumps(config | {"head_dtype": "model"}))
+    kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    modules = [
+        {"idx": i, "path": path, "type": f"sentence_transformers.models.{k}"} for i, (path, k) in enumerate(kinds)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "1_Pooling").mkdir()
+    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_mean_tokens": True}))
+    wanted, (_, cold), (_, warm), _ = both(native, vllm, kit, tmp_path, groups)
+    assert max(differences(cold, wanted) + differences(warm, wanted)) <= TOLERANCE
+
+
+def test_a_swap_gives_every_request_the_scores_of_one_version(vllm, kit, groups, checkpoint, tmp_path):
+    checkpoints.save_checkpoint(tmp_path, "llama", head_dim=32)
+    before = load(vllm, kit, checkpoint)
+    _, old = scores(vllm, kit, groups)
+    request = models_pb2.SwapModelRequest(name="m", source=str(tmp_path))
+    after = vllm.models.Swap(request, timeout=kit.ANTI_HANG_S).model
+    reply, new = scores(vllm, kit, groups)
+    assert after.version == reply.model.version != before.version and after.path == VLLM
+    assert max(differences(new, old)) > 0.01
+
+
 def refusal(server, kit, folder):
     with pytest.raises(grpc.RpcError) as caught:
         load(server, kit, folder)

@@ -178,6 +178,7 @@ def test_a_core_that_hangs_is_noticed_though_no_caller_waits_long_for_it(start, 
         return server.metric("engine_restarts_total") == 1
 
     kit.until(is_noticed)
+    *ends, _ = ends  # the last one may have come when the new engine was there already
     assert all(end.code() in (Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE) for end in ends)
     kit.until(lambda: server.model().state == models_pb2.MODEL_STATE_SERVING)
     assert kit.scores_of(send(server, load[0])) == pytest.approx(wanted, rel=1e-4, abs=1e-4)

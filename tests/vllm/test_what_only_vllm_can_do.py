@@ -5,6 +5,9 @@ import json
 import checkpoints
 import pytest
 import torch
+from rewardserve.engine.vllm_load import quantization_of
+from rewardserve.engine.vllm_options import VllmOptions
+from rewardserve.models.spec import read_spec
 from rewardserve.v1 import models_pb2
 from safetensors.torch import load_file, save_file
 
@@ -104,3 +107,18 @@ def test_a_device_that_this_vllm_is_not_for_is_named(start, checkpoint):
     server = start("--model", f"m={checkpoint}", "--engine", "vllm", "--device", "cuda")
     assert server.wait() == 1
     assert "device = cuda" in server.log[-1] and "for cpu" in server.log[-1]
+
+
+@pytest.mark.parametrize("method", ["fp8", "fp8_per_channel", "mxfp8"])
+def test_quantizing_as_it_loads_leaves_the_head_alone(tmp_path, method):
+    """Its output would be rounded to half precision, and the score is to be the raw number in fp32."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.model_executor.layers.linear import ReplicatedLinear
+
+    checkpoints.save_checkpoint(tmp_path, dtype=torch.bfloat16)
+    options = VllmOptions(str(tmp_path), quantization=method)
+    told = quantization_of(options, read_spec(str(tmp_path)))
+    arguments = AsyncEngineArgs(str(tmp_path), runner="pooling", skip_tokenizer_init=True, **told)
+    quantized = arguments.create_engine_config().quant_config.resolve_quant_method_cls
+    assert quantized(ReplicatedLinear, "model.layers.0.mlp.down_proj") is not None
+    assert quantized(ReplicatedLinear, "score") is None

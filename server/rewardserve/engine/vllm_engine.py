@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -63,7 +63,6 @@ class Step:
     """One forward, as vLLM tells of it."""
 
     num_tokens: int
-    num_scored: int
     compute_s: float
     queued_s: dict[str, float]  # of the items that it ended: seconds between their coming and their first forward
 
@@ -144,7 +143,8 @@ class VllmLoop:
         self._item_numbers = itertools.count()
         self._num_items_out = self._num_tokens_out = 0  # in vLLM
         self._num_waiting_jobs = self._num_waiting_tokens = 0
-        self._num_prompt_tokens = self._num_cached_tokens = 0  # of the groups that ended since the last report
+        self._num_pairs = 0  # that were computed since the last report
+        self._num_prompt_tokens = self._num_cached_tokens = 0  # of the groups that ended since then
         self._queued_s: dict[str, float] = {}  # by item
 
     def start(self) -> EngineInfo:
@@ -286,20 +286,31 @@ class VllmLoop:
         ids = np.frombuffer(group.encoded.prompt + group.encoded.responses[index], "<i4")
         if failure := self._refusal(ids):
             return EngineItem(None, failure)
-        item_id, sent_at = f"{next(self._item_numbers)}", time.monotonic()
+        steps = group.encoded.steps[index] if group.encoded.steps else ()
+        scores: list[float] = []
         try:
-            scored = await self._model.score(item_id, ids.tolist(), group.job.request.priority)
+            # A step's score is that of what ends with it; each finds the one before in vLLM's prefix cache.
+            for length in [end + 1 for end in steps] or [len(ids)]:
+                scored = await self._ask(group, ids[:length].tolist())
+                scores.append(scored.score)
         except ItemFailed as error:
             return EngineItem(None, error.failure)
+        self._num_pairs += 1
+        if failure := _not_finite(scores):
+            return EngineItem(None, failure)
+        return EngineItem(min(scores), attributes=scored.attributes, steps=tuple(scores) if steps else ())
+
+    async def _ask(self, group: _Group, token_ids: list[int]) -> Scored:
+        """Raises ItemFailed or ModelGone."""
+        item_id, sent_at = f"{next(self._item_numbers)}", time.monotonic()
+        try:
+            scored = await self._model.score(item_id, token_ids, group.job.request.priority)
         finally:
             queued_s = self._queued_s.pop(item_id, 0.0)
         group.job.started_at = min(group.job.started_at, sent_at + queued_s)
         cached = min(scored.num_cached_tokens, group.prompt_length)
         group.num_cached = cached if group.num_cached is None else min(cached, group.num_cached)
-        if not math.isfinite(scored.score):
-            message = f"the model's score is {scored.score}, not a number"
-            return EngineItem(None, ItemFailure(ItemCode.INTERNAL, message, is_of_the_score=True))
-        return EngineItem(scored.score, attributes=scored.attributes)
+        return scored
 
     def _refusal(self, ids: np.ndarray) -> ItemFailure | None:
         """What would end vLLM's process rather than an item. The front refuses the same, and says more about it."""
@@ -343,17 +354,25 @@ class VllmLoop:
     def _report(self, step: Step) -> None:
         report = BatchReport(
             num_tokens=step.num_tokens,
-            num_pairs=step.num_scored,
+            num_pairs=self._num_pairs,
             num_prompt_tokens=self._num_prompt_tokens,
             num_cached_tokens=self._num_cached_tokens,
             compute_s=step.compute_s,
             queued_requests=self._num_waiting_jobs,
             queued_tokens=self._num_waiting_tokens,
         )
-        self._num_prompt_tokens = self._num_cached_tokens = 0
+        self._num_pairs = self._num_prompt_tokens = self._num_cached_tokens = 0
         for item_id in step.queued_s:  # of those that were aborted meanwhile
             self._queued_s.pop(item_id, None)
         self._on_batch(report)
+
+
+def _not_finite(scores: Sequence[float]) -> ItemFailure | None:
+    for score in scores:
+        if not math.isfinite(score):
+            message = f"the model's score is {score}, not a number"
+            return ItemFailure(ItemCode.INTERNAL, message, is_of_the_score=True)
+    return None
 
 
 def _result(job: _Job) -> EngineResult:

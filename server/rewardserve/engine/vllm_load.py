@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -163,36 +164,52 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
         except Exception as error:
             await asyncio.sleep(PIPE_S)
             reason = next(iter(reasons), first_line(error))
-            raise LoadFailed(f"{options.source}: vLLM cannot serve it: {reason}") from error
+            raise LoadFailed(f"{options.source}: vLLM cannot serve it: {reason}{_in_our_words(reason)}") from error
     return model
+
+
+def _in_our_words(reason: str) -> str:
+    """vLLM names options of its own."""
+    is_of_memory = re.search("memory.utilization|kv-cache-memory-bytes", reason, re.IGNORECASE)
+    return ". The memory of its cache is --prefix-cache-mb here" if is_of_memory else ""
 
 
 def _check_head(options: VllmOptions, spec: ModelSpec) -> None:
     """vLLM's own pooling for a `*ForSequenceClassification` with one output is right; others it reads otherwise."""
     recipe = spec.recipe
+    if spec.checkpoint.base is not None:
+        raise LoadFailed(f"{options.source}: vLLM takes whole checkpoints; merge the adapter into its base with PEFT")
     if _verdict(spec) is not None:
         return
-    plain = isinstance(recipe.head, LinearHead) and recipe.reads == ReadPlan() and recipe.normalizer is None
-    if not plain or recipe.appended is not None or not spec.checkpoint.has("score.weight"):
+    is_read_so = recipe.reads == ReadPlan() and recipe.normalizer is None and recipe.appended is None
+    if not is_read_so or not _is_its_own_head(spec):
         raise LoadFailed(
-            f"{options.source}: vLLM serves a linear head 'score' at the last token, and this is {recipe.family}; "
-            "the native engine knows it: leave out --engine vllm"
+            f"{options.source}: vLLM serves a linear head 'score' at the last token, and this is {recipe.family}"
+            f"{_way_out(options)}"
         )
+
+
+def _is_its_own_head(spec: ModelSpec) -> bool:
+    """vLLM reads `score`, whatever else is there and whatever rewardserve.toml says."""
+    head, checkpoint = spec.recipe.head, spec.checkpoint
+    if not isinstance(head, LinearHead) or not checkpoint.has("score.weight"):
+        return False
+    return torch.equal(head.weight, checkpoint.tensor("score.weight").float())
+
+
+def _way_out(options: VllmOptions) -> str:
+    """By what chose vLLM (choice.py); there is none where the native engine has refused already."""
+    flags = {"asked for": "engine vllm", "tensor_parallel": "tensor-parallel", "vllm_quantization": "vllm-quantization"}
+    flag = next((flag for reason, flag in flags.items() if options.reason.startswith(reason)), None)
+    return f"; the native engine knows it: leave out --{flag}" if flag else ""
 
 
 def _check_weights(spec: ModelSpec) -> int:
     """How many parameters there are. vLLM itself starts with whatever was in memory where a weight is missing."""
-    if getattr(spec.config, "quantization_config", None) is None:
+    if not spec.is_quantized:
         return count_parameters(spec)
     log.warning("%s is quantized: whether weights are missing is left to vLLM to notice", spec.folder)
-    from safetensors import safe_open
-
-    total = 0
-    for file in spec.weight_files:
-        with safe_open(file, framework="pt") as tensors:
-            keys = list(tensors.keys())
-            total += sum(torch.Size(tensors.get_slice(key).get_shape()).numel() for key in keys)
-    return total
+    return sum(math.prod(spec.checkpoint.shape(key)) for key in spec.checkpoint.where)
 
 
 def _set_environment(options: VllmOptions) -> None:
@@ -231,8 +248,10 @@ def _binding(options: VllmOptions) -> str:
 
 
 def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: Callable[[Step], None]) -> VllmModel:
+    from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     device = current_platform.device_type
@@ -240,42 +259,83 @@ def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: 
         raise LoadFailed(f"device = {options.device}, but the vLLM that is installed is for {device}; {HOW_TO_INSTALL}")
     on_cpu = device == "cpu"
     max_batch_tokens = options.max_batch_tokens or default_batch_tokens(on_cpu)
-    cache_bytes = options.prefix_cache_bytes or (auto_cache_bytes() if on_cpu else 0)
     verdict, max_length = _verdict(spec), max_length_of(spec, options.max_length)
-    if verdict is not None and verdict.max_tokens >= max_length:
-        raise LoadFailed(
-            f"{spec.folder}/rewardserve.toml: judge.verdict.max_tokens is {verdict.max_tokens}, which leaves nothing "
-            f"of the model's max_length of {max_length} for the question"
-        )
+    _check_room(spec, max_length)
     compiled = options.compile == "on" or (options.compile == "auto" and num_parameters >= COMPILE_FROM_PARAMETERS)
+    # By word, always: a file of another library's beside the checkpoint may say otherwise.
+    last = PoolerConfig(task="classify", seq_pooling_type="LAST", use_activation=False)
     arguments = AsyncEngineArgs(
         model=str(spec.folder),
+        config_format="hf",
+        load_format="hf",
         runner="pooling" if verdict is None else "generate",
+        pooler_config=last if verdict is None else None,
+        hf_overrides={"num_labels": 1, "head_dtype": "float32"} if verdict is None else {},
         skip_tokenizer_init=True,  # ids come in, and not every checkpoint has one
         trust_remote_code=False,
         dtype=_dtype(options, spec, device),
-        quantization=options.quantization or None,
+        **quantization_of(options, spec),
         tensor_parallel_size=options.tensor_parallel,
         max_model_len=max_length,
         max_num_batched_tokens=max_batch_tokens,
         max_num_seqs=min(options.max_batch_sequences, max_batch_tokens),
-        kv_cache_memory_bytes=cache_bytes // options.tensor_parallel or None,
+        **memory_of(options, on_cpu),
         enable_prefix_caching=True,
         enable_chunked_prefill=True,
         scheduling_policy="priority",
         enforce_eager=not compiled,
-        enable_log_requests=False,
-        disable_log_stats=True,  # but for what listens below
         enable_logging_iteration_details=True,  # which makes it tell of each forward
     )
     log.info("loading %s (%s) into %s", options.source, spec.architecture, _vllm_version())
-    llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[lambda config, index=0: _Listener(on_step)])
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    config.model_config.original_max_model_len = -1  # makes it take fewer tokens where its cache does not hold so many
+    llm = AsyncLLM.from_vllm_config(
+        config,
+        stat_loggers=[lambda config, index=0: _Listener(on_step)],
+        enable_log_requests=False,
+        disable_log_stats=True,  # but for what listens
+    )
+    if config.model_config.max_model_len < max_length:
+        log.warning(
+            "max_length is %d, not %d: that is what the prefix cache holds",
+            config.model_config.max_model_len,
+            max_length,
+        )
+    _check_room(spec, config.model_config.max_model_len)
     info = _info(options, spec, num_parameters, llm)
     if verdict is None:
         return Classifier(llm, info, max_batch_tokens, arguments.max_num_seqs)
     assert info.text is not None
     tokenizer = tokenizers.Tokenizer.from_str(info.text.tokenizer_json)
     return WritingJudge(llm, info, max_batch_tokens, arguments.max_num_seqs, verdict, tokenizer, _ends(spec, tokenizer))
+
+
+def memory_of(options: VllmOptions, on_cpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's. Told how much its cache may take, it is not to ask for most of a GPU to be free: another
+    version of the model may be there.
+    """
+    cache_bytes = options.prefix_cache_bytes or (auto_cache_bytes() if on_cpu else 0)
+    if not cache_bytes:
+        return {}
+    return {"kv_cache_memory_bytes": cache_bytes // options.tensor_parallel, "gpu_memory_utilization": 0.01}
+
+
+def quantization_of(options: VllmOptions, spec: ModelSpec) -> dict[str, Any]:
+    """Arguments of vLLM's. The head stays as it is: its output would be rounded to the precision of the backbone."""
+    from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+
+    is_at_load = options.quantization in ("fp8", *ONLINE_QUANT_SHORTHAND_NAMES) and not spec.is_quantized
+    ignored = {"quantization_config": {"ignore": ["score"]}} if is_at_load else {}
+    return {"quantization": options.quantization or None, **ignored}
+
+
+def _check_room(spec: ModelSpec, max_length: int) -> None:
+    verdict = _verdict(spec)
+    if verdict is not None and verdict.max_tokens >= max_length:
+        raise LoadFailed(
+            f"{spec.folder}/rewardserve.toml: judge.verdict.max_tokens is {verdict.max_tokens}, which leaves nothing "
+            f"of the model's max_length of {max_length} for the question"
+        )
 
 
 def _verdict(spec: ModelSpec) -> VerdictFormat | None:
@@ -297,7 +357,7 @@ def _ends(spec: ModelSpec, tokenizer: tokenizers.Tokenizer) -> list[int]:
 
 def _dtype(options: VllmOptions, spec: ModelSpec, device: str) -> str:
     """By name, always: vLLM's own `auto` takes half precision for checkpoints in fp32."""
-    if options.dtype == "auto" and getattr(spec.config, "quantization_config", None) is not None:
+    if options.dtype == "auto" and spec.is_quantized:
         return "auto"  # what is stored says nothing; the method knows what it computes in
     return str(choose_dtype(options.dtype, spec, torch.device(device))).removeprefix("torch.")
 
@@ -327,6 +387,7 @@ def _info(options: VllmOptions, spec: ModelSpec, num_parameters: int, llm: Any) 
         bos_token_id=first_id(getattr(spec.config.get_text_config(), "bos_token_id", None)),
         attributes=spec.recipe.attributes,
         judge=spec.recipe.judge,
+        steps=spec.recipe.steps,
         text=text,
         text_missing_reason=text_missing_reason,
     )
@@ -356,7 +417,7 @@ class _Listener:
         ended = [] if iteration_stats is None else iteration_stats.finished_requests
         queued_s = {request.request_id: request.queued_time for request in ended}
         num_tokens = details.num_ctx_tokens + details.num_generation_tokens
-        self._on_step(Step(num_tokens, len(ended), details.elapsed_ms / 1000, queued_s))
+        self._on_step(Step(num_tokens, details.elapsed_ms / 1000, queued_s))
 
     def log_engine_initialized(self) -> None:
         pass

@@ -95,7 +95,7 @@ class Checkpoint:
         return key in self.where
 
     def tensor(self, key: str) -> torch.Tensor:
-        """As an adapter makes it of its base's, where there is one."""
+        """As an adapter makes it of its base's, where there is one. Raises LoadFailed for a weight in 8 bits."""
         if key in self.changes.whole:
             return self.changes.whole[key]
         if self.base is not None:
@@ -103,9 +103,16 @@ class Checkpoint:
             return tensor if delta is None else delta.merged_into(tensor)
         file = self.where[key]
         if file.suffix != ".safetensors":
-            return self._pickled[file][key]
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(key)
+            tensor = self._pickled[file][key]
+        else:
+            with safe_open(file, framework="pt") as tensors:
+                tensor = tensors.get_tensor(key)
+        if key.endswith("weight") and tensor.dtype.itemsize == 1:
+            raise LoadFailed(
+                f"{self.folder}: '{key}' is stored in 8 bits, whose scale is not applied here; leave it out when the "
+                "model is quantized"
+            )
+        return tensor
 
     def shape(self, key: str) -> tuple[int, ...]:
         if key in self.changes.whole:

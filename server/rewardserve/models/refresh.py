@@ -26,6 +26,8 @@ class Refillable(Protocol):
 def check_refresh(model: RewardModel, spec: ModelSpec, loaded: ModelSpec) -> None:
     """Raises LoadFailed where `spec` is not of the same shapes as what is `loaded`. Changes nothing."""
     _check_settings(spec, loaded)
+    if spec.is_quantized:
+        raise LoadFailed(f"{spec.folder}: is quantized; use Swap")
     own, new = loaded.recipe, spec.recipe
     if (own.family, own.reads, own.appended, own.attributes) != (new.family, new.reads, new.appended, new.attributes):
         raise LoadFailed(f"{spec.folder}: is scored as {new.family}, not as {own.family}; use Swap")

@@ -24,6 +24,7 @@ TEXT_FILES = (
     "merges.txt",
     "*.model",
 )
+MODELOPT_FILE = "hf_quant_config.json"  # where config.json does not tell of it: vLLM reads it, transformers does not
 SAMPLES_PER_FILE, SAMPLE_BYTES = 256, 65_536
 
 
@@ -49,6 +50,10 @@ class ModelSpec:
     @property
     def architecture(self) -> str:
         return self.checkpoint.architecture
+
+    @property
+    def is_quantized(self) -> bool:
+        return getattr(self.config, "quantization_config", None) is not None or (self.folder / MODELOPT_FILE).is_file()
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
@@ -95,6 +100,8 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
         raise LoadFailed(
             f"{checkpoint.folder}/config.json: quantization method '{method}' is unknown; its weights would be misread"
         )
+    if quantization is None and (checkpoint.folder / MODELOPT_FILE).is_file():
+        raise LoadFailed(f"{checkpoint.folder}/{MODELOPT_FILE}: quantized by ModelOpt; its weights would be misread")
 
 
 def _digests(folder: Path) -> dict[str, bytes]:
