@@ -118,7 +118,8 @@ print(num_steps, graph.num_replays, len(variants))
 
 def run(*folders: Path) -> tuple[int, ...]:
     """Steps, those that were replayed, models among these; the program compares scores and stored keys itself."""
-    environment = {**os.environ, **ONE_PATH, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}
+    path = os.pathsep.join(filter(None, (str(SUPPORT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, **ONE_PATH, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, *map(str, folders)],
         capture_output=True,

@@ -154,6 +154,16 @@ def fits(made: Compiled, architecture: int) -> None:
     assert made.shared <= SHARED_BYTES[architecture]
 
 
+def test_two_tiles_fit_on_a_multiprocessor_if_their_registers_are_limited(compiled) -> None:
+    """What bench-gpu tries beside the tunings there are."""
+    tuning = attention.Tuning(128, 32, 8, 4, max_registers=128)
+    constants = attention_constants((128, 128), 32, 8, tuning)
+    made = compiled(attention.attend_tile, 90, "bf16", constants, attention.compiler_options(tuning))
+    fits(made, 90)
+    assert made.registers * 32 * tuning.num_warps * 2 <= 65536
+    assert made.shared * 2 <= SHARED_BYTES[90]
+
+
 def test_attention_in_fp32_fits_too(compiled) -> None:
     tuning = attention.default_tuning(128, 128, torch.float32, (9, 0))
     constants = attention_constants((128, 128), 32, 8, tuning)
@@ -200,6 +210,17 @@ def test_pooling_loads_rows_ahead_and_spills_nothing(hidden_size: int, norm: str
     constants |= {"HAS_HEAD_BIAS": True, "HAS_BEFORE": True, "KEEPS_SUMS": True, "heads": 1}  # 1 is compiled in
     made = compiled(pooling.pool_span, architecture, "bf16", constants, pooling.compiler_options(hidden_size))
     assert made.count("LDGSTS") > 0
+    fits(made, architecture)
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("hidden_size", [1024, 2560, 4096, 8192])
+def test_last_rows_are_read_by_wide_loads_and_spill_nothing(hidden_size: int, architecture: int, compiled) -> None:
+    constants = pooling.constants(hidden_size, torch.bfloat16, Norm(NormKind.RMS, torch.empty(0), 1e-6), Pooling.LAST)
+    assert constants["ROWS"] > 1, "the norm and the head are read once for every row"
+    constants |= {"HAS_HEAD_BIAS": True, "heads": 1}
+    made = compiled(pooling.score_last_rows, architecture, "bf16", constants, pooling.compiler_options(hidden_size))
+    assert made.count("LDG.E.128") >= constants["ROWS"] and "LDG.E.U16" not in made.code
     fits(made, architecture)
 
 
