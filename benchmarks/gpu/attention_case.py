@@ -53,7 +53,8 @@ class Inputs:
 
 
 def said(tuning: Any) -> str:
-    return f"{tuning.block_m}x{tuning.block_n}, {tuning.num_warps} warps, {tuning.num_stages} stages"
+    registers = f", {tuning.max_registers} registers" if tuning.max_registers else ""
+    return f"{tuning.block_m}x{tuning.block_n}, {tuning.num_warps} warps, {tuning.num_stages} stages{registers}"
 
 
 def ragged(part: Part, case: Case) -> Inputs:

@@ -54,8 +54,14 @@ def _measure(part: Part, tried: list[Case], found: dict[str, Any]) -> None:
 
 
 def _tunings(part: Part) -> Iterator[Any]:
+    """With three stages or more: of two, no copy is under way while there is something to multiply. Tiles of 128 lanes
+    also with as few registers as let two of them be on a multiprocessor, where one begins while the other is busy.
+    """
     kernel = attention_kernel(part)
     for block_m, num_warps in ((64, 4),) if part.tiny else ((64, 4), (128, 8)):
         for block_n in (64,) if part.tiny else (32, 64, 128):
-            for num_stages in (2,) if part.tiny else (2, 3, 4):
+            for num_stages in (3,) if part.tiny else (3, 4):
                 yield kernel.Tuning(block_m, block_n, num_warps, num_stages)
+    if not part.tiny:
+        for num_stages in (3, 4):
+            yield kernel.Tuning(128, 32, 8, num_stages, max_registers=128)

@@ -1,7 +1,6 @@
 """What a GPU computes on, run on a CPU: Triton attention under its interpreter, all rows stored at once, padded tiles,
 inputs at fixed places, page tables. Scores are those of the plain path."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from safetensors.torch import load_file
 
 # Of MKL and of torch's own loops, on every CPU: with AVX-512 a score of 1.3 among scores of 13 came out 1.5e-5 off.
 ONE_PATH = {"MKL_CBWR": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-SUPPORT = Path(__file__).parents[1] / "support"
 pytest.importorskip("triton", reason="triton is not installed")
 
 IMPORTS = """
@@ -126,7 +124,7 @@ Run = Callable[..., tuple[int, ...]]
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
     """Folders -> steps, those that were replayed, models among these. PROGRAM compares scores and stored keys."""
-    with Forks(IMPORTS, {**os.environ, **ONE_PATH, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT)}) as forks:
+    with Forks(IMPORTS, {**ONE_PATH, "TRITON_INTERPRET": "1"}) as forks:
         yield lambda *folders: tuple(map(int, forks.run(PROGRAM, *map(str, folders)).split()[-3:]))
 
 

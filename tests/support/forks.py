@@ -40,11 +40,15 @@ for line in sys.stdin:
 
 
 class Forks:
-    """`with Forks("import torch", environment) as forks:` -> `forks.run(program, *arguments)`, what it prints."""
+    """`with Forks("import torch", {"NAME": "1"}) as forks:` -> `forks.run(program, *arguments)`, what it prints.
+
+    Its environment is this process's with those; what lies beside this file can be imported.
+    """
 
     def __init__(self, imports: str, environment: Mapping[str, str]) -> None:
         self._command = [sys.executable, "-W", "ignore", "-c", PARENT, imports]
-        self._environment = dict(environment)
+        path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+        self._environment = {**os.environ, "PYTHONPATH": path, **environment}
 
     def __enter__(self) -> "Forks":
         self._parent = subprocess.Popen(

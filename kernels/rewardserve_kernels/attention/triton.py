@@ -40,19 +40,26 @@ class Tuning:
     block_m: int  # lanes: query rows x heads of one kv head
     block_n: int  # keys at a time; divides BLOCK_TOKENS
     num_warps: int
-    num_stages: int  # blocks of keys under way to shared memory
+    num_stages: int  # blocks of keys in shared memory; with three, one is multiplied while the next is on its way
+    max_registers: int = 0  # of a thread; 0: as many as it takes. 128 of 8 warps: two tiles to a multiprocessor
 
 
-# NOT YET MEASURED ON A GPU. All that is known of these is what the compiler says: nothing is spilled, everything fits
-# in shared memory (tests/kernels/test_triton_compiles_ahead_of_time.py). How many bytes a tile reads for its arithmetic
-# depends on block_m alone, hence the greatest that registers hold. Measured figures go here, behind each entry: GPU,
-# TFLOP/s, date. `tree_attention(tuning=)` is for finding them.
+# NOT YET MEASURED ON A GPU. All that is known of these is what the compiler says: keys are loaded a whole block ahead,
+# nothing is spilled, everything fits in shared memory (tests/kernels/test_triton_compiles_ahead_of_time.py). How many
+# bytes a tile reads for its arithmetic depends on block_m alone, hence the greatest that registers hold. Measured
+# figures go here, behind each entry: GPU, TFLOP/s, date. `tree_attention(tuning=)` is for finding them.
 #     (compute capability from, greatest padded head size) -> Tuning
 TUNINGS_16_BIT = {
     ((8, 0), 64): Tuning(128, 64, 8, 3),
     ((8, 0), 128): Tuning(128, 64, 8, 3),
-    ((9, 0), 256): Tuning(128, 32, 8, 2),
-    ((8, 0), 256): Tuning(64, 32, 8, 2),
+    ((9, 0), 256): Tuning(128, 32, 8, 3),
+    ((8, 0), 256): Tuning(64, 32, 8, 3),
+}
+LITTLE_SHARED = {(8, 6), (8, 9), (12, 0), (12, 1)}  # GPUs whose blocks have 99 KB of shared memory, not 163 or more
+TUNINGS_16_BIT_LITTLE_SHARED = {
+    ((8, 0), 64): Tuning(128, 64, 8, 3),
+    ((8, 0), 128): Tuning(128, 32, 8, 3),
+    ((8, 0), 256): Tuning(64, 16, 8, 3),
 }
 TUNINGS_32_BIT = {  # matrix instructions take no fp32: for comparisons, not for speed
     ((8, 0), 64): Tuning(32, 32, 4, 2),
@@ -64,7 +71,8 @@ TUNINGS_32_BIT = {  # matrix instructions take no fp32: for comparisons, not for
 def default_tuning(head_size: int, v_head_size: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tuning:
     """`capability` is that of the GPU, (9, 0) for an H100. Raises ValueError for heads larger than 256."""
     needed = max(_padded(head_size), _padded(v_head_size))
-    for (since, greatest), tuning in (TUNINGS_32_BIT if dtype.itemsize > 2 else TUNINGS_16_BIT).items():
+    of_16_bit = TUNINGS_16_BIT_LITTLE_SHARED if capability in LITTLE_SHARED else TUNINGS_16_BIT
+    for (since, greatest), tuning in (TUNINGS_32_BIT if dtype.itemsize > 2 else of_16_bit).items():
         if needed <= greatest and capability >= since:
             return tuning
     raise ValueError(
@@ -295,7 +303,8 @@ def constants(heads: int, kv_heads: int, head_size: int, v_head_size: int, tunin
 
 
 def compiler_options(tuning: Tuning) -> dict[str, Any]:
-    return {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages, "enable_fp_fusion": False}
+    limit = {"maxnreg": tuning.max_registers} if tuning.max_registers else {}
+    return {"num_warps": tuning.num_warps, "num_stages": tuning.num_stages, "enable_fp_fusion": False, **limit}
 
 
 def _padded(head_size: int) -> int:
@@ -347,6 +356,12 @@ def attend_tile(
     lane = tl.arange(0, BLOCK_M)
     row, head = lane // GROUP, kv_head * GROUP + lane % GROUP
     used = row < num_rows
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
+    # Which block of the pool a block of keys lies in is looked up one block of keys before: looked up where it is
+    # needed it would take a stage of its own, and of three stages none would be left for keys and values.
+    block = tl.load(table + first // POOL_BLOCK, mask=first < num_stored, other=0)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     query = q + (first_row + row).to(tl.int64) * q_row + head.to(tl.int64) * q_head  # may be past 2^31
     queries = tl.load(query[:, None] + d[None, :], mask=used[:, None] & (d < HEAD_SIZE)[None, :], other=0.0)
@@ -364,30 +379,21 @@ def attend_tile(
     pool_k += kv_head.to(tl.int64) * (POOL_BLOCK * HEAD_SIZE)
     pool_v += kv_head.to(tl.int64) * (POOL_BLOCK * V_HEAD_SIZE)
     row_position, end = position + row, position + num_rows
-    first = 0
-    if HAS_WINDOW:
-        first = tl.maximum(position - window + 1, 0) // BLOCK_N * BLOCK_N
-    all_stored = num_stored // BLOCK_N * BLOCK_N  # of the blocks before, every key is stored
-    all_seen = (position + 1) // BLOCK_N * BLOCK_N  # and every row sees every key, but for the window
-    # One loop would do, the last. The others are spared what their blocks do not need: 32 % and 17 % of its
-    # instructions (sm_90, head size 128).
+    all_stored = num_stored // BLOCK_N * BLOCK_N  # of the blocks before, every key is stored, and every row sees it
+    # One loop would do, the second. The first is spared what its blocks do not need: a third of its instructions
+    # (sm_90, head size 128). A third, for own keys that all rows see, is expected to save less than it costs to begin
+    # one, with nothing on its way yet: what only hidden keys need is branched over.
     for begin in range(first, all_stored, BLOCK_N):
-        top, total, sums = _add_block(
-            *(top, total, sums, queries, row_position, begin, end, k, v, k_row, v_row, pool_k, pool_v, num_stored),
-            *(to_row, table, unit, softcap, squash, window, True, False, KV_HEADS, HEAD_SIZE, V_HEAD_SIZE, POOL_BLOCK),
-            *(BLOCK_N, BLOCK_D, BLOCK_V, ALIGNED, HAS_WINDOW, HAS_SOFTCAP),
+        top, total, sums, block = _add_block(
+            *(top, total, sums, block, queries, position, row_position, begin, end, k, v, k_row, v_row, pool_k, pool_v),
+            *(num_stored, to_row, table, unit, softcap, squash, window, True, KV_HEADS, HEAD_SIZE, V_HEAD_SIZE),
+            *(POOL_BLOCK, BLOCK_N, BLOCK_D, BLOCK_V, ALIGNED, HAS_WINDOW, HAS_SOFTCAP),
         )
-    for begin in range(tl.maximum(first, all_stored), all_seen, BLOCK_N):
-        top, total, sums = _add_block(
-            *(top, total, sums, queries, row_position, begin, end, k, v, k_row, v_row, pool_k, pool_v, num_stored),
-            *(to_row, table, unit, softcap, squash, window, False, False, KV_HEADS, HEAD_SIZE, V_HEAD_SIZE, POOL_BLOCK),
-            *(BLOCK_N, BLOCK_D, BLOCK_V, ALIGNED, HAS_WINDOW, HAS_SOFTCAP),
-        )
-    for begin in range(all_seen, end, BLOCK_N):
-        top, total, sums = _add_block(
-            *(top, total, sums, queries, row_position, begin, end, k, v, k_row, v_row, pool_k, pool_v, num_stored),
-            *(to_row, table, unit, softcap, squash, window, False, True, KV_HEADS, HEAD_SIZE, V_HEAD_SIZE, POOL_BLOCK),
-            *(BLOCK_N, BLOCK_D, BLOCK_V, ALIGNED, HAS_WINDOW, HAS_SOFTCAP),
+    for begin in range(tl.maximum(first, all_stored), end, BLOCK_N):
+        top, total, sums, block = _add_block(
+            *(top, total, sums, block, queries, position, row_position, begin, end, k, v, k_row, v_row, pool_k, pool_v),
+            *(num_stored, to_row, table, unit, softcap, squash, window, False, KV_HEADS, HEAD_SIZE, V_HEAD_SIZE),
+            *(POOL_BLOCK, BLOCK_N, BLOCK_D, BLOCK_V, ALIGNED, HAS_WINDOW, HAS_SOFTCAP),
         )
 
     # Loaded once more, or else what follows from them is held through the loops, in registers that are short.
@@ -402,7 +408,9 @@ def _add_block(
     top,  # [BLOCK_M] the greatest score so far, as a power of two
     total,  # [BLOCK_M] sum of weights, a score of `top` having weight 1
     sums,  # [BLOCK_M, BLOCK_V] sum of values by those weights
+    block,  # of the pool, in which the first key is, if it is stored
     queries,  # [BLOCK_M, BLOCK_D]
+    position,  # of the first row
     row_position,  # [BLOCK_M]
     begin,  # position of the block's first key
     end,  # position after the last key there is
@@ -419,8 +427,7 @@ def _add_block(
     softcap,
     squash,
     window,
-    ALL_STORED: tl.constexpr,
-    HIDES: tl.constexpr,  # not every row sees every key, and not every key is there
+    ALL_STORED: tl.constexpr,  # and seen by every row, but for the window
     KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     V_HEAD_SIZE: tl.constexpr,
@@ -432,24 +439,27 @@ def _add_block(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """`top`, `total` and `sums` with one more block of keys.
+    """`top`, `total` and `sums` with one more block of keys; and the block of the pool in which the next ones begin.
 
-    What floating point instructions a row goes through, and in which order, must not depend on ALL_STORED and HIDES:
-    that would depend on where the sequence was cut, and on the row's place in its tile.
+    What floating point instructions a row goes through, and in which order, must not depend on ALL_STORED: that would
+    depend on where the sequence was cut.
     """
     key = begin + tl.arange(0, BLOCK_N)
-    block = tl.load(table + begin // POOL_BLOCK, mask=begin < num_stored, other=0).to(tl.int64)
+    after = begin + BLOCK_N
+    next_block = tl.load(table + after // POOL_BLOCK, mask=after < num_stored, other=0)
+    block = block.to(tl.int64)
     own_row = (begin + to_row).to(tl.int64)
 
     keys = _load(
         *(pool_k + block * (KV_HEADS * POOL_BLOCK * HEAD_SIZE) + begin % POOL_BLOCK * HEAD_SIZE, k + own_row * k_row),
-        *(k_row, key < num_stored, key < end, ALL_STORED, HIDES, HEAD_SIZE, BLOCK_N, BLOCK_D, ALIGNED),
+        *(k_row, key < num_stored, key < end, ALL_STORED, HEAD_SIZE, BLOCK_N, BLOCK_D, ALIGNED),
     )
     scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
     if HAS_SOFTCAP:  # softcap * tanh(scale * scores / softcap)
         scores = softcap - 2.0 * softcap / (1.0 + tl.exp2(scores * squash))
-    if HIDES:
-        scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
+    if not ALL_STORED:  # noqa: SIM102  # known when it is compiled, the other not
+        if after > position + 1:  # not every row sees every key, and perhaps not every key is there
+            scores = tl.where(key[None, :] <= row_position[:, None], scores, float("-inf"))
     if HAS_WINDOW:
         scores = tl.where(row_position[:, None] - key[None, :] < window, scores, float("-inf"))
 
@@ -466,10 +476,10 @@ def _add_block(
             pool_v + block * (KV_HEADS * POOL_BLOCK * V_HEAD_SIZE) + begin % POOL_BLOCK * V_HEAD_SIZE,
             v + own_row * v_row,
         ),
-        *(v_row, key < num_stored, key < end, ALL_STORED, HIDES, V_HEAD_SIZE, BLOCK_N, BLOCK_V, ALIGNED),
+        *(v_row, key < num_stored, key < end, ALL_STORED, V_HEAD_SIZE, BLOCK_N, BLOCK_V, ALIGNED),
     )
     sums = tl.dot(weights.to(values.dtype), values, sums * kept[:, None], input_precision="ieee")
-    return new_top, total, sums
+    return new_top, total, sums, next_block
 
 
 @triton.jit
@@ -480,7 +490,6 @@ def _load(
     stored,  # [BLOCK_N]
     there,  # [BLOCK_N]
     ALL_STORED: tl.constexpr,
-    MAY_END: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -494,7 +503,7 @@ def _load(
         if ALIGNED:  # which the compiler cannot see through `where`; without it nothing is loaded ahead
             at = tl.multiple_of(at, 16)
     at = at[:, None] + d[None, :]
-    if MAY_END:
+    if not ALL_STORED:
         return tl.load(at, mask=there[:, None] & (d < SIZE)[None, :], other=0.0)
     elif SIZE < BLOCK_SIZE:
         return tl.load(at, mask=(d < SIZE)[None, :], other=0.0)
