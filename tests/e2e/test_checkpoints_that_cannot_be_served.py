@@ -80,10 +80,12 @@ def config_without_size(folder):
 
 
 def index_is_no_json(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{")
 
 
 def index_without_map(folder):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text("{}")
 
 

