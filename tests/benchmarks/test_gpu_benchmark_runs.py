@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rewardserve.loadtest import workloads
@@ -12,57 +13,66 @@ from rewardserve.loadtest import workloads
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks" / "gpu"
 pytest.importorskip("triton", reason="triton is not installed")
+in_time = pytest.mark.timeout(600)  # the first of them waits for the whole run
 
 
-def run(output: Path, *flags: str) -> tuple[subprocess.CompletedProcess[str], dict]:
-    command = [sys.executable, GPU / "run.py", "--dry-run", "--output", output, *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    (file,) = output.glob("*.json")
-    return done, json.loads(file.read_text())
+PARTS_RUN = ("compile", "gate", "kernels", "llama-3.1-8b", "hugging face", "fp8", "invariance", "tunings")
 
 
-def test_a_model_is_measured_hugging_face_beside_it_and_8_bits_compared_with_it(tmp_path: Path) -> None:
-    done, whole = run(tmp_path, "--only", "llama-3.1-8b", "hugging face", "fp8")
+@pytest.fixture(scope="module")
+def dry(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """One run of nearly all parts: what it printed, what it found, where it wrote to."""
+    folder = tmp_path_factory.mktemp("dry")
+    command = [sys.executable, GPU / "run.py", "--dry-run", "--output", folder, "--only", *PARTS_RUN]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
-    parts = whole["parts"]
-    assert list(parts) == ["machine", "llama-3.1-8b", "hugging face", "fp8"]
-    assert set(parts["llama-3.1-8b"]["workloads"]) == set(workloads.names())
-    for entry in parts["llama-3.1-8b"]["workloads"].values():
-        assert entry["pairs"] > 0 and entry["pairs_per_s"] > 0
-        assert entry["share_of_limit"] > 0 and entry["share_of_products"] > 0
-    assert parts["llama-3.1-8b"]["runs"]["path"] == "packed"
-    ((_, plain),) = parts["hugging face"]["hugging_face"].items()
-    assert len(plain) == 4 and all(entry["share_of_limit"] > 0 for entry in plain.values()), plain
-    assert 0 < parts["fp8"]["more"]["against bf16"]["mean_abs_err"] < 0.2
-    trained = parts["fp8"]["more"]["demo model against fp32"]
-    assert 0 < trained["bf16"]["mean_abs_err"] < trained["fp8"]["mean_abs_err"] < 0.2
-    assert list(tmp_path.glob("*.png")) and "of the limit" in done.stdout
-    for part in parts.values():
+    (file,) = folder.glob("*.json")
+    return SimpleNamespace(said=done.stdout, parts=json.loads(file.read_text())["parts"], folder=folder)
+
+
+@in_time
+def test_parts_are_run_in_their_order_and_a_picture_is_drawn(dry: SimpleNamespace) -> None:
+    gates = ["gate kernels", "gate families", "gate engine"]
+    assert list(dry.parts) == ["machine", "compile", *gates, *PARTS_RUN[2:]]
+    assert list(dry.folder.glob("*.png")) and "of the limit" in dry.said
+    for part in dry.parts.values():
         assert {"date", "git", "flags"} == set(part["ran"]) and part["took_s"] > 0
 
 
-def test_the_gate_is_green(tmp_path: Path) -> None:
+@in_time
+def test_a_model_is_measured_hugging_face_beside_it_and_8_bits_compared_with_it(dry: SimpleNamespace) -> None:
+    model = dry.parts["llama-3.1-8b"]
+    assert set(model["workloads"]) == set(workloads.names())
+    for entry in model["workloads"].values():
+        assert entry["pairs"] > 0 and entry["pairs_per_s"] > 0
+        assert entry["share_of_limit"] > 0 and entry["share_of_products"] > 0
+    assert model["runs"]["path"] == "packed"
+    ((_, plain),) = dry.parts["hugging face"]["hugging_face"].items()
+    assert len(plain) == 4 and all(entry["share_of_limit"] > 0 for entry in plain.values()), plain
+    more = dry.parts["fp8"]["more"]
+    assert 0 < more["against bf16"]["mean_abs_err"] < 0.2
+    trained = more["demo model against fp32"]
+    assert 0 < trained["bf16"]["mean_abs_err"] < trained["fp8"]["mean_abs_err"] < 0.2
+
+
+@in_time
+def test_the_gate_is_green(dry: SimpleNamespace) -> None:
     """On a CPU with tiny models, in bf16 as on a GPU: what is red here would be red there."""
-    done, whole = run(tmp_path, "--only", "gate")
-    assert done.returncode == 0, done.stdout + done.stderr
-    gate = {name: part["checks"] for name, part in whole["parts"].items() if name.startswith("gate ")}
-    assert set(gate) == {"gate kernels", "gate families", "gate engine"}
+    gate = {name: part["checks"] for name, part in dry.parts.items() if name.startswith("gate ")}
     assert all(check["ok"] for checks in gate.values() for check in checks.values()), gate
     assert {"a step waits for nothing", "a pair's bits, cold, warm, batched, reordered"} <= set(gate["gate engine"])
 
 
-def test_kernels_are_compiled_ahead_and_measured(tmp_path: Path) -> None:
-    done, whole = run(tmp_path, "--only", "compile", "kernels", "tunings")
-    assert done.returncode == 0, done.stdout + done.stderr
-    compiled = whole["parts"]["compile"]["compiled_s"]
+@in_time
+def test_kernels_are_compiled_ahead_and_measured(dry: SimpleNamespace) -> None:
+    compiled = dry.parts["compile"]["compiled_s"]
     assert len(compiled) == 2 and all(isinstance(seconds, float) for seconds in compiled.values()), compiled
-    assert whole["parts"]["kernels"]["attention"] and whole["parts"]["kernels"]["sums"]
+    assert dry.parts["kernels"]["attention"] and dry.parts["kernels"]["sums"]
 
 
-def test_two_engines_side_by_side_are_compared_round_by_round(tmp_path: Path) -> None:
-    done, whole = run(tmp_path, "--only", "invariance")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(whole["parts"]["invariance"]["ratios"]) == 2
+@in_time
+def test_two_engines_side_by_side_are_compared_round_by_round(dry: SimpleNamespace) -> None:
+    assert len(dry.parts["invariance"]["ratios"]) == 2
 
 
 # -- parts that fail: run.py itself, and processes that do what these lines say --------------------------------------
