@@ -10,8 +10,8 @@ import pytest
 import torch
 from checkpoints import save_checkpoint
 from rewardserve.engine.base import EngineRequest, Outcome
-from rewardserve.engine.native.engine import EngineLoop
 from rewardserve.engine.native.load import load_runner
+from rewardserve.engine.native.loop import EngineLoop
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner
 from rewardserve.models.backbone import Backbone, NotPackable

@@ -139,7 +139,7 @@ def test_attention_uses_the_matrix_units_loads_ahead_and_spills_nothing(name: st
         assert min(under_way) >= 2, "where a block is multiplied, the next one's keys and values are not on their way"
     if architecture == 90:
         assert made.count("HMMA") == 0, "some products are not by whole warp groups"
-    fits(made, architecture)
+    assert_fits(made, architecture)
 
 
 def copies_under_way(loop: list[tuple[str, str]]) -> int:
@@ -148,7 +148,7 @@ def copies_under_way(loop: list[tuple[str, str]]) -> int:
     return next(int(wait[1], 16) for wait in waits if wait)
 
 
-def fits(made: Compiled, architecture: int) -> None:
+def assert_fits(made: Compiled, architecture: int) -> None:
     assert (made.stack, made.count("STL"), made.count("LDL")) == (0, 0, 0), "registers are spilled"
     assert made.registers <= 255
     assert made.shared <= SHARED_BYTES[architecture]
@@ -210,7 +210,7 @@ def test_pooling_loads_rows_ahead_and_spills_nothing(hidden_size: int, norm: str
     constants |= {"HAS_HEAD_BIAS": True, "HAS_BEFORE": True, "KEEPS_SUMS": True, "heads": 1}  # 1 is compiled in
     made = compiled(pooling.pool_span, architecture, "bf16", constants, pooling.compiler_options(hidden_size))
     assert made.count("LDGSTS") > 0
-    fits(made, architecture)
+    assert_fits(made, architecture)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -221,7 +221,7 @@ def test_last_rows_are_read_by_wide_loads_and_spill_nothing(hidden_size: int, ar
     constants |= {"HAS_HEAD_BIAS": True, "heads": 1}
     made = compiled(pooling.score_last_rows, architecture, "bf16", constants, pooling.compiler_options(hidden_size))
     assert made.count("LDG.E.128") >= constants["ROWS"] and "LDG.E.U16" not in made.code
-    fits(made, architecture)
+    assert_fits(made, architecture)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -229,7 +229,7 @@ def test_last_rows_are_read_by_wide_loads_and_spill_nothing(hidden_size: int, ar
 def test_sums_of_rows_spill_nothing(dtype: str, architecture: int, compiled) -> None:
     constants = {"HIDDEN_SIZE": 4096, "BLOCK": pooling.SUM_COLUMNS}
     made = compiled(pooling.sum_rows, architecture, dtype, constants, pooling.SUM_OPTIONS)
-    fits(made, architecture)
+    assert_fits(made, architecture)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])
@@ -240,4 +240,4 @@ def test_rows_are_stored_by_wide_copies_and_spill_nothing(sizes: tuple[int, int]
     for narrow in ("LDG.E.U16", "STG.E.U16"):
         assert narrow not in made.code, "a row is copied element by element"
     assert "STG.E.128" in made.code
-    fits(made, architecture)
+    assert_fits(made, architecture)

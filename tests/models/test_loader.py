@@ -102,12 +102,7 @@ def reshape_up_projection(weights) -> None:
     weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 3)
 
 
-def test_a_weight_of_the_wrong_shape_is_refused(folder) -> None:
-    folder.reweigh(reshape_up_projection)
-    refusal(folder.path)
-
-
-def test_a_weight_of_the_wrong_shape_is_named(folder) -> None:
+def test_a_weight_of_the_wrong_shape_is_refused_by_name(folder) -> None:
     folder.reweigh(reshape_up_projection)
     assert "layers.1.mlp.up_proj.weight" in refusal(folder.path)
 

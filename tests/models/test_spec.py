@@ -299,16 +299,21 @@ def test_encoders_that_cannot_be_served_are_refused_as_such(tmp_path, kind: str,
     assert words in refusal(tmp_path)
 
 
+def save_language_model(folder: Path) -> Path:
+    """Of which only its name may tell that it is a reward model."""
+    save_checkpoint(folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    del weights["score.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def test_a_nemotron_that_is_asked_about_a_principle_is_not_read_as_those_that_are_not(tmp_path) -> None:
     for name, refused in (("Llama-3.3-Nemotron-70B-Reward", False), ("Llama-3.3-Nemotron-70B-Reward-Principle", True)):
-        folder = tmp_path / name
-        save_checkpoint(folder)
-        weights = load_file(folder / "model.safetensors")
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-        del weights["score.weight"]
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
-        (folder / "config.json").write_text(json.dumps(config))
+        folder = save_language_model(tmp_path / name)
         if refused:
             assert "no scalar head" in refusal(folder)
         else:
@@ -324,14 +329,7 @@ def test_a_head_that_is_there_counts_for_more_than_a_name(tmp_path) -> None:
 
 
 def test_the_folders_that_a_language_model_lies_in_do_not_make_it_a_reward_model(tmp_path) -> None:
-    folder = tmp_path / "nemotron" / "reward" / "plain"
-    save_checkpoint(folder)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-    del weights["score.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["Qwen3ForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = save_language_model(tmp_path / "nemotron" / "reward" / "plain")
     with pytest.raises(LoadFailed, match="no scalar head"):
         read_spec(str(folder))
 

@@ -143,7 +143,8 @@ async def test_a_caller_who_leaves_does_not_leave_half_a_model(controlled, kit):
     load.cancel()
     controlled.engines["late"].start_gate.set()
     await kit.eventually(lambda: controlled.app.registry.get("late").state.value == "serving")
-    await controlled.scoring.Score(kit.ids_request([1], [[2]], model="late"))
+    reply = await controlled.scoring.Score(kit.ids_request([1], [[2]], model="late"))
+    assert reply.groups[0].items[0].HasField("score")
 
 
 async def test_what_fails_when_its_caller_has_left_is_a_line_in_the_log(caplog):

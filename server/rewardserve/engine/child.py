@@ -189,16 +189,16 @@ def import_native() -> None:
     """
     gc.disable()
     try:
-        import rewardserve.engine.native.engine
-        import rewardserve.engine.native.load  # noqa: F401
+        import rewardserve.engine.native.load
+        import rewardserve.engine.native.loop  # noqa: F401
     finally:
         gc.enable()
 
 
 def _native(options: dict[str, Any], load: "Callable[[NativeOptions], Loaded] | None") -> MakeLoop:
     import_native()
-    from rewardserve.engine.native.engine import EngineLoop
     from rewardserve.engine.native.load import load_runner
+    from rewardserve.engine.native.loop import EngineLoop
 
     native = NativeOptions(**options)
     return partial(EngineLoop, partial(load or load_runner, native), native.max_batch_sequences)

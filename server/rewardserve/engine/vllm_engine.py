@@ -2,7 +2,7 @@
 
 vLLM takes whole sequences and plans its own batches; it knows neither groups, nor deadlines, nor clients. So requests
 wait here, in the native engine's queue, and vLLM holds no more than a few batches at a time. Loads neither vLLM nor
-torch: the model is given (vllm_load.py, or a pretended one in tests).
+torch: the model is given (vllm_models.py, or a pretended one in tests).
 """
 
 import asyncio

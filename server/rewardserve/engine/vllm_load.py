@@ -1,146 +1,42 @@
 """Options -> vLLM with the model loaded and tried, and what to tell the world about it.
 
-The only file that imports vLLM, and it runs in the engine's process only (child.py).
+It and vllm_models.py alone import vLLM, and run in the engine's process only (child.py).
 """
 
-import abc
 import asyncio
 import contextlib
 import importlib.util
 import json
 import logging
 import math
-import os
 import re
-import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import tokenizers
 import torch
 
 from rewardserve.engine.base import EngineInfo
-from rewardserve.engine.judge import Unreadable, read_verdict
 from rewardserve.engine.native.load import DTYPE_NAMES, first_id, max_length_of
 from rewardserve.engine.native.sizing import auto_cache_bytes, default_batch_tokens
-from rewardserve.engine.vllm_engine import ItemFailed, ModelGone, Scored, Step
+from rewardserve.engine.vllm_engine import ItemFailed, Step
+from rewardserve.engine.vllm_environment import overheard, set_environment
+from rewardserve.engine.vllm_models import Classifier, VllmModel, WritingJudge
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL, VllmOptions
-from rewardserve.engine.vllm_plugin import OWNER
 from rewardserve.errors import LoadFailed
 from rewardserve.models.checkpoint import first_line
 from rewardserve.models.heads import LinearHead
 from rewardserve.models.loader import choose_dtype, count_parameters
 from rewardserve.models.reads import ReadPlan
 from rewardserve.models.spec import ModelSpec, read_spec
-from rewardserve.models.text_export import export_text
-from rewardserve.types import ItemCode, ItemFailure, VerdictFormat
+from rewardserve.models.text_export import text_of
+from rewardserve.types import VerdictFormat
 
 log = logging.getLogger(__name__)
 
 COMPILE_FROM_PARAMETERS = 50_000_000
 PIPE_S = 0.5  # what a process said last may be on its way here when its death is known
-# The exception in a line of a traceback or a log: its kind, and what it says.
-EXCEPTION = re.compile(r"^(?:\([^)]*\) )?(?:[\w.]+\.)?(\w+(?:Error|Exception)): (.+)")
-
-
-class VllmModel(abc.ABC):
-    """A model in vLLM's processes, spoken to from the event loop it was loaded on."""
-
-    def __init__(self, llm: Any, info: EngineInfo, max_batch_tokens: int, max_batch_sequences: int) -> None:
-        self.info = info
-        self.max_batch_tokens, self.max_batch_sequences = max_batch_tokens, max_batch_sequences
-        self._llm = llm
-
-    @abc.abstractmethod
-    async def score(self, item_id: str, token_ids: list[int], priority: int) -> Scored:
-        """Raises ItemFailed or ModelGone. Cancelling it aborts the item, wherever it is."""
-
-    async def _last_of(self, outputs: AsyncIterator[Any]) -> Any:
-        """Raises ItemFailed or ModelGone."""
-        from vllm.exceptions import VLLMClientError
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
-        output = None
-        try:
-            async for answer in outputs:
-                output = answer
-        except VLLMClientError as error:
-            raise ItemFailed(ItemFailure(ItemCode.INVALID_ARGUMENT, f"vLLM refuses it: {first_line(error)}")) from error
-        except EngineDeadError as error:
-            raise ModelGone("vLLM's engine core has died; its log says why") from error
-        except EngineGenerateError as error:
-            reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
-            raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"the forward failed: {reason}")) from error
-        flaw = None if output is None else getattr(output, "error", None)
-        if output is None or flaw is not None:
-            reason = "vLLM gave no answer" if flaw is None else flaw.message
-            raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"the forward failed: {reason}"))
-        return output
-
-    async def ping(self) -> None:
-        await self._llm.is_sleeping()  # the engine core is asked, which looks for questions between its steps
-
-    @property
-    def is_gone(self) -> bool:
-        return bool(self._llm.errored)
-
-
-class Classifier(VllmModel):
-    async def score(self, item_id: str, token_ids: list[int], priority: int) -> Scored:
-        from vllm import PoolingParams
-        from vllm.inputs.engine import tokens_input
-
-        raw = PoolingParams(task="classify", use_activation=False)
-        # Lower is first with vLLM, higher is first with us.
-        output = await self._last_of(self._llm.encode(tokens_input(token_ids), raw, item_id, priority=-priority))
-        values = output.outputs.data.flatten().tolist()
-        if len(values) != 1:
-            raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"vLLM gave {len(values)} values instead of one score"))
-        return Scored(values[0], output.num_cached_tokens)
-
-
-class WritingJudge(VllmModel):
-    """Writes what is likeliest, token by token, so that the same question has the same verdict."""
-
-    def __init__(
-        self,
-        llm: Any,
-        info: EngineInfo,
-        max_batch_tokens: int,
-        max_batch_sequences: int,
-        verdict: VerdictFormat,
-        tokenizer: tokenizers.Tokenizer,
-        ends: Sequence[int],
-    ) -> None:
-        """`ends`: ids that end what it writes."""
-        super().__init__(llm, info, max_batch_tokens, max_batch_sequences)
-        self._verdict, self._tokenizer, self._ends = verdict, tokenizer, list(ends)
-
-    async def score(self, item_id: str, token_ids: list[int], priority: int) -> Scored:
-        from vllm import SamplingParams
-        from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
-
-        greedy = SamplingParams(
-            temperature=0.0,
-            max_tokens=self._verdict.max_tokens,
-            stop_token_ids=self._ends,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        output = await self._last_of(self._llm.generate(tokens_input(token_ids), greedy, item_id, priority=-priority))
-        written = output.outputs[0]
-        try:
-            if written.finish_reason not in ("stop", "length"):  # it was cut off: what is there may end in a verdict
-                raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"vLLM ended it: {written.finish_reason}"))
-            if written.finish_reason == "length":
-                raise Unreadable(f"it came to no end within max_tokens = {self._verdict.max_tokens}")
-            verdict = read_verdict(self._tokenizer.decode(list(written.token_ids)), self._verdict)
-        except Unreadable as error:
-            message = f"the judge's verdict cannot be read: {error}"
-            raise ItemFailed(ItemFailure(ItemCode.INTERNAL, message, is_of_the_score=True)) from error
-        return Scored(verdict.score, output.num_cached_tokens or 0, verdict.criteria)
 
 
 async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmModel:
@@ -150,8 +46,8 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
     spec = read_spec(options.source, any_quantization=True)
     _check_head(options, spec)
     num_parameters = _check_weights(spec)
-    _set_environment(options)
-    with _overheard() as reasons:
+    set_environment(options)
+    with overheard() as reasons:
         try:
             model = _start(options, spec, num_parameters, on_step)
             # What a model needs of vLLM's kernels shows in its first forward.
@@ -212,65 +108,58 @@ def _check_weights(spec: ModelSpec) -> int:
     return sum(math.prod(spec.checkpoint.shape(key)) for key in spec.checkpoint.where)
 
 
-def _set_environment(options: VllmOptions) -> None:
-    """vLLM and the processes it starts read these when they are imported."""
-    os.environ[OWNER] = str(os.getpid())
-    if not any(plugin.name == "rewardserve" for plugin in entry_points(group="vllm.general_plugins")):
-        log.warning("rewardserve is not installed but on the path: a score that is not a number may spread to others")
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its log lines are ours, then
-    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has threads, which a fork would cut off
-    os.environ["HF_HUB_OFFLINE"] = "1"  # all there is to load lies in a local folder by now
-    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # whole GiB, and it would win over kv_cache_memory_bytes
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = _binding(options)
-    if options.device.startswith("cuda:"):
-        os.environ["CUDA_VISIBLE_DEVICES"] = _visible_gpu(int(options.device.removeprefix("cuda:")))
-
-
-def _visible_gpu(number: int) -> str:
-    """cuda:1 is the second of those that are visible, whatever they are called."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",") if visible else []
-    if visible and number >= len(names):
-        raise LoadFailed(f"device = cuda:{number}, but CUDA_VISIBLE_DEVICES={visible} leaves {len(names)}")
-    return names[number] if visible else str(number)
-
-
-def _binding(options: VllmOptions) -> str:
-    """Cores for each rank, where the engine has them all; some of them are not bound, or two engines would share."""
-    cores = sorted(os.sched_getaffinity(0))
-    ranks = options.tensor_parallel
-    if options.num_threads not in (0, len(cores)) or len(cores) < ranks:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (options.num_threads or len(cores)) // ranks))
-        return "nobind"
-    size = len(cores) // ranks
-    return "|".join(",".join(map(str, cores[rank * size : (rank + 1) * size])) for rank in range(ranks))
-
-
 def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: Callable[[Step], None]) -> VllmModel:
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    verdict, max_length = _verdict(spec), max_length_of(spec, options.max_length)
+    _check_room(spec, max_length)
+    arguments = _arguments(options, spec, num_parameters, max_length)
+    log.info("loading %s (%s) into %s", options.source, spec.architecture, _vllm_version())
+    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
+    config.model_config.original_max_model_len = -1  # makes it take fewer tokens where its cache does not hold so many
+    llm = AsyncLLM.from_vllm_config(
+        config,
+        stat_loggers=[lambda config, index=0: _Listener(on_step)],
+        enable_log_requests=False,
+        disable_log_stats=True,  # but for what listens
+    )
+    fitting = config.model_config.max_model_len
+    if fitting < max_length:
+        log.warning("max_length is %d, not %d: that is what the prefix cache holds", fitting, max_length)
+    _check_room(spec, fitting)
+    info = _info(options, spec, num_parameters, llm)
+    limits = (arguments.max_num_batched_tokens, arguments.max_num_seqs)
+    if verdict is None:
+        return Classifier(llm, info, *limits)
+    assert info.text is not None
+    tokenizer = tokenizers.Tokenizer.from_str(info.text.tokenizer_json)
+    return WritingJudge(llm, info, *limits, verdict, tokenizer, _ends(spec, tokenizer))
+
+
+def _arguments(options: VllmOptions, spec: ModelSpec, num_parameters: int, max_length: int) -> Any:
+    """vLLM's AsyncEngineArgs. Raises LoadFailed where the vLLM that is installed is for other devices."""
     from vllm.config import PoolerConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
-    from vllm.usage.usage_lib import UsageContext
-    from vllm.v1.engine.async_llm import AsyncLLM
 
     device = current_platform.device_type
     if options.device != "auto" and not options.device.startswith(device):
         raise LoadFailed(f"device = {options.device}, but the vLLM that is installed is for {device}; {HOW_TO_INSTALL}")
     on_cpu = device == "cpu"
     max_batch_tokens = options.max_batch_tokens or default_batch_tokens(on_cpu)
-    verdict, max_length = _verdict(spec), max_length_of(spec, options.max_length)
-    _check_room(spec, max_length)
     compiled = options.compile == "on" or (options.compile == "auto" and num_parameters >= COMPILE_FROM_PARAMETERS)
-    # By word, always: a file of another library's beside the checkpoint may say otherwise.
-    last = PoolerConfig(task="classify", seq_pooling_type="LAST", use_activation=False)
-    arguments = AsyncEngineArgs(
+    kind: dict[str, Any] = {"runner": "generate"}
+    if _verdict(spec) is None:
+        # By word, always: a file of another library's beside the checkpoint may say otherwise.
+        last = PoolerConfig(task="classify", seq_pooling_type="LAST", use_activation=False)
+        head = {"num_labels": 1, "head_dtype": "float32"}
+        kind = {"runner": "pooling", "pooler_config": last, "hf_overrides": head}
+    return AsyncEngineArgs(
         model=str(spec.folder),
         config_format="hf",
         load_format="hf",
-        runner="pooling" if verdict is None else "generate",
-        pooler_config=last if verdict is None else None,
-        hf_overrides={"num_labels": 1, "head_dtype": "float32"} if verdict is None else {},
+        **kind,
         skip_tokenizer_init=True,  # ids come in, and not every checkpoint has one
         trust_remote_code=False,
         dtype=_dtype(options, spec, device),
@@ -286,28 +175,6 @@ def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: 
         enforce_eager=not compiled,
         enable_logging_iteration_details=True,  # which makes it tell of each forward
     )
-    log.info("loading %s (%s) into %s", options.source, spec.architecture, _vllm_version())
-    config = arguments.create_engine_config(UsageContext.ENGINE_CONTEXT)
-    config.model_config.original_max_model_len = -1  # makes it take fewer tokens where its cache does not hold so many
-    llm = AsyncLLM.from_vllm_config(
-        config,
-        stat_loggers=[lambda config, index=0: _Listener(on_step)],
-        enable_log_requests=False,
-        disable_log_stats=True,  # but for what listens
-    )
-    if config.model_config.max_model_len < max_length:
-        log.warning(
-            "max_length is %d, not %d: that is what the prefix cache holds",
-            config.model_config.max_model_len,
-            max_length,
-        )
-    _check_room(spec, config.model_config.max_model_len)
-    info = _info(options, spec, num_parameters, llm)
-    if verdict is None:
-        return Classifier(llm, info, max_batch_tokens, arguments.max_num_seqs)
-    assert info.text is not None
-    tokenizer = tokenizers.Tokenizer.from_str(info.text.tokenizer_json)
-    return WritingJudge(llm, info, max_batch_tokens, arguments.max_num_seqs, verdict, tokenizer, _ends(spec, tokenizer))
 
 
 def memory_of(options: VllmOptions, on_cpu: bool) -> dict[str, Any]:
@@ -366,7 +233,7 @@ def _info(options: VllmOptions, spec: ModelSpec, num_parameters: int, llm: Any) 
     config, cache = llm.vllm_config.model_config, llm.vllm_config.cache_config
     device = llm.vllm_config.device_config.device_type
     ranks = options.tensor_parallel
-    text, text_missing_reason = export_text(spec.checkpoint.text_folder)
+    text, text_missing_reason = text_of(spec)
     verdict = _verdict(spec)
     if verdict is not None and text is None:
         raise LoadFailed(f"{options.source}: a judge is asked in words, and it has no tokenizer: {text_missing_reason}")
@@ -427,32 +294,3 @@ class _Listener:
 
     def record_sleep_state(self, is_awake: bool, level: int) -> None:
         pass
-
-
-@contextlib.contextmanager
-def _overheard() -> Iterator[list[str]]:
-    """The exceptions that the processes vLLM starts say on stderr, in the order they come: they are said there only.
-
-    All is passed on as it comes, also after the block, for as long as they live.
-    """
-    reasons: list[str] = []
-    loading = threading.Event()
-    loading.set()
-    reader, writer = os.pipe()
-    stderr = os.dup(2)
-    os.dup2(writer, 2)
-    os.close(writer)
-
-    def pass_on() -> None:
-        with os.fdopen(reader, "rb") as lines:
-            for line in lines:
-                os.write(stderr, line)
-                if loading.is_set() and (match := EXCEPTION.match(line.decode(errors="replace").rstrip())):
-                    reasons.append(f"{match[1]}: {match[2][:500]}")
-
-    threading.Thread(target=pass_on, name="stderr of vLLM", daemon=True).start()
-    try:
-        yield reasons
-    finally:
-        loading.clear()
-        os.dup2(stderr, 2)

@@ -1,4 +1,4 @@
-"""A checkpoint's weights -> the heads they are: by the names of their keys, and nothing else."""
+"""A checkpoint's weights -> the heads they are: by the names of their keys, and for logits by what the config says."""
 
 import math
 import re

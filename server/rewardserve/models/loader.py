@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
 from rewardserve.models.checkpoint import HEAD_NAMES, SPEC_FILE, first_line
+from rewardserve.models.head_parts import LM_HEADS
 from rewardserve.models.heads import Head
 from rewardserve.models.reads import ReadAt
 from rewardserve.models.reward_model import RewardModel
@@ -30,7 +31,7 @@ WRAPPERS = re.compile(r"^(?:(?:pretrained_model|base_model|language_model|transf
 # Weights that are computed anew, or belong to other kinds of attention than those that run here
 BUFFERS = re.compile(r"(?:inv_freq|masked_bias|position_ids|[kv]_scale|(?:attn|attention)\.bias)$")
 # First names of heads that may lie unused beside the one that is read
-OTHER_HEADS = {name.partition(".")[0] for name in (*HEAD_NAMES, "lm_head", "embed_out")}
+OTHER_HEADS = {name.partition(".")[0] for name in (*HEAD_NAMES, *LM_HEADS)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -168,7 +169,7 @@ def _read_backbone(spec: ModelSpec, **options: Any) -> PreTrainedModel:
     if info["missing_keys"] or info["mismatched_keys"]:
         keys = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
         raise LoadFailed(f"{spec.folder}: weights missing or of the wrong shape: {', '.join(keys[:10])}")
-    if getattr(spec.config, "quantization_config", None) is None:  # with it there are scales of many names
+    if not spec.is_quantized:  # or there are scales of many names
         _check_surplus(spec, module, sorted(set(info["unexpected_keys"]) - spec.recipe.head_keys))
     return module
 
@@ -212,9 +213,7 @@ def _renamed(spec: ModelSpec, empty: PreTrainedModel) -> dict[str, torch.Tensor]
     names = set(empty.state_dict())
     prefix = f"{empty.base_model_prefix}."
     keys = [key for key in checkpoint.where if key not in recipe.head_keys]
-    if any(key in names or key.removeprefix(prefix) in names for key in keys) or getattr(
-        spec.config, "quantization_config", None
-    ):
+    if spec.is_quantized or any(key in names or key.removeprefix(prefix) in names for key in keys):
         return None
     bare = {key: bare_name(key, empty) for key in keys}
     if not names & set(bare.values()):

@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer -> TextSpec: what the front needs to do the same without transformers and torch."""
 
+import logging
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,11 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rewardserve.models.reads import ReadAt, ReadPlan
+from rewardserve.models.spec import ModelSpec
 from rewardserve.types import Probe, TextSpec
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
@@ -25,6 +30,23 @@ PAIR_TEMPLATE = (
     "{{ cls_token }}{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{{ sep_token }}{% endif %}"
     "{{ m.content }}{% endfor %}{% if not add_generation_prompt %}{{ sep_token }}{% endif %}"
 )
+
+
+def text_of(spec: ModelSpec) -> tuple[TextSpec | None, str]:
+    """`export_text` for a model as it is read; where Hugging Face would read the same texts otherwise, a warning."""
+    text_config = spec.config.get_text_config()
+    text, missing_reason = export_text(
+        spec.checkpoint.text_folder,
+        in_pairs=spec.recipe.reads.at is ReadAt.FIRST,
+        num_token_types=getattr(text_config, "type_vocab_size", 0),
+    )
+    recipe = spec.recipe
+    is_plain = recipe.reads == ReadPlan() and recipe.appended is None and not recipe.steps and not recipe.judge
+    if text is not None and is_plain:
+        looks_for_padding = spec.architecture.endswith("ForSequenceClassification")
+        for doubt in _doubts(text, getattr(text_config, "pad_token_id", None) if looks_for_padding else None):
+            log.warning("%s: %s", spec.checkpoint.source, doubt)
+    return text, missing_reason
 
 
 def export_text(folder: Path, in_pairs: bool = False, num_token_types: int = 0) -> tuple[TextSpec | None, str]:
@@ -60,7 +82,7 @@ def export_text(folder: Path, in_pairs: bool = False, num_token_types: int = 0) 
     )
 
 
-def doubts_about(text: TextSpec, padding_id: int | None) -> Iterator[str]:
+def _doubts(text: TextSpec, padding_id: int | None) -> Iterator[str]:
     """Where Hugging Face's own classes would, of the same texts, read another number. `padding_id` is the config's."""
     backend = Tokenizer.from_str(text.tokenizer_json)
     bare = backend.encode("x", add_special_tokens=False).ids

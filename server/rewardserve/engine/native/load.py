@@ -32,8 +32,7 @@ from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.refresh import check_refresh, refresh
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec, read_spec
-from rewardserve.models.text_export import doubts_about, export_text
-from rewardserve.types import TextSpec
+from rewardserve.models.text_export import text_of
 
 log = logging.getLogger(__name__)
 
@@ -145,13 +144,7 @@ def _info(
 ) -> EngineInfo:
     """Of one model, on the padded path. `beside_deltas`: its linear layers add what some model's adapter adds."""
     recipe, text_config = spec.recipe, spec.config.get_text_config()
-    text, text_missing_reason = export_text(
-        spec.checkpoint.text_folder,
-        in_pairs=recipe.reads.at is ReadAt.FIRST,
-        num_token_types=getattr(text_config, "type_vocab_size", 0),
-    )
-    for doubt in _doubts(spec, text):
-        log.warning("%s: %s", spec.checkpoint.source, doubt)
+    text, text_missing_reason = text_of(spec)
     # What LoRA adds to a product is rounded otherwise than what it adds to a weight: one version, one score. So is a
     # product that another's adapter keeps apart from what follows it.
     adapted = ADAPTED if beside_deltas else ""
@@ -180,16 +173,6 @@ def _info(
         text=text,
         text_missing_reason=text_missing_reason,
     )
-
-
-def _doubts(spec: ModelSpec, text: TextSpec | None) -> Iterator[str]:
-    """Of models that are shown a text and read at its end, without more ado."""
-    recipe = spec.recipe
-    if text is None or recipe.reads != ReadPlan() or recipe.appended is not None or recipe.steps or recipe.judge:
-        return
-    looks_for_padding = spec.architecture.endswith("ForSequenceClassification")
-    padding_id = getattr(spec.config.get_text_config(), "pad_token_id", None) if looks_for_padding else None
-    yield from doubts_about(text, padding_id)
 
 
 def max_length_of(spec: ModelSpec, wanted: int) -> int:
