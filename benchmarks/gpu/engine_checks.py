@@ -3,6 +3,7 @@ no step waits.
 """
 
 import asyncio
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.prefix_cache import PrefixCache
 from rewardserve.engine.native.scheduler import Scheduler
 from rewardserve.types import EncodedGroup
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from served import (
     TINY,
     Traffic,
@@ -110,12 +111,18 @@ def _engine_is_invariant(part: Part) -> tuple[bool, str]:
 
 
 def _reads_means(folder: Path) -> list[Path]:
+    """As OpenAssistant's Pythia: its config says so. A rewardserve.toml is read by what a bare machine has not."""
     from checkpoints import save_checkpoint
 
-    save_checkpoint(folder / "mean", dtype=torch.bfloat16)
-    said = '[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n'
-    (folder / "mean" / "rewardserve.toml").write_text(said)
-    return [folder / "mean"]
+    made = folder / "mean"
+    save_checkpoint(made, "gpt_neox", dtype=torch.bfloat16)
+    config = json.loads((made / "config.json").read_text())
+    said = {"model_type": "gpt_neox_reward_model", "architectures": ["GPTNeoXRewardModel"], "pooling": "mean"}
+    (made / "config.json").write_text(json.dumps(config | said))
+    weights = load_file(made / "model.safetensors")
+    weights["out_proj.weight"] = weights.pop("score.weight")
+    save_file(weights, made / "model.safetensors")
+    return [made]
 
 
 def _over_one_backbone(folder: Path) -> list[Path]:

@@ -240,12 +240,12 @@ def taking(self, pack, pool):
 
 RewardModel.features_packed = taking
 torch.cuda.max_memory_allocated = lambda device=None: 20 * MB  # of the 64 that are free
-for options in ({"max_batch_tokens": 500}, {"prefix_cache_bytes": 50 * MB}, {"prefix_cache_bytes": 40 * MB}):
+for options in ({"max_batch_tokens": 500}, {"prefix_cache_bytes": 50 * MB}, {"prefix_cache_bytes": 40 * MB}, {}):
     sizes.clear()
     options = {"max_batch_tokens": 300, **options}
     try:
-        load_runner(NativeOptions(sys.argv[1], device="cuda", compile="off", cuda_graphs=False, **options))
-        print(json.dumps(max(sizes)))
+        loaded = load_runner(NativeOptions(sys.argv[1], device="cuda", compile="off", cuda_graphs=False, **options))
+        print(json.dumps([max(sizes), loaded.runner._pool.whole.nbytes / MB]))
     except LoadFailed as error:
         print(json.dumps(str(error)))
 """
@@ -253,7 +253,9 @@ for options in ({"max_batch_tokens": 500}, {"prefix_cache_bytes": 50 * MB}, {"pr
 
 def test_the_largest_step_is_tried_at_load_and_what_leaves_it_no_room_is_refused(run: Run, tmp_path: Path) -> None:
     save_checkpoint(tmp_path, "qwen3", num_hidden_layers=1)
-    too_large, too_much, fine = run(SIZES, str(tmp_path))
+    too_large, too_much, asked, by_itself = run(SIZES, str(tmp_path))
     assert "max_batch_tokens = 500 does not fit" in too_large
     assert "50 MB does not fit" in too_much and "--prefix-cache-mb 44," in too_much
-    assert fine == 300
+    assert asked[0] == by_itself[0] == 300
+    assert asked[1] == pytest.approx(40, abs=0.2)
+    assert by_itself[1] == pytest.approx(0.6 * 64, abs=0.2), "the prefix cache is sized by what is free"
