@@ -31,9 +31,9 @@ demo-kinds: $(VENV)/.server ## one server with a model of each kind: steps, mean
 test: $(VENV)/.dev ## lint and every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@# Two at a time: most tests wait for processes. A file's tests share servers, so they stay together. The longest files
-	@# come first (tests/conftest.py), so that nothing long is left for one of the two at the end.
-	$(BIN)/python -m pytest -q -rfEs -n 2 --dist loadfile --no-loadscope-reorder
+	@# Three at a time, on two cores or more: most tests wait for processes. A file's tests share servers, so they stay
+	@# together. The longest files come first (tests/conftest.py), so that nothing long is left for one alone at the end.
+	$(BIN)/python -m pytest -q -rfEs -n 3 --dist loadfile --no-loadscope-reorder
 
 test-vllm: $(VLLM_VENV)/.made ## the tests of the vLLM engine, on a CPU, in an environment of their own; some minutes
 	$(VLLM_VENV)/bin/python -m pytest -q -s tests/vllm
