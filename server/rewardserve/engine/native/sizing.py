@@ -1,10 +1,13 @@
 """How much memory is for what: stored prompts on the device and behind it, and a step beside them."""
 
+import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from rewardserve_kernels.ragged import Segment
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 
 from rewardserve.engine.native.batch import PackRows, build_pack
 from rewardserve.engine.native.options import NativeOptions
@@ -12,6 +15,8 @@ from rewardserve.errors import OptionsDoNotFit
 from rewardserve.models.checkpoint import first_line
 from rewardserve.models.kv_pool import HostBlocks, KVPool
 from rewardserve.models.reward_model import RewardModel
+
+log = logging.getLogger(__name__)
 
 MAX_AUTO_CACHE_BYTES = 4 << 30
 # Limit and use of a container's memory, in cgroup v2 and v1; psutil knows only the machine's.
@@ -22,6 +27,7 @@ CONTAINER_MEMORY = (
 GRAPHS_OF_A_STEP = (
     0.5  # what CUDA graphs take, of a step's memory: theirs have a quarter of its rows, and it is their own
 )
+BLOCKS_COPIED = 8  # to find out how fast that is
 MAX_BLOCKS = 65_536  # eight million tokens of prompts: beyond that bookkeeping costs more than it finds
 
 
@@ -32,19 +38,10 @@ def bytes_of_a_step(model: RewardModel, pool: KVPool, num_tokens: int, max_lengt
     device = model.backbone.device
     if model.takes_mean:
         pool.keep_sums(model.backbone.config.hidden_size, device)
-    starts = range(0, num_tokens, max_length)
-    segments = [Segment(row, min(max_length, num_tokens - row), 0, (), store=False) for row in starts]
-    rows = PackRows(
-        np.zeros(num_tokens, np.int32),
-        np.concatenate([np.arange(segment.num_rows, dtype=np.int32) for segment in segments]),
-        tuple(segments),
-        tuple(segments),
-        tuple(range(len(segments))),
-    )
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
-        model.features_packed(build_pack(rows, model.backbone, True, model.takes_mean), pool).cpu()
+        _compute(model, pool, _largest_step(num_tokens, max_length))
     except torch.OutOfMemoryError as error:
         raise OptionsDoNotFit(
             f"a forward of max_batch_tokens = {num_tokens} does not fit the device; give fewer"
@@ -52,6 +49,23 @@ def bytes_of_a_step(model: RewardModel, pool: KVPool, num_tokens: int, max_lengt
     peak = torch.cuda.max_memory_allocated(device)
     torch.cuda.empty_cache()
     return peak - before
+
+
+def _largest_step(num_tokens: int, max_length: int) -> PackRows:
+    starts = range(0, num_tokens, max_length)
+    segments = [Segment(row, min(max_length, num_tokens - row), 0, (), store=False) for row in starts]
+    return PackRows(
+        np.zeros(num_tokens, np.int32),
+        np.concatenate([np.arange(segment.num_rows, dtype=np.int32) for segment in segments]),
+        tuple(segments),
+        tuple(segments),
+        tuple(range(len(segments))),
+    )
+
+
+def _compute(model: RewardModel, pool: KVPool, rows: PackRows) -> None:
+    """To its end."""
+    model.features_packed(build_pack(rows, model.backbone, True, model.takes_mean), pool).cpu()
 
 
 def choose_num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: int, beside_bytes: int) -> int:
@@ -109,6 +123,34 @@ def host_blocks(options: NativeOptions, pool: KVPool, bytes_per_block: int) -> H
         raise OptionsDoNotFit(
             f"a host cache of {size} MB cannot be had: {first_line(error)}; give less of it"
         ) from error
+
+
+def compare_host_tier(model: RewardModel, pool: KVPool, host: HostBlocks, num_tokens: int, max_length: int) -> None:
+    """Warns where a GPU computes a block sooner than it is copied back, as of small models: the tier costs time then.
+
+    Nothing may be served yet: blocks are written to.
+    """
+    blocks, rows = range(min(BLOCKS_COPIED, host.num_slots, pool.num_blocks)), _largest_step(num_tokens, max_length)
+    copying = _seconds(lambda: [host.copy_back(block, block) for block in blocks]) / len(blocks)
+    computing = _seconds(lambda: _compute(model, pool, rows)) * BLOCK_TOKENS / num_tokens
+    log.log(
+        logging.WARNING if copying > computing else logging.INFO,
+        "%d tokens of a prompt are copied back from host memory in %.2f ms and computed in %.2f ms%s",
+        BLOCK_TOKENS,
+        1e3 * copying,
+        1e3 * computing,
+        ": this model is faster without --host-cache-mb" if copying > computing else "",
+    )
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    """Of the second time: the first one sets things up."""
+    action()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _free_bytes() -> int:
