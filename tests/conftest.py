@@ -8,6 +8,9 @@ import pytest
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# One thread each, where a test asks for no more: several tests run at a time, and threads that wait for one another on
+# cores that others use wait long. That scores do not depend on their number is for tests that say so.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Of tests and servers on the same cores: threads that spin take what the others wait for (engine/environment.py).
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # The tests start some hundred processes, and each would compile anew what it imports.

@@ -372,6 +372,22 @@ def test_options_that_go_together_are_taken(arguments: list[str]) -> None:
     load_config(arguments).check()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ([], False),
+        (["--cuda-graphs", "--share-backbone", "--host-cache-mb=0", "--compile=on"], False),  # as it is anyway
+        (["--host-cache-mb=100"], True),
+        (["--no-own-kernels"], True),
+        (["--no-cuda-graphs"], True),
+        (["--path=packed"], True),
+        (["--quantize=int8"], True),
+    ],
+)
+def test_what_only_the_native_engine_heeds_means_the_native_engine(arguments: list[str], meant: bool) -> None:
+    assert load_config(["--model=a=/x", *arguments]).means_native == meant
+
+
 # -- what Kubernetes puts into the environment ---------------------------------------------------------------------
 
 

@@ -3,8 +3,11 @@ no step waits.
 """
 
 import asyncio
+import contextlib
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from rewardserve.engine.native.block_pool import BlockPool
 from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.prefix_cache import PrefixCache
 from rewardserve.engine.native.scheduler import Scheduler
+from rewardserve.models.reads import Reader
 from rewardserve.types import EncodedGroup
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from served import (
     TINY,
     Traffic,
@@ -38,30 +42,60 @@ from served import (
 
 def engine_checks(part: Part) -> None:
     check = Checks(part)
-    check("a pair's bits, cold, warm, batched, reordered", lambda: _engine_is_invariant(part))
-    check("a step waits for nothing", lambda: _nothing_waits(part))
+    check("a pair's bits, cold, warm, batched, reordered", lambda: _engine_is_invariant(part, _served(part)))
+    by_torch = {"compile": "off", "cuda_graphs": False}  # whose norms share a row among more threads, of few rows
+    for kind, made in {"a head that reads means": _means, "a head of layers": _layered}.items():
+        check(f"the same of {kind}", lambda: _engine_is_invariant(part, made(part), **by_torch))  # noqa: B023
+    check("a step waits for nothing", lambda: _nothing_waits(part, _served(part)))
+    check("nor does one of a head that reads means", lambda: _nothing_waits(part, _means(part), compile="off"))
     for kind, make in {"a head that reads means": _reads_means, "models over one backbone": _over_one_backbone}.items():
         check(f"graphs of {kind}", lambda: _graphs_change_nothing(part, make))  # noqa: B023
 
 
-def _nothing_waits(part: Part) -> tuple[bool, str]:
+def _served(part: Part) -> AbstractContextManager[str]:
+    return made_model(part, TINY if part.tiny else "qwen3-0.6b")
+
+
+@contextlib.contextmanager
+def _means(part: Part) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(_reads_means(Path(folder))[0])
+
+
+@contextlib.contextmanager
+def _layered(part: Part) -> Iterator[str]:
+    from checkpoints import save_checkpoint
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_checkpoint(Path(folder), dtype=torch.bfloat16)
+        weights = load_file(Path(folder) / "model.safetensors")
+        last = weights.pop("score.weight")
+        weights |= {"score.2.weight": last, "score.2.bias": last[:, 0].clone(), "score.0.bias": last[0].clone()}
+        weights["score.0.weight"] = torch.randn(last.shape[1], last.shape[1]).bfloat16() / 8
+        save_file(weights, Path(folder) / "model.safetensors")
+        yield folder
+
+
+def _nothing_waits(part: Part, made: AbstractContextManager[str], **options: Any) -> tuple[bool, str]:
     """A step that waited for the device would raise here: replayed, or kernel by kernel."""
-    counts = [_steps_that_do_not_wait(part, cuda_graphs) for cuda_graphs in (True, False)]
+    with made as folder:
+        counts = [_steps_that_do_not_wait(part, folder, cuda_graphs=on, **options) for on in (True, False)]
     return True, f"{counts[0]} steps with graphs, {counts[1]} without"
 
 
-def _steps_that_do_not_wait(part: Part, cuda_graphs: bool) -> int:
-    with made_model(part, TINY if part.tiny else "qwen3-0.6b") as folder:
-        options = engine_options(part, folder, path="packed", compile="off", cuda_graphs=cuda_graphs)
-        loaded = load_runner(options)
-    require_meant(part, options, how_it_runs(loaded))
+def _steps_that_do_not_wait(part: Part, folder: str, **options: Any) -> int:
+    asked = engine_options(part, folder, path="packed", **options)
+    loaded = load_runner(asked)
+    require_meant(part, asked, how_it_runs(loaded))
     runner: Any = loaded.runner
+    ids_up_to, readers = loaded.model.backbone.config.vocab_size, [Reader(plan) for plan in loaded.reads]
     checked = 0
     for max_tokens in (1024, 4096):  # what a graph holds, and what none does
-        scheduler = Scheduler(PrefixCache(BlockPool(runner.num_blocks)), max_tokens, 512)
+        scheduler = Scheduler(PrefixCache(BlockPool(runner.num_blocks)), max_tokens, 512, readers=readers)
         for number, (prompt, responses) in enumerate(
             groups_of(part, Traffic(300, 4, 200), 8_000 if part.tiny else 20_000, seed=max_tokens)
         ):
+            prompt, *responses = ([i % ids_up_to for i in ids] for ids in (prompt, *responses))
             group = EncodedGroup(as_bytes(prompt), tuple(map(as_bytes, responses)))
             scheduler.add(EngineRequest(str(number), (group,)))
         steps = 0
@@ -80,9 +114,9 @@ def _steps_that_do_not_wait(part: Part, cuda_graphs: bool) -> int:
     return checked
 
 
-def _engine_is_invariant(part: Part) -> tuple[bool, str]:
-    """With everything that is on by default: compiled layers, CUDA graphs, batch invariance."""
-    ids = np.random.default_rng(3).integers(10, vocabulary(part), 4000).tolist()
+def _engine_is_invariant(part: Part, made: AbstractContextManager[str], **options: Any) -> tuple[bool, str]:
+    """With everything that is on by default: compiled layers, CUDA graphs, batch invariance; or with `options`."""
+    ids = np.random.default_rng(3).integers(10, 200 if options else vocabulary(part), 4000).tolist()
     group = (ids[:300], [ids[1000:1200], ids[1300:1301], ids[1400:1650]])
     others = [(ids[i : i + 200 + 13 * i], [ids[500 + i : 600 + 9 * i], ids[50 : 55 + i]]) for i in range(12)]
     if part.tiny and part.on_gpu:  # where every kernel is interpreted
@@ -90,18 +124,18 @@ def _engine_is_invariant(part: Part) -> tuple[bool, str]:
 
     async def scores(folder: str) -> list[list[float]]:
         got = []
-        async with running(part, folder) as engine:
+        async with running(part, folder, **options) as engine:
             got.append(scores_of(await score(engine, [group])))  # cold, alone; a graph's forward
             got.append(scores_of(await score(engine, [group])))  # warm
             for shift in range(min(5, len(others))):
                 result = await score(engine, [*others[shift:], group, *others[:shift]])
                 got.append([item.score for item in result.groups[len(others) - shift].items])
-        async with running(part, folder) as engine:
+        async with running(part, folder, **options) as engine:
             result = await score(engine, [*others, group])  # cold, in a batch
             got.append([item.score for item in result.groups[-1].items])
         return got
 
-    with made_model(part, TINY if part.tiny else "qwen3-0.6b") as folder:
+    with made as folder:
         all_scores = asyncio.run(scores(folder))
     different = [i for i, got in enumerate(all_scores) if got != all_scores[0]]
     worst = max(abs(a - b) for got in all_scores for a, b in zip(got, all_scores[0], strict=True))
@@ -110,12 +144,18 @@ def _engine_is_invariant(part: Part) -> tuple[bool, str]:
 
 
 def _reads_means(folder: Path) -> list[Path]:
+    """As OpenAssistant's Pythia: its config says so. A rewardserve.toml is read by what a bare machine has not."""
     from checkpoints import save_checkpoint
 
-    save_checkpoint(folder / "mean", dtype=torch.bfloat16)
-    said = '[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n'
-    (folder / "mean" / "rewardserve.toml").write_text(said)
-    return [folder / "mean"]
+    made = folder / "mean"
+    save_checkpoint(made, "gpt_neox", dtype=torch.bfloat16)
+    config = json.loads((made / "config.json").read_text())
+    said = {"model_type": "gpt_neox_reward_model", "architectures": ["GPTNeoXRewardModel"], "pooling": "mean"}
+    (made / "config.json").write_text(json.dumps(config | said))
+    weights = load_file(made / "model.safetensors")
+    weights["out_proj.weight"] = weights.pop("score.weight")
+    save_file(weights, made / "model.safetensors")
+    return [made]
 
 
 def _over_one_backbone(folder: Path) -> list[Path]:

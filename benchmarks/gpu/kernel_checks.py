@@ -30,7 +30,10 @@ POOLING_TOLERANCE = 1e-5
 
 
 def kernel_checks(part: Part) -> None:
+    """What a kernel leaves out shows: all memory that is given out is full of what is no number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which fills it (torch.utils.deterministic)
     check = Checks(part)
+    check("memory that is given out is poisoned", lambda: _memory_is_poisoned(part))
     for case in CASES[: 2 if part.tiny and part.on_gpu else None]:
         check(f"tree_attention {case}", lambda: attention_is_right(part, case))  # noqa: B023
     check("tree_attention, a row's bits are its own", lambda: _attention_is_invariant(part))
@@ -39,6 +42,11 @@ def kernel_checks(part: Part) -> None:
         check(f"pool_head {name}", lambda: pool_head_is_right(part, norm, pooling))  # noqa: B023
     check("pool_head, a mean that was begun before", lambda: _pool_head_goes_on(part))
     check("sums of rows", lambda: _sums_are_right(part))
+
+
+def _memory_is_poisoned(part: Part) -> tuple[bool, str]:
+    given = torch.ones(1 << 10, device=part.device).new_empty(1 << 20)
+    return bool(given.isnan().all()), f"{given.isnan().float().mean().item():.0%} of it"
 
 
 def attention_is_right(part: Part, case: Case) -> tuple[bool, str]:

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,7 @@ async def _measure(part: Part, folder: str, name: str, limits: Limits) -> None:
         part.note(runs=how_it_runs(loaded_of(engine)))
         await _workloads(part, engine, ROUND_TOKENS[name], limits)
         part.note(probe=await probe(part, engine))
-        extras = [_budgets, _host_tier] if name == "qwen3-4b" else [_latency, _budgets, _ways]
-        for extra in extras if name != "llama-3.1-8b" else [_latency]:
+        for extra in EXTRAS.get(name, (_latency, _budgets, _ways)):
             if part.left() > 10:
                 await extra(part, engine, ROUND_TOKENS[name], limits)
         if name == TINY:
@@ -123,10 +123,10 @@ async def _budgets(part: Part, engine: NativeEngine, tokens: int, limits: Limits
     part.note()
 
 
-async def _ways(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -> None:
+async def _ways(part: Part, engine: NativeEngine, tokens: int, limits: Limits, names: Iterable[str] = WAYS) -> None:
     """How much slower best_of_16 is where one thing is as it was before it was made fast. In turns with all of them."""
     found: dict[str, Any] = {}
-    for name, way in WAYS.items():
+    for name, way in ((name, WAYS[name]) for name in names):
         fast, slow = [], []
         for number in range(1 + WAY_ROUNDS):  # the first one sets up what the way needs
             fast.append(await round_s(part, engine, TRAFFIC["best_of_16"], tokens // 8))
@@ -158,3 +158,11 @@ async def _host_tier(part: Part, engine: NativeEngine, tokens: int, limits: Limi
         "computed_again_ms": round(512e3 * per_token, 3),
     }
     part.note()
+
+
+async def _uncompiled(part: Part, engine: NativeEngine, tokens: int, limits: Limits) -> None:
+    """Of the ways, the one that matters most where products are large."""
+    await _ways(part, engine, tokens, limits, ["layers not compiled"])
+
+
+EXTRAS = {"qwen3-4b": (_uncompiled, _budgets, _host_tier), "llama-3.1-8b": (_uncompiled, _latency)}

@@ -22,7 +22,7 @@ STAGES: tuple[tuple[Planned, ...], ...] = (
     (
         Planned("gate kernels", 20, 120),
         Planned("gate families", 35, 120),
-        Planned("gate engine", 70, 140, as_served=True),
+        Planned("gate engine", 90, 160, as_served=True),
     ),
     (Planned("kernels", 25, 60),),
     (Planned("qwen3-0.6b", 75, 120, as_served=True),),
@@ -31,7 +31,7 @@ STAGES: tuple[tuple[Planned, ...], ...] = (
     (Planned("hugging face", 35, 70),),
     (Planned("fp8", 60, 100, as_served=True),),
     (Planned("invariance", 40, 70),),
-    (Planned("tunings", 45, 150),),  # ends by itself when its time is over
+    (Planned("tunings", 25, 150),),  # ends by itself when its time is over
 )
 NAMES = tuple(part.name for stage in STAGES for part in stage)
 GATE = tuple(name for name in NAMES if name.startswith("gate "))

@@ -22,11 +22,15 @@ from rewardserve.engine.native.engine import NativeEngine
 from rewardserve.engine.native.load import MAX_PARAMETERS_FOR_GRAPHS, Loaded
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.models import loader
+from rewardserve.models.heads import LinearHead
+from rewardserve.models.reward_model import RewardModel
 from rewardserve.types import EncodedGroup
 from safetensors.torch import save_file
+from torch._dynamo.utils import counters
 
 VOCAB_SIZE = 32_000
 TINY = "qwen3-tiny"
+ITS_OWN_LAYERS = "a head of layers of its own"
 ROOMS = {"attention": "attention", "storing": "kv_cache", "pooling": "pooling"}  # of a GPU's kernels
 
 
@@ -135,11 +139,18 @@ def how_it_runs(loaded: Loaded) -> dict[str, Any]:
         "parameters": loaded.info.num_parameters,
         "attention": getattr(backbone.attention, "__name__", "none"),
         "storing": backbone.store_rows.__module__,
-        "pooling": getattr(model._sum_pieces if model.takes_mean else model._pool_head, "__module__", "none"),
+        "pooling": _pooling(model),
         "pruned": backbone._pruned,
         "compiled": any(layer._compiled_call_impl is not None for layer in backbone.decoder_layers),
         "graphs": 0 if graphs is None else len(graphs._captured),
+        "compiled_so_far": counters["stats"]["unique_graphs"],  # in this process; more than two a model: a recompile
     }
+
+
+def _pooling(model: RewardModel) -> str:
+    if not model.takes_mean and not isinstance(model.head, LinearHead):
+        return ITS_OWN_LAYERS
+    return getattr(model._sum_pieces if model.takes_mean else model._pool_head, "__module__", "none")
 
 
 def require_meant(part: Part, options: NativeOptions, runs: dict[str, Any]) -> None:
@@ -148,6 +159,8 @@ def require_meant(part: Part, options: NativeOptions, runs: dict[str, Any]) -> N
     if part.on_gpu:
         graphs = len(captures.BUCKETS) if options.cuda_graphs and runs["parameters"] <= MAX_PARAMETERS_FOR_GRAPHS else 0
         meant |= {kind: f"rewardserve_kernels.{room}.triton" for kind, room in ROOMS.items()}
+        if runs["pooling"] == ITS_OWN_LAYERS:
+            del meant["pooling"]
         meant |= {"compiled": options.compile != "off", "graphs": graphs}
     other = {kind: runs[kind] for kind, how in meant.items() if runs[kind] != how}
     require(not other, f"it does not run as meant: {other} instead of { ({kind: meant[kind] for kind in other}) }")

@@ -209,7 +209,7 @@ class App:
     @property
     def _wish(self) -> Wish:
         config = self._config
-        return Wish(config.engine, config.tensor_parallel, config.vllm_quantization, config.path, config.quantize)
+        return Wish(config.engine, config.tensor_parallel, config.vllm_quantization, config.means_native)
 
     def _share_backbones(self) -> list[SharedEngine]:
         config = self._config

@@ -175,6 +175,12 @@ class ServeConfig(Options):
             f"requests are logged at level info, which --log-level {self.log_level} leaves out",
         )
 
+    @property
+    def means_native(self) -> bool:
+        """Whether something is asked for that only the native engine heeds: then there is no other to turn to."""
+        switched = (getattr(self, name) != type(self).model_fields[name].default for name in NATIVE_SWITCHES.values())
+        return bool(self.quantize) or self.path != "auto" or any(switched)
+
     def _check_engine(self) -> None:
         """What an engine would not heed is not to be asked of it."""
         of_vllm = [f"--tensor-parallel {self.tensor_parallel}"] if self.tensor_parallel > 1 else []

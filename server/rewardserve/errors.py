@@ -6,6 +6,7 @@ RewardServeError
 ├── ModelExists           ALREADY_EXISTS
 ├── ControlDisabled       PERMISSION_DENIED    Load and Unload are switched off
 ├── LoadFailed            FAILED_PRECONDITION  the checkpoint cannot be served, and why
+│   └── OptionsDoNotFit                        not with these options, on this device
 ├── SwapRefused           FAILED_PRECONDITION  the new version did not pass; the old one serves on
 ├── ItemFailed            (the item's code)    a call about single responses, and one has no score
 ├── InternalError         INTERNAL             a bug of ours; the log has it
@@ -50,6 +51,10 @@ class ControlDisabled(RewardServeError):
 
 class LoadFailed(RewardServeError):
     grpc = "FAILED_PRECONDITION"
+
+
+class OptionsDoNotFit(LoadFailed):
+    """The engine could serve the checkpoint otherwise: no case for another engine."""
 
 
 class SwapRefused(RewardServeError):

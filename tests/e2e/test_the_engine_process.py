@@ -1,6 +1,7 @@
 """The supervisor alone, with deaths at the worst moments: between two lines of it."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 import time
@@ -10,16 +11,25 @@ from rewardserve.engine.base import EngineListener, EngineRequest
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.nursery_process import Nursery
 from rewardserve.engine.process import EngineProcess
-from rewardserve.errors import Unavailable
+from rewardserve.errors import LoadFailed, OptionsDoNotFit, Unavailable
 from rewardserve.types import EncodedGroup
 
 
 @pytest.fixture
-async def engine(bf16_checkpoint):
-    options = NativeOptions(str(bf16_checkpoint), prefix_cache_bytes=16 << 20, num_threads=2)
+async def nursery():
     nursery = Nursery({})
-    yield EngineProcess(options, "tiny", nursery)
+    yield nursery
     await nursery.stop()
+
+
+@pytest.fixture
+def options(bf16_checkpoint):
+    return NativeOptions(str(bf16_checkpoint), prefix_cache_bytes=16 << 20, num_threads=2)
+
+
+@pytest.fixture
+def engine(options, nursery):
+    return EngineProcess(options, "tiny", nursery)
 
 
 def request(name: str) -> EngineRequest:
@@ -71,3 +81,16 @@ async def test_an_engine_that_dies_as_it_comes_up_is_restarted_again(engine):
     finally:
         async with asyncio.timeout(60):
             await engine.stop()
+
+
+async def test_whether_the_checkpoint_is_refused_or_the_options_is_told_apart(options, nursery):
+    """Another engine is given the one (engine/choice.py), and not the other."""
+    refused = {"prefix_cache_bytes": 1, "source": options.source + "-that-is-not-there"}
+    ends = []
+    for name, value in refused.items():
+        engine = EngineProcess(dataclasses.replace(options, **{name: value}), "tiny", nursery)
+        with pytest.raises(LoadFailed) as caught:
+            await engine.start(EngineListener())
+        await engine.stop()
+        ends.append(caught.type)
+    assert ends == [OptionsDoNotFit, LoadFailed]

@@ -7,21 +7,21 @@ import pytest
 from rewardserve.engine.base import EngineListener
 from rewardserve.engine.choice import NativeElseVllm, Wish, choose
 from rewardserve.engine.fake import FakeEngine, fake_info
-from rewardserve.errors import LoadFailed
+from rewardserve.errors import LoadFailed, OptionsDoNotFit
 
 INFO = fake_info()
 
 
 class Refusing(FakeEngine):
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, kind: type[LoadFailed] = LoadFailed) -> None:
         super().__init__(INFO)
-        self.reason, self.stopped = reason, False
+        self.reason, self.kind, self.stopped = reason, kind, False
         self.may_refuse = asyncio.Event()
         self.may_refuse.set()
 
     async def start(self, listener):
         await self.may_refuse.wait()
-        raise LoadFailed(self.reason)
+        raise self.kind(self.reason)
 
     async def stop(self):
         self.stopped = True
@@ -39,8 +39,7 @@ def vllm(reason: str) -> FakeEngine:
         (Wish("vllm"), "vllm", "asked for"),
         (Wish(tensor_parallel=2), "vllm", "tensor_parallel = 2"),
         (Wish(vllm_quantization="fp8"), "vllm", "vllm_quantization = fp8"),
-        (Wish(path="padded"), "packed", ""),
-        (Wish(quantize="int8"), "packed", ""),
+        (Wish(of_native=True), "packed", ""),
     ],
 )
 async def test_what_only_one_can_do_names_it_and_else_the_native_one_is_first(wish, path, reason):
@@ -74,9 +73,16 @@ async def test_where_neither_can_both_reasons_are_said_once(theirs, said):
     assert str(caught.value) == said
 
 
-async def test_a_named_native_engine_has_no_fallback():
+@pytest.mark.parametrize("wish", [Wish("native"), Wish(of_native=True)], ids=["by name", "by what it alone heeds"])
+async def test_a_named_native_engine_has_no_fallback(wish):
     with pytest.raises(LoadFailed, match="no folder"):
-        await choose(Wish("native"), lambda: Refusing("no folder"), vllm).start(EngineListener())
+        await choose(wish, lambda: Refusing("no folder"), vllm).start(EngineListener())
+
+
+async def test_options_that_are_too_much_are_said_and_do_not_bring_another_engine():
+    native = Refusing("give --prefix-cache-mb 40", OptionsDoNotFit)
+    with pytest.raises(OptionsDoNotFit, match=r"^give --prefix-cache-mb 40$"):
+        await NativeElseVllm(native, vllm, is_installed=lambda: True).start(EngineListener())
 
 
 async def test_one_that_is_stopped_while_it_loads_is_not_loaded_by_another_engine():

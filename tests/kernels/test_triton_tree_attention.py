@@ -111,7 +111,8 @@ def test_attention_equals_the_dense_oracle(name: str, precision: tuple[torch.dty
 
 @interpreted
 @pytest.mark.parametrize(
-    ("sizes", "heads", "kv_heads"), [((64, 64), 7, 1), ((80, 80), 2, 2), ((192, 128), 3, 1), ((20, 33), 5, 1)]
+    ("sizes", "heads", "kv_heads"),
+    [((64, 64), 7, 1), ((128, 128), 4, 1), ((256, 256), 2, 1), ((80, 80), 2, 2), ((192, 128), 3, 1), ((20, 33), 5, 1)],
 )
 def test_any_head_size_and_any_number_of_heads_are_taken(sizes: tuple[int, int], heads: int, kv_heads: int) -> None:
     """With the tunings of a GPU; sizes that are no power of two, values of another size, rows that are not aligned."""

@@ -28,7 +28,7 @@ def id_groups() -> list[IdGroup]:
 
 async def alone(checkpoint: Path, pair: tuple[list[int], list[int]]) -> float:
     """By an engine that has never seen anything else."""
-    async with native(checkpoint) as scorer:
+    async with native(checkpoint, num_threads=2) as scorer:
         return (await scorer.scores([(pair[0], [pair[1]])])).item()
 
 
@@ -46,14 +46,14 @@ async def test_alone_batched_reordered_cold_warm_and_half_warm_are_the_same_bits
         place = list(batch[index][1]).index(pair[1])
         assert result.groups[index].items[place].score == wanted
 
-    async with native(checkpoint) as scorer:
+    async with native(checkpoint, num_threads=2) as scorer:
         await check(scorer, id_groups, 0)  # cold, in a batch
         await check(scorer, id_groups[::-1], len(prompt))  # warm, reordered
         await check(scorer, [(prompt, responses[::-1])], len(prompt))
-    async with native(checkpoint) as scorer:
+    async with native(checkpoint, num_threads=2) as scorer:
         await scorer.run(id_groups[1:2])  # only the common beginning is cached: two blocks of 128
         await check(scorer, [(prompt, [responses[0]])], 256)
-    async with native(checkpoint, max_batch_tokens=64) as scorer:
+    async with native(checkpoint, num_threads=2, max_batch_tokens=64) as scorer:
         await check(scorer, id_groups, 0)  # cut into many forwards
 
 
@@ -66,7 +66,7 @@ async def test_five_random_batches_in_random_order_give_every_pair_the_same_bits
         order = [(g, r) for g, (_, responses) in enumerate(id_groups) for r in range(len(responses))]
         generator.shuffle(order)
         half = order[: len(order) // 2]
-        async with native(checkpoint, max_batch_tokens=budget) as scorer:
+        async with native(checkpoint, num_threads=2, max_batch_tokens=budget) as scorer:
             for part in (half, order):
                 scores = await scorer.scores([(id_groups[g][0], [id_groups[g][1][r]]) for g, r in part])
                 for place, score in zip(part, scores.tolist(), strict=True):
@@ -76,7 +76,7 @@ async def test_five_random_batches_in_random_order_give_every_pair_the_same_bits
 async def test_where_prompt_and_response_are_divided_changes_no_bit(checkpoint: Path, id_groups: list[IdGroup]) -> None:
     prompt, responses = id_groups[0]
     whole = [*prompt, *responses[0]]
-    async with native(checkpoint) as scorer:
+    async with native(checkpoint, num_threads=2) as scorer:
         scores = [(await scorer.scores([(whole[:cut], [whole[cut:]])])).item() for cut in (0, 1, 127, 128, 301)]
     assert len(set(scores)) == 1
 
@@ -86,14 +86,14 @@ async def same_alone_and_together(checkpoint: Path) -> None:
     generator = random.Random(1)
     prompt = [generator.randrange(400) for _ in range(230)]
     responses = [[generator.randrange(400) for _ in range(n)] for n in (1, 2, 17, 1, 64, 200)]
-    async with native(checkpoint) as scorer:
+    async with native(checkpoint, num_threads=2) as scorer:
         assert scorer.info.path == "packed"  # padded forwards make no such promise
         together = (await scorer.scores([(prompt, responses)])).tolist()
         warm = [(await scorer.scores([(prompt, [response])])).item() for response in responses]
     assert warm == together
     for response, wanted in zip(responses[:3], together, strict=False):
         assert await alone(checkpoint, (prompt, response)) == wanted
-    async with native(checkpoint) as scorer:  # a forward of a single row
+    async with native(checkpoint, num_threads=2) as scorer:  # a forward of a single row
         first = (await scorer.scores([([], [[7]])])).item()
         assert (await scorer.scores([([], [[7]]), (prompt, responses)]))[0].item() == first
 

@@ -36,7 +36,7 @@ class ServerProcess:
         command = [sys.executable, "-m", "rewardserve", "serve", "--port", "0", "--metrics-port", "0"]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            [*command, "--threads", "2", "--prefix-cache-mb", "16", *arguments],
+            [*command, "--threads", "1", "--prefix-cache-mb", "16", *arguments],
             stderr=subprocess.PIPE,
             text=True,
             env=environment,

@@ -38,8 +38,8 @@ class Scorer:
 
 
 @asynccontextmanager
-async def native(folder: object, **options) -> AsyncIterator[Scorer]:
-    engine = NativeEngine(NativeOptions(str(folder), num_threads=2, prefix_cache_bytes=16 << 20, **options))
+async def native(folder: object, num_threads: int = 1, **options) -> AsyncIterator[Scorer]:
+    engine = NativeEngine(NativeOptions(str(folder), num_threads=num_threads, prefix_cache_bytes=16 << 20, **options))
     try:
         yield Scorer(engine, await engine.start(EngineListener()))
     finally:

@@ -14,7 +14,7 @@ class ServerProcess:
     """`with ServerProcess("name=folder", "--flag", ...) as server:` waits until it is ready; stops it at the end."""
 
     def __init__(self, model: str, *flags: str) -> None:
-        self._command = [sys.executable, "-m", "rewardserve", "serve", "--model", model, "--threads", "2"]
+        self._command = [sys.executable, "-m", "rewardserve", "serve", "--model", model, "--threads", "1"]
         self._command += ["--port", "0", "--metrics-port", "0", "--prefix-cache-mb", "64", *flags]
         self.log: list[str] = []
         self.endpoint = ""

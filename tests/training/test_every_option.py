@@ -163,8 +163,8 @@ def test_of_several_gpus_one_must_be_named(monkeypatch):
 
 
 def test_threads_are_torchs(run_train):
-    run_train("--max-steps", 1, "--threads", 1)
-    assert torch.get_num_threads() == 1
+    run_train("--max-steps", 1, "--threads", 3)
+    assert torch.get_num_threads() == 3
 
 
 def test_an_adapter_is_a_small_part_of_the_model(run_train):

@@ -1,6 +1,7 @@
 """`rewardserve serve --engine vllm`, real, on a CPU. Needs an environment with vLLM: `make test-vllm` makes one."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from real_server import bf16_checkpoint, checkpoint, kit, real_groups, start
 __all__ = ["bf16_checkpoint", "checkpoint", "kit", "real_groups", "start"]
 IS_INSTALLED = importlib.util.find_spec("vllm") is not None
 if IS_INSTALLED:
+    os.environ.pop("OMP_NUM_THREADS", None)  # how many, it plans by itself
     real_server.ANTI_HANG_S = 400  # vLLM is imported by three processes, one after the other, at each start
 
 

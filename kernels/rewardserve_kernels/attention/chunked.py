@@ -1,4 +1,4 @@
-"""Tree attention as chunked batched matrix products: what the CPU runs, and CUDA until a kernel earns its place.
+"""Tree attention as chunked batched matrix products: what a CPU runs, and a GPU where Triton's is not to be had.
 
 On a CPU with bf16 matrix products this is three times as fast as torch's own flash kernel, which multiplies in fp32.
 
@@ -7,7 +7,7 @@ prompt and response: the row at position p is always computed against the same n
 after p being masked. So the products that make up a row have the same shapes and the same order whatever was cached,
 and whatever else is in the pack. What is left to the library is that a row of a matrix product does not depend on how
 many other rows there are, which oneDNN keeps in bf16 from two rows on (tests/parity holds it to that); a single one is
-doubled.
+given company (engine/native/batch.py).
 """
 
 import functools

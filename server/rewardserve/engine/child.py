@@ -43,7 +43,7 @@ from rewardserve.engine.messages import (
 )
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.vllm_options import VllmOptions
-from rewardserve.errors import LoadFailed
+from rewardserve.errors import LoadFailed, OptionsDoNotFit
 from rewardserve.logs import set_up_logging
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Child:
             info = loop.start()
         except LoadFailed as error:
             loaded.set()
-            self._send(CannotLoad(str(error)))
+            self._send(CannotLoad(str(error), isinstance(error, OptionsDoNotFit)))
             self._context.destroy(linger=LAST_WORD_MS)
             return
         loaded.set()

@@ -1,7 +1,8 @@
 """Which engine serves a checkpoint: decided here, and nowhere else.
 
 What only one engine can do names that engine. Where nothing does, the native engine is tried first, for it is exact and
-shares prompts; what it cannot load, vLLM is given, if it is installed. Loads neither.
+shares prompts; a checkpoint that it cannot load vLLM is given, if it is installed. Options that are too much for the
+device are no such case: what to do about them is said. Loads neither.
 """
 
 import importlib.util
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rewardserve.engine.base import Engine, EngineInfo, EngineListener, EngineRequest, EngineResult
-from rewardserve.errors import LoadFailed, Unavailable
+from rewardserve.errors import LoadFailed, OptionsDoNotFit, Unavailable
 
 log = logging.getLogger(__name__)
 
@@ -22,15 +23,14 @@ class Wish:
     engine: str = "auto"  # auto, native, vllm
     tensor_parallel: int = 1
     vllm_quantization: str = ""
-    path: str = "auto"  # of the native engine
-    quantize: str = ""  # by the native engine
+    of_native: bool = False  # something that the native engine alone would heed
 
 
 def choose(wish: Wish, native: Callable[[], Engine], vllm: Callable[[str], Engine]) -> Engine:
     """`vllm` is given the reason for it, which is shown with the model."""
     if reason := reason_for_vllm(wish):
         return vllm(reason)
-    if wish.engine == "native" or wish.quantize or wish.path != "auto":
+    if wish.engine == "native" or wish.of_native:
         return native()
     return NativeElseVllm(native(), vllm)
 
@@ -39,7 +39,7 @@ def reason_for_vllm(wish: Wish) -> str:
     """Why it must be vLLM; empty where the native engine is tried first, or is what must be."""
     if wish.engine == "vllm":
         return "asked for"
-    if wish.engine == "native" or wish.quantize or wish.path != "auto":
+    if wish.engine == "native" or wish.of_native:
         return ""
     if wish.tensor_parallel > 1:
         return f"tensor_parallel = {wish.tensor_parallel}"
@@ -66,7 +66,7 @@ class NativeElseVllm:
             return await self._engine.start(listener)
         except LoadFailed as refusal:
             await self._engine.stop()
-            if self._stopped or not self._is_installed():
+            if self._stopped or isinstance(refusal, OptionsDoNotFit) or not self._is_installed():
                 raise
             log.warning("the native engine cannot load it, trying vLLM: %s", refusal)
             self._engine = self._vllm(f"the native engine cannot load it: {refusal}")

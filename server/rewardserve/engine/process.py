@@ -42,6 +42,7 @@ from rewardserve.errors import (
     DeadlineExceeded,
     EngineDied,
     LoadFailed,
+    OptionsDoNotFit,
     RewardServeError,
     Unavailable,
 )
@@ -182,7 +183,7 @@ class EngineProcess:
             raise
         if isinstance(first, CannotLoad):
             await child.kill()
-            raise LoadFailed(first.reason)
+            raise (OptionsDoNotFit if first.options else LoadFailed)(first.reason)
         assert isinstance(first, Ready)
         self._info = first.info
         self._asked_at = None

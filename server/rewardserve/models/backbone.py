@@ -9,7 +9,7 @@ every model family passes keyword arguments through.
 import inspect
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -74,6 +74,7 @@ class Pack:
     # Of the attention, by window and whether it is that of the read rows only; made when first asked for.
     plans: dict[tuple[int, bool], Any] = field(default_factory=dict)
     means: MeanRows | None = None  # what a head that reads means sums up
+    num_reads: int | None = None  # how many of the reads, from the first, are asked for; None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,18 +393,17 @@ class Backbone:
                 layer._compiled_call_impl = None  # torch has no public way back
 
     def run_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
-        """Final hidden states of the rows that are read, [len(pack.reads), hidden_size].
+        """Final hidden states of the rows that are read and asked for, [pack.num_reads, hidden_size].
 
         Raises NotPackable if not every layer asked our attention exactly once: such a backbone's states are wrong.
         """
-        num_reads, pack = len(pack.reads), _at_least_two_rows(pack)
         hidden = self._run(pack, pool)
-        return (hidden if self._pruned else hidden[pack.read_rows])[:num_reads]
+        return (hidden if self._pruned else hidden[pack.read_rows])[: pack.num_reads]
 
     def run_all_rows(self, pack: Pack, pool: KVPool) -> torch.Tensor:
         """Final hidden states, [rows, hidden_size]. Raises NotPackable likewise; the last layer must not be pruned."""
         assert not self._pruned
-        return self._run(_at_least_two_rows(pack), pool)[: len(pack.input_ids)]
+        return self._run(pack, pool)
 
     def _run(self, pack: Pack, pool: KVPool) -> torch.Tensor:
         last_layer = self.config.num_hidden_layers - 1 if self._pruned else -1
@@ -469,17 +469,6 @@ class Backbone:
         mask = (torch.arange(input_ids.shape[1], device=self.device)[None] < lengths[:, None]).long()
         options = {"use_cache": False} if self._knows_use_cache else {}
         return self.module(input_ids=input_ids, attention_mask=mask, **options).last_hidden_state
-
-
-def _at_least_two_rows(pack: Pack) -> Pack:
-    """Doubles a single row, computed or read: a product of one row takes another path, to other bits."""
-    if len(pack.reads) == 1:
-        pack = replace(pack, reads=pack.reads * 2, read_rows=pack.read_rows.repeat(2), plans={})
-    if len(pack.input_ids) == 1:
-        alone = Segment(row=1, num_rows=1, start=0, blocks=(), store=False)
-        ids, positions = pack.input_ids.repeat(2), torch.cat([pack.position_ids, pack.position_ids.new_zeros(1)])
-        pack = replace(pack, input_ids=ids, position_ids=positions, segments=(*pack.segments, alone), plans={})
-    return pack
 
 
 def bare_module(module: nn.Module, path: str) -> nn.Module:

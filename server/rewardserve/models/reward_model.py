@@ -52,7 +52,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def features_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
-        """Features of the pack's reads, [len(pack.reads), features] fp32."""
+        """Features of the pack's reads, [pack.num_reads, features] fp32."""
         return self.features_of(self.hidden_packed(pack, pool), pack.means, pool)
 
     @torch.inference_mode()
@@ -70,7 +70,7 @@ class RewardModel:
 
     @torch.inference_mode()
     def states_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
-        """Final hidden states of the pack's reads, after the final norm, [len(pack.reads), hidden_size]."""
+        """Final hidden states of the pack's reads, after the final norm, [pack.num_reads, hidden_size]."""
         hidden = self.backbone.run_packed(pack, pool)
         return hidden if self._norm is None else normed(hidden.float(), self._norm)
 

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.spec import ModelSpec
+from rewardserve.models.tokenizer import load_tokenizer
 from rewardserve.types import Probe, TextSpec
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def export_text(folder: Path, in_pairs: bool = False, num_token_types: int = 0) 
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):  # transformers would make one up, empty
         return None, f"none of {', '.join(TOKENIZER_FILES)} is in the checkpoint's folder"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
     except Exception as error:  # a missing or unknown tokenizer fails in many ways, and none is fatal: ids still work
         return None, f"no usable tokenizer: {str(error).strip().splitlines()[0][:200]}"
     backend = getattr(tokenizer, "backend_tokenizer", None)

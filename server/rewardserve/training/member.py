@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, EarlyStoppingCallback, PreTrainedModel, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig
 
+from rewardserve.models.tokenizer import load_tokenizer
 from rewardserve.training import base, data, save
 from rewardserve.training.held_out import Figures, HeldOut
 from rewardserve.training.recipe import Recipe
@@ -97,7 +98,7 @@ def make_trainer(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RewardModelTrainer:
     """`scratch` is where checkpoints go."""
-    tokenizer = AutoTokenizer.from_pretrained(material.base, trust_remote_code=False)
+    tokenizer = load_tokenizer(material.base)
     padding_id = choose_padding_id(tokenizer.pad_token_id, last_ids(material))
     if tokenizer.pad_token is None:  # TRL takes the closing token then, if there is one
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_id)

@@ -4,7 +4,7 @@ They are laid out on the host first, then sent to the device; what is replayed t
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,10 @@ from rewardserve_kernels.upload import Upload
 
 from rewardserve.engine.native.sequence import BatchPlan
 from rewardserve.models.backbone import Backbone, Pack
+
+# Of fewer rows, products and norms take other paths, to other bits: on a CPU products of a single one; on a GPU torch's
+# own norms, which share a row among more threads where there are fewer rows than a block holds.
+LEAST_ROWS, LEAST_ROWS_ON_GPU = 2, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +57,29 @@ def lay_end_to_end(plan: BatchPlan) -> PackRows:
     )
 
 
+def _at_least(rows: PackRows, least: int) -> PackRows:
+    """With rows of nobody behind them, and the first read over again, up to so many of each; no reads stay none."""
+    num_rows, num_reads = len(rows.input_ids), len(rows.reads)
+    if num_rows < least:
+        nobodys = Segment(num_rows, least - num_rows, 0, (), store=False)
+        rows = replace(
+            rows,
+            input_ids=np.pad(rows.input_ids, (0, least - num_rows)),
+            position_ids=np.concatenate([rows.position_ids, np.arange(least - num_rows, dtype=np.int32)]),
+            segments=(*rows.segments, nobodys),
+        )
+    if 0 < num_reads < least:
+        rows = replace(rows, reads=rows.reads + rows.reads[:1] * (least - num_reads))
+    return rows
+
+
 def build_pack(rows: PackRows, backbone: Backbone, for_gpu: bool, takes_mean: bool = False) -> Pack:
     """One copy to the device, none back. `takes_mean`: the head does.
 
     With `for_gpu` rows are stored in one launch, and how the attention is cut goes along in the copy; on a CPU segments
     are stored one by one, and the thread that computes cuts the attention.
     """
+    num_reads, rows = len(rows.reads), _at_least(rows, LEAST_ROWS_ON_GPU if for_gpu else LEAST_ROWS)
     upload = Upload()
     input_ids, positions = upload.add(rows.input_ids), upload.add(rows.position_ids)
     read_rows = upload.add(rows.read_rows)
@@ -75,6 +96,7 @@ def build_pack(rows: PackRows, backbone: Backbone, for_gpu: bool, takes_mean: bo
         StoreIndex(*(upload[part] for part in stored)) if stored else None,
         ahead.arrived(upload) if ahead else {},
         means() if means else None,
+        num_reads,
     )
 
 

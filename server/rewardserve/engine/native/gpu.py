@@ -3,6 +3,7 @@
 import os
 
 import torch
+import torch._inductor.config as inductor
 
 
 def use_device(device: torch.device) -> None:
@@ -18,7 +19,10 @@ def make_batch_invariant() -> None:
 
     On Hopper the one thing it depends on is split-K: for few rows cuBLAS splits the sum among several blocks, and adds
     up in another order. It needs a workspace for that and is given none, as vLLM does it (its batch_invariant.py). That
-    it costs nothing from some 2,000 rows on is a prediction (benchmarks/NOTES.md).
+    it costs nothing from some 2,000 rows on is a prediction (benchmarks/NOTES.md); of other GPUs nothing is known. That
+    norms see rows enough is seen to in batch.py.
+
+    Nor shall a compiled sum depend on what was faster when it was compiled: another process would find another order.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "1")
@@ -26,3 +30,5 @@ def make_batch_invariant() -> None:
     matmul = torch.backends.cuda.matmul
     matmul.allow_bf16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]  # nor split-K
     matmul.allow_fp16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]
+    if hasattr(inductor, "deterministic"):  # from torch 2.10 on
+        inductor.deterministic = True

@@ -20,7 +20,7 @@ from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.upload import Upload
 
 from rewardserve.engine.native.batch import PackRows, build_pack
-from rewardserve.errors import LoadFailed
+from rewardserve.errors import OptionsDoNotFit
 from rewardserve.models.backbone import Pack
 from rewardserve.models.checkpoint import first_line
 from rewardserve.models.kv_pool import KVPool
@@ -151,7 +151,7 @@ def capture(model: RewardModel, pool: KVPool, spare_block: int, tolerance: float
     """None, with a warning, where this model cannot be captured: it runs all the same, kernel by kernel.
 
     `tolerance`: relative difference to a forward that is not replayed. Blocks 0 and 1 of the pool are written to.
-    Raises LoadFailed where a capture has begun and failed: CUDA's allocator may be left in it, and serves nobody then.
+    Raises OptionsDoNotFit where a capture has begun and failed: CUDA's allocator may be left in it, to serve nobody.
     """
     if not hasattr(model.backbone.attention, "rows_per_tile_of"):
         return _not_captured("their attention is not Triton's")
@@ -166,7 +166,7 @@ def capture(model: RewardModel, pool: KVPool, spare_block: int, tolerance: float
         try:
             captured.append(_captured(step, memory))
         except Exception as error:
-            raise LoadFailed(
+            raise OptionsDoNotFit(
                 f"its forward cannot be captured as a CUDA graph: {first_line(error)}; start with --no-cuda-graphs"
             ) from error
     for one in captured:

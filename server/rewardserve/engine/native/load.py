@@ -19,6 +19,7 @@ from rewardserve.engine.native.sizing import (
     GRAPHS_OF_A_STEP,
     bytes_of_a_step,
     choose_num_blocks,
+    compare_host_tier,
     default_batch_tokens,
     host_blocks,
 )
@@ -228,6 +229,8 @@ def _pack(padded: Loaded, options: NativeOptions, device: torch.device, dtype: t
     if max_length < padded.info.max_length:
         log.warning("max_length is %d, not %d: that is what the prefix cache holds", max_length, padded.info.max_length)
     host = host_blocks(options, pool, small_pool.bytes_per_block)
+    if host is not None and device.type == "cuda":
+        compare_host_tier(padded.model, pool, host, *largest)
     packed = dataclasses.replace(padded, runner=PackedRunner(padded.model, pool, num_blocks, graphs, host))
     return packed.saying(
         path="packed",

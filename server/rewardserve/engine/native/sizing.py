@@ -1,17 +1,22 @@
 """How much memory is for what: stored prompts on the device and behind it, and a step beside them."""
 
+import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from rewardserve_kernels.ragged import Segment
+from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 
 from rewardserve.engine.native.batch import PackRows, build_pack
 from rewardserve.engine.native.options import NativeOptions
-from rewardserve.errors import LoadFailed
+from rewardserve.errors import OptionsDoNotFit
 from rewardserve.models.checkpoint import first_line
 from rewardserve.models.kv_pool import HostBlocks, KVPool
 from rewardserve.models.reward_model import RewardModel
+
+log = logging.getLogger(__name__)
 
 MAX_AUTO_CACHE_BYTES = 4 << 30
 # Limit and use of a container's memory, in cgroup v2 and v1; psutil knows only the machine's.
@@ -22,59 +27,70 @@ CONTAINER_MEMORY = (
 GRAPHS_OF_A_STEP = (
     0.5  # what CUDA graphs take, of a step's memory: theirs have a quarter of its rows, and it is their own
 )
+BLOCKS_COPIED = 8  # to find out how fast that is
 MAX_BLOCKS = 65_536  # eight million tokens of prompts: beyond that bookkeeping costs more than it finds
 
 
 def bytes_of_a_step(model: RewardModel, pool: KVPool, num_tokens: int, max_length: int) -> int:
     """What a GPU needs beside weights and stored prompts while it computes the largest step there may be: the step is
-    tried, with a pool of a few blocks. Raises LoadFailed where it does not fit.
+    tried, with a pool of a few blocks. Raises OptionsDoNotFit where it does not fit.
     """
     device = model.backbone.device
     if model.takes_mean:
         pool.keep_sums(model.backbone.config.hidden_size, device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        _compute(model, pool, _largest_step(num_tokens, max_length))
+    except torch.OutOfMemoryError as error:
+        raise OptionsDoNotFit(
+            f"a forward of max_batch_tokens = {num_tokens} does not fit the device; give fewer"
+        ) from error
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    return peak - before
+
+
+def _largest_step(num_tokens: int, max_length: int) -> PackRows:
     starts = range(0, num_tokens, max_length)
     segments = [Segment(row, min(max_length, num_tokens - row), 0, (), store=False) for row in starts]
-    rows = PackRows(
+    return PackRows(
         np.zeros(num_tokens, np.int32),
         np.concatenate([np.arange(segment.num_rows, dtype=np.int32) for segment in segments]),
         tuple(segments),
         tuple(segments),
         tuple(range(len(segments))),
     )
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    try:
-        model.features_packed(build_pack(rows, model.backbone, True, model.takes_mean), pool).cpu()
-    except torch.OutOfMemoryError as error:
-        raise LoadFailed(f"a forward of max_batch_tokens = {num_tokens} does not fit the device; give fewer") from error
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.empty_cache()
-    return peak - before
+
+
+def _compute(model: RewardModel, pool: KVPool, rows: PackRows) -> None:
+    """To its end."""
+    model.features_packed(build_pack(rows, model.backbone, True, model.takes_mean), pool).cpu()
 
 
 def choose_num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: int, beside_bytes: int) -> int:
-    """As many blocks as the prefix cache's bytes hold, but no fewer than one short request needs. Raises LoadFailed.
+    """As many blocks as the prefix cache's bytes hold; `beside_bytes` are left free on a GPU, for what is computed.
 
-    `beside_bytes` are left free on a GPU, for what is computed.
+    Raises OptionsDoNotFit where that is less than one short request needs.
     """
     budget, least = options.prefix_cache_bytes, 4 * bytes_per_block
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         room = free - beside_bytes
         if room < least:
-            raise LoadFailed(
+            raise OptionsDoNotFit(
                 f"the device has {free >> 20} MB left, and forwards need {beside_bytes >> 20} of it: no request fits "
                 "beside them; give fewer --max-batch-tokens"
             )
         if budget > room:
-            raise LoadFailed(
+            raise OptionsDoNotFit(
                 f"a prefix cache of {budget >> 20} MB does not fit: the device has {free >> 20} left, and forwards "
                 f"need {beside_bytes >> 20} of it; give --prefix-cache-mb {room >> 20}, or fewer --max-batch-tokens"
             )
         budget = budget or max(least, min(int(0.6 * free), room))
     budget = budget or auto_cache_bytes()
     if budget < least:
-        raise LoadFailed(
+        raise OptionsDoNotFit(
             f"a prefix cache of {budget >> 20} MB holds no request; give --prefix-cache-mb {-(-least >> 20)} at least"
         )
     return min(budget // bytes_per_block, MAX_BLOCKS)
@@ -94,17 +110,47 @@ def auto_cache_bytes() -> int:
 
 
 def host_blocks(options: NativeOptions, pool: KVPool, bytes_per_block: int) -> HostBlocks | None:
-    """The second tier of the prefix cache, where one is asked for. Raises LoadFailed where there can be none."""
+    """The second tier of the prefix cache, where one is asked for. Raises OptionsDoNotFit where there can be none."""
     num_slots = options.host_cache_bytes // bytes_per_block
     if not num_slots:
         return None
     if pool.whole is None:
-        raise LoadFailed("a host cache needs layers that are all of one shape; leave out host_cache_mb")
+        raise OptionsDoNotFit("a host cache needs layers that are all of one shape; leave out host_cache_mb")
     try:
         return HostBlocks(pool, num_slots)
     except RuntimeError as error:
         size = options.host_cache_bytes >> 20
-        raise LoadFailed(f"a host cache of {size} MB cannot be had: {first_line(error)}; give less of it") from error
+        raise OptionsDoNotFit(
+            f"a host cache of {size} MB cannot be had: {first_line(error)}; give less of it"
+        ) from error
+
+
+def compare_host_tier(model: RewardModel, pool: KVPool, host: HostBlocks, num_tokens: int, max_length: int) -> None:
+    """Warns where a GPU computes a block sooner than it is copied back, as of small models: the tier costs time then.
+
+    Nothing may be served yet: blocks are written to.
+    """
+    blocks, rows = range(min(BLOCKS_COPIED, host.num_slots, pool.num_blocks)), _largest_step(num_tokens, max_length)
+    copying = _seconds(lambda: [host.copy_back(block, block) for block in blocks]) / len(blocks)
+    computing = _seconds(lambda: _compute(model, pool, rows)) * BLOCK_TOKENS / num_tokens
+    log.log(
+        logging.WARNING if copying > computing else logging.INFO,
+        "%d tokens of a prompt are copied back from host memory in %.2f ms and computed in %.2f ms%s",
+        BLOCK_TOKENS,
+        1e3 * copying,
+        1e3 * computing,
+        ": this model is faster without --host-cache-mb" if copying > computing else "",
+    )
+
+
+def _seconds(action: Callable[[], object]) -> float:
+    """Of the second time: the first one sets things up."""
+    action()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    action()
+    torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _free_bytes() -> int:

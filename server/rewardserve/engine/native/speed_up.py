@@ -28,7 +28,7 @@ from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from torch import nn
 
 from rewardserve.engine.native.canary import Canary
-from rewardserve.errors import LoadFailed
+from rewardserve.errors import LoadFailed, OptionsDoNotFit
 from rewardserve.models.backbone import Pack
 from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
@@ -120,7 +120,7 @@ def speed_up(subject: Subject, compile_option: str, quantize: str, own_kernels: 
         return
     subject.model.backbone.set_compiled(False)
     if compile_option == "on":
-        raise LoadFailed(f"compile = on, but {reason}; use compile = auto or off")
+        raise OptionsDoNotFit(f"compile = on, but {reason}; use compile = auto or off")
     log.warning("layers run uncompiled: %s", reason)
 
 
