@@ -83,7 +83,7 @@ def test_without_a_compiler_a_model_is_served_packed_and_uncompiled(checkpoint: 
 def test_compile_on_refuses_to_start_without_a_compiler(checkpoint: Path) -> None:
     done = without_a_compiler(checkpoint, "on")
     assert done.returncode != 0
-    assert "LoadFailed: compile = on, but compiling failed" in done.stderr
+    assert "OptionsDoNotFit: compile = on, but compiling failed" in done.stderr
     assert "use compile = auto or off" in done.stderr
 
 
