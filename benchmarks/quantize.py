@@ -84,7 +84,8 @@ async def _measure(model: Path, options: argparse.Namespace) -> dict[str, Measur
         await engines[name].start(EngineListener())
     scores = {name: await _score(engine, groups, "check") for name, engine in engines.items()}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
-    for number in tqdm(range(options.rounds if options.kind == "int8" else 0), desc=model.name):
+    rounds = options.rounds if options.kind == "int8" else 0
+    for number in tqdm(range(rounds), desc=model.name, disable=not rounds):
         for name, engine in engines.items():
             cold = [([(number + 1) * 100, *prompt[1:]], responses) for prompt, responses in groups]
             started = time.perf_counter()
