@@ -1,5 +1,6 @@
 """What bench-gpu does on a GPU and nowhere else, on one that is pretended (tests/support/pretend_gpu.py): Triton's
-kernels by the gate and by the clock of events, and a model that runs as it is meant to, and in every other way.
+kernels by the gate and by the clock of events, and a model that runs as it is meant to, and in every other way. With
+nothing installed beyond what a GPU's image has.
 """
 
 import json
@@ -11,18 +12,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("server", "kernels", "benchmarks", "benchmarks/gpu", "tests/support")
+SOURCES = ("server", "kernels", "benchmarks", "benchmarks/gpu", "tests/support", "tests/support/bare")
 pytest.importorskip("triton", reason="triton is not installed")
 
 # As small as can be: every kernel is interpreted.
 BEGIN = """
 import json, sys
 from pathlib import Path
-import pretend_gpu
+import pretend_gpu, sitecustomize
 
 from rewardserve.engine.native import graphs
 from rewardserve_kernels.attention import triton
 
+sitecustomize.WITHOUT.add("psutil")
 pretend_gpu.pretend()
 graphs.MAX_READS, graphs.MAX_SEGMENTS, graphs.MAX_TABLE = 8, 8, 64
 graphs.BUCKETS, graphs.WARM_UPS = (128,), 1
