@@ -100,6 +100,21 @@ def test_added_tokens_follow_the_model(make: Make) -> None:
     assert load_tokenizer(folder).bos_token == "<pad>"
 
 
+@pytest.mark.parametrize(
+    ("config", "around"),
+    [
+        ({}, ["<s>", "▁hello"]),
+        ({"add_bos_token": False}, ["▁hello"]),
+        ({"add_bos_token": True, "add_eos_token": True}, ["<s>", "▁hello", "</s>"]),
+        ({"bos_token": None}, ["▁hello"]),
+    ],
+)
+def test_what_the_tokenizer_itself_would_add(make: Make, config: dict[str, Any], around: list[str]) -> None:
+    """Texts are taken as they stand; the server says at load what is then missing."""
+    tokenizer = load_tokenizer(make(**config))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("hello")["input_ids"]) == around
+
+
 def test_added_tokens_that_cannot_have_their_ids_are_refused(make: Make) -> None:
     size = len(read_model(make() / "tokenizer.model").pieces)
     folder = make(files={"added_tokens.json": {"<|tool|>": size + 7}})

@@ -7,6 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rewardserve.errors import LoadFailed
@@ -92,8 +94,10 @@ def _from_sentencepiece(folder: Path, model: SentencePieceModel) -> PreTrainedTo
     renamed = {i: token["content"] for i, token in added.items() if i < len(model.pieces)}
     with TemporaryDirectory() as place:
         made = build(model, config.get("legacy") is not False, config.get("add_prefix_space") is not False, renamed)
+        config = dict(model.named) | config
+        made.post_processor = _around(made, config)
         made.save(f"{place}/tokenizer.json")
-        Path(place, "tokenizer_config.json").write_text(json.dumps(dict(model.named) | config))
+        Path(place, "tokenizer_config.json").write_text(json.dumps(config))
         for template in folder.glob("chat_template*"):
             shutil.copy(template, place)
         own = PreTrainedTokenizerFast.from_pretrained(place)
@@ -102,6 +106,16 @@ def _from_sentencepiece(folder: Path, model: SentencePieceModel) -> PreTrainedTo
             f"{folder}: its added tokens {', '.join(wrong[:5])} cannot have the ids that its files give them"
         )
     return own
+
+
+def _around(made: Tokenizer, config: dict[str, Any]) -> TemplateProcessing:
+    """What the tokenizer puts around a text unless told to take it as it stands: a BOS, if the config does not say."""
+    bos = config.get("bos_token") if config.get("add_bos_token") is not False else None
+    eos = config.get("eos_token") if config.get("add_eos_token") else None
+    ids = {token: made.token_to_id(token) for token in (bos, eos) if token}
+    ids = {token: i for token, i in ids.items() if i is not None}
+    single = [token for token in (bos, "$A", eos) if token == "$A" or token in ids]
+    return TemplateProcessing(single=single, special_tokens=list(ids.items()))
 
 
 def _read(file: Path) -> dict[str, Any]:
