@@ -128,10 +128,11 @@ def write(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
 
 async def agree(folder: Path, groups: list[IdGroup], score: Callable[[list[int]], torch.Tensor]) -> None:
     wanted = torch.stack([score(ids) for ids in joined(groups)])
-    async with native(folder) as scorer:
-        for _ in ("cold", "warm"):
-            got = await scorer.scores(groups)
-            assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item()), (got, wanted)
+    for path in ("auto", "padded"):
+        async with native(folder, path=path) as scorer:
+            got = [await scorer.scores(groups) for _ in ("cold", "warm")]
+        for scores in got:
+            assert torch.allclose(scores, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item()), (path, got)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -137,6 +137,14 @@ def test_a_gemma_is_trained_with_the_activation_that_it_had(tmp_path):
     assert torch.allclose(layer.mlp.act_fn(x), torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-6)
 
 
+def test_a_soft_cap_is_trained_with(tmp_path):
+    checkpoints.save_checkpoint(tmp_path, "gemma2", attn_logit_softcapping=0.5)
+    row = list(range(5, 60))
+    model = base.load_base(tmp_path, RECIPE, 0).eval()
+    wanted = checkpoints.padded_scores(tmp_path, [row], torch.float32)
+    assert last_token_scores(model, [torch.tensor(row)]).item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
 def last_token_scores(model, rows):
     """The head's score at each row's last token, without padding."""
     with torch.inference_mode():

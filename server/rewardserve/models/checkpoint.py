@@ -232,6 +232,15 @@ def _config(folder: Path, raw: dict[str, Any], foreign: dict[str, str]) -> PreTr
     return as_trained(config)
 
 
+def attention_of(config: PreTrainedConfig) -> dict[str, str]:
+    """The attention to load with: transformers' choice, except where that would leave out a soft cap of its logits.
+
+    torch's own knows none, and not all of transformers 5 refuses it.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def as_trained(config: PreTrainedConfig) -> PreTrainedConfig:
     """With what its file calls by another name, and not all of transformers 5 knows.
 

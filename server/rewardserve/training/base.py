@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
-from rewardserve.models.checkpoint import as_trained, first_line
+from rewardserve.models.checkpoint import as_trained, attention_of, first_line
 from rewardserve.training.heads import MLP_KEYS, LinearHead, MlpHead
 from rewardserve.training.recipe import ALL_LAYERS, Recipe
 
@@ -76,6 +76,7 @@ def load_base(folder: Path, recipe: Recipe, seed: int) -> PreTrainedModel:
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
+            **attention_of(config),
         )
     except Exception as error:  # what a config describes may not be buildable, in as many ways
         raise LoadFailed(f"{folder}: no decoder that a reward model can be made of: {first_line(error)}") from error
