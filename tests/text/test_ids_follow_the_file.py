@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepieces
 from checkpoints import make_tokenizer
+from rewardserve.models.sentencepiece import build, read_model
 from rewardserve.models.text_export import export_text
 from rewardserve.models.tokenizer import TELLING, load_tokenizer
 from rewardserve.text.tokenizer import Tokenizer
@@ -59,6 +61,34 @@ def test_that_autotokenizer_gives_others_is_said(folder: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING, logger="rewardserve"):
         load_tokenizer(folder)
     assert (f"AutoTokenizer takes its {type(auto).__name__}" in caplog.text) == differs
+
+
+def test_a_space_after_special_tokens_is_the_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Llama 2's file puts one before the text after each special token, its class in transformers 5 does not."""
+    (tmp_path / "model").write_bytes(sentencepieces.model())
+    build(read_model(tmp_path / "model"), True, True, {}).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.WARNING, logger="rewardserve"):
+        own, auto = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert own.tokenize("USER</s>USER") == ["▁USER", "</s>", "▁USER"]
+    assert auto.tokenize("USER</s>USER") == ["▁USER", "</s>", "USER"]
+    assert "AutoTokenizer takes its LlamaTokenizer" in caplog.text
+
+
+def test_a_file_beside_code_that_is_not_run_is_enough(tmp_path: Path) -> None:
+    make_tokenizer(TEXTS).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    file = tmp_path / "tokenizer_config.json"
+    own_code = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.OwnTokenizer", None]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own_code))
+    spec, reason = export_text(tmp_path)
+    assert spec is not None, reason
+    raw = Raw.from_file(str(tmp_path / "tokenizer.json"))
+    for text, ids in zip(TELLING, Tokenizer(spec).encode(TELLING), strict=True):
+        assert np.frombuffer(ids, "<i4").tolist() == raw.encode(text, add_special_tokens=False).ids
+    assert spec.special_tokens["eos_token"] == "<|im_end|>"
 
 
 def test_what_is_saved_again_has_the_same_ids(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

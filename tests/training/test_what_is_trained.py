@@ -1,5 +1,6 @@
 """Which weights a recipe moves, and where their scores are read."""
 
+import json
 from dataclasses import replace
 
 import checkpoints
@@ -9,7 +10,7 @@ from preferences import SMALL, material_of, pair_rows, save_reward_base
 from rewardserve.errors import LoadFailed
 from rewardserve.training import base, member
 from rewardserve.training.recipe import Recipe
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 RECIPE = Recipe(max_steps=3, batch_size=4, learning_rate=1e-2, use_cpu=True)
 LAYERS = SMALL["num_hidden_layers"]
@@ -122,6 +123,26 @@ def test_what_is_no_base_is_said(tmp_path, what):
 
 
 # -- where the score is read -------------------------------------------------------------------------------------------
+
+
+def test_a_gemma_is_trained_with_the_activation_that_it_had(tmp_path):
+    """The first ones' files call it gelu. It is its approximation, as in serving."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("gemma", num_key_value_heads=1, head_dim=8, vocab_size=50, num_labels=1, **shape)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"hidden_act": "gelu"}))
+    x = torch.linspace(-3, 3, 50)
+    (layer,) = base.load_base(tmp_path, RECIPE, 0).model.layers
+    assert torch.allclose(layer.mlp.act_fn(x), torch.nn.functional.gelu(x, approximate="tanh"), atol=1e-6)
+
+
+def test_a_soft_cap_is_trained_with(tmp_path):
+    checkpoints.save_checkpoint(tmp_path, "gemma2", attn_logit_softcapping=0.5)
+    row = list(range(5, 60))
+    model = base.load_base(tmp_path, RECIPE, 0).eval()
+    wanted = checkpoints.padded_scores(tmp_path, [row], torch.float32)
+    assert last_token_scores(model, [torch.tensor(row)]).item() == pytest.approx(wanted.item(), rel=1e-4)
 
 
 def last_token_scores(model, rows):

@@ -229,6 +229,25 @@ def _config(folder: Path, raw: dict[str, Any], foreign: dict[str, str]) -> PreTr
         raise LoadFailed(f"{folder}/config.json: a {config.model_type} has no vocab_size: no token ids to read")
     if config.is_encoder_decoder:
         raise LoadFailed(f"{folder}: an encoder-decoder model; only decoders and encoders with a head can be served")
+    return as_trained(config)
+
+
+def attention_of(config: PreTrainedConfig) -> dict[str, str]:
+    """The attention to load with: transformers' choice, except where that would leave out a soft cap of its logits.
+
+    torch's own knows none, and not all of transformers 5 refuses it.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}
+
+
+def as_trained(config: PreTrainedConfig) -> PreTrainedConfig:
+    """With what its file calls by another name, and not all of transformers 5 knows.
+
+    The first Gemmas say gelu; they were trained with its approximation, which transformers 4 took in its place.
+    """
+    if config.model_type == "gemma" and config.hidden_act == "gelu":
+        config.hidden_act = getattr(config, "hidden_activation", None) or "gelu_pytorch_tanh"
     return config
 
 

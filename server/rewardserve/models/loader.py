@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
-from rewardserve.models.checkpoint import HEAD_NAMES, SPEC_FILE, first_line
+from rewardserve.models.checkpoint import HEAD_NAMES, SPEC_FILE, attention_of, first_line
 from rewardserve.models.head_parts import LM_HEADS
 from rewardserve.models.heads import Head
 from rewardserve.models.reads import ReadAt
@@ -160,6 +160,7 @@ def _read_backbone(spec: ModelSpec, **options: Any) -> PreTrainedModel:
             use_safetensors=None if tensors is not None else _in_safetensors(spec),
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
+            **attention_of(spec.config),
             **options,
         )
     except Exception as error:  # what a config describes may not be buildable, in as many ways

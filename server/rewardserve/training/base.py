@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
-from rewardserve.models.checkpoint import first_line
+from rewardserve.models.checkpoint import as_trained, attention_of, first_line
 from rewardserve.training.heads import MLP_KEYS, LinearHead, MlpHead
 from rewardserve.training.recipe import ALL_LAYERS, Recipe
 
@@ -32,7 +32,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise LoadFailed(f"{folder}/config.json: {first_line(error)}") from error
     if config.is_encoder_decoder:
         raise LoadFailed(f"{folder}: an encoder-decoder model; only decoders can become reward models here")
-    return config
+    return as_trained(config)
 
 
 def max_length_of(config: PreTrainedConfig) -> int:
@@ -64,17 +64,19 @@ def load_base(folder: Path, recipe: Recipe, seed: int) -> PreTrainedModel:
     weights. Raises LoadFailed where a weight beside the head is missing: transformers would make one up.
     """
     config = read_config(folder)
+    config.num_labels = 1
     transformers_logging.set_verbosity_error()  # what is missing we say ourselves
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
-            num_labels=1,
+            config=config,
             dtype=torch.float32,  # the optimizer's steps are lost in 16 bits
             output_loading_info=True,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # so that they are reported; they are refused below
+            **attention_of(config),
         )
     except Exception as error:  # what a config describes may not be buildable, in as many ways
         raise LoadFailed(f"{folder}: no decoder that a reward model can be made of: {first_line(error)}") from error
