@@ -152,7 +152,6 @@ def test_shadowed_requests_tell_how_alike_the_versions_rank(client, versions, wa
         (result,) = client.swap_model("rm", str(versions["second"]), **options)
     assert not load.errors
     assert result.rank_correlation == pytest.approx(1.0) and result.num_shadow_requests >= 5
-    assert result.num_shadow_failures == 0
 
 
 def test_a_checkpoint_that_does_not_load_leaves_all_as_it_was(client, versions, wanted, tmp_path) -> None:

@@ -256,7 +256,6 @@ def swap_result(reply: models_pb2.SwapModelResponse, endpoint: str) -> types.Swa
         num_canaries=reply.num_canaries,
         num_canaries_right=reply.num_canaries_right,
         num_shadow_requests=reply.num_shadow_requests,
-        num_shadow_failures=reply.num_shadow_failures,
         rank_correlation=reply.rank_correlation if reply.HasField("rank_correlation") else None,
     )
 

@@ -242,5 +242,4 @@ class SwapResult:
     num_canaries: int
     num_canaries_right: int
     num_shadow_requests: int
-    num_shadow_failures: int
     rank_correlation: float | None  # Spearman's, between the versions' scores of the shadowed requests

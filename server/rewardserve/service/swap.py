@@ -42,7 +42,6 @@ class SwapReport:
     previous_version: str
     num_canaries_right: int
     num_shadow_requests: int
-    num_shadow_failures: int
     rank_correlation: float | None
 
 
@@ -73,7 +72,6 @@ async def _swap(service: ScoringService, registry: Registry, plan: SwapPlan, gra
         previous_version,
         num_right,
         shadow.num_requests,
-        shadow.num_failed,
         mean_rank_correlation(shadow.groups),
     )
 

@@ -322,6 +322,5 @@ def swap_response(report: SwapReport, num_canaries: int) -> models_pb2.SwapModel
         num_canaries=num_canaries,
         num_canaries_right=report.num_canaries_right,
         num_shadow_requests=report.num_shadow_requests,
-        num_shadow_failures=report.num_shadow_failures,
         rank_correlation=report.rank_correlation,
     )

@@ -155,22 +155,20 @@ class SwapModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., source: _Optional[str] = ..., dtype: _Optional[str] = ..., canaries: _Optional[_Iterable[_Union[CanaryPair, _Mapping]]] = ..., min_canary_accuracy: _Optional[float] = ..., shadow_share: _Optional[float] = ..., shadow_requests: _Optional[int] = ..., shadow_timeout_s: _Optional[float] = ..., min_rank_correlation: _Optional[float] = ..., keep_previous: bool = ...) -> None: ...
 
 class SwapModelResponse(_message.Message):
-    __slots__ = ("model", "previous_version", "num_canaries", "num_canaries_right", "num_shadow_requests", "num_shadow_failures", "rank_correlation")
+    __slots__ = ("model", "previous_version", "num_canaries", "num_canaries_right", "num_shadow_requests", "rank_correlation")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PREVIOUS_VERSION_FIELD_NUMBER: _ClassVar[int]
     NUM_CANARIES_FIELD_NUMBER: _ClassVar[int]
     NUM_CANARIES_RIGHT_FIELD_NUMBER: _ClassVar[int]
     NUM_SHADOW_REQUESTS_FIELD_NUMBER: _ClassVar[int]
-    NUM_SHADOW_FAILURES_FIELD_NUMBER: _ClassVar[int]
     RANK_CORRELATION_FIELD_NUMBER: _ClassVar[int]
     model: Model
     previous_version: str
     num_canaries: int
     num_canaries_right: int
     num_shadow_requests: int
-    num_shadow_failures: int
     rank_correlation: float
-    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., previous_version: _Optional[str] = ..., num_canaries: _Optional[int] = ..., num_canaries_right: _Optional[int] = ..., num_shadow_requests: _Optional[int] = ..., num_shadow_failures: _Optional[int] = ..., rank_correlation: _Optional[float] = ...) -> None: ...
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ..., previous_version: _Optional[str] = ..., num_canaries: _Optional[int] = ..., num_canaries_right: _Optional[int] = ..., num_shadow_requests: _Optional[int] = ..., rank_correlation: _Optional[float] = ...) -> None: ...
 
 class RollbackModelRequest(_message.Message):
     __slots__ = ("name",)
