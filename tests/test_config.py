@@ -333,6 +333,15 @@ def test_log_text_logs_every_request_unless_told_otherwise(file, monkeypatch: py
     assert not load_config(["--log-text"]).log_requests
 
 
+def refusal(arguments: list[str]) -> str:
+    """What is said against them; empty where they are taken."""
+    try:
+        load_config(arguments).check()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -354,8 +363,7 @@ def test_log_text_logs_every_request_unless_told_otherwise(file, monkeypatch: py
     ],
 )
 def test_options_that_do_not_go_together_are_refused(arguments: list[str], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        load_config(arguments).check()
+    assert re.search(said, refusal(arguments))
 
 
 @pytest.mark.parametrize(
@@ -369,7 +377,7 @@ def test_options_that_do_not_go_together_are_refused(arguments: list[str], said:
     ],
 )
 def test_options_that_go_together_are_taken(arguments: list[str]) -> None:
-    load_config(arguments).check()
+    assert refusal(arguments) == ""
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@ no step waits.
 """
 
 import asyncio
-import contextlib
-import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from checks import Checks
+from gate_models import layered, means, over_one_backbone, reads_means, served
 from part import Part
 from rewardserve.engine.base import EngineRequest
 from rewardserve.engine.native.block_pool import BlockPool
@@ -22,15 +21,12 @@ from rewardserve.engine.native.prefix_cache import PrefixCache
 from rewardserve.engine.native.scheduler import Scheduler
 from rewardserve.models.reads import Reader
 from rewardserve.types import EncodedGroup
-from safetensors.torch import load_file, save_file
 from served import (
-    TINY,
     Traffic,
     as_bytes,
     engine_options,
     groups_of,
     how_it_runs,
-    made_model,
     require,
     require_meant,
     running,
@@ -42,38 +38,14 @@ from served import (
 
 def engine_checks(part: Part) -> None:
     check = Checks(part)
-    check("a pair's bits, cold, warm, batched, reordered", lambda: _engine_is_invariant(part, _served(part)))
+    check("a pair's bits, cold, warm, batched, reordered", lambda: _engine_is_invariant(part, served(part)))
     by_torch = {"compile": "off", "cuda_graphs": False}  # whose norms share a row among more threads, of few rows
-    for kind, made in {"a head that reads means": _means, "a head of layers": _layered}.items():
+    for kind, made in {"a head that reads means": means, "a head of layers": layered}.items():
         check(f"the same of {kind}", lambda: _engine_is_invariant(part, made(part), **by_torch))  # noqa: B023
-    check("a step waits for nothing", lambda: _nothing_waits(part, _served(part)))
-    check("nor does one of a head that reads means", lambda: _nothing_waits(part, _means(part), compile="off"))
-    for kind, make in {"a head that reads means": _reads_means, "models over one backbone": _over_one_backbone}.items():
+    check("a step waits for nothing", lambda: _nothing_waits(part, served(part)))
+    check("nor does one of a head that reads means", lambda: _nothing_waits(part, means(part), compile="off"))
+    for kind, make in {"a head that reads means": reads_means, "models over one backbone": over_one_backbone}.items():
         check(f"graphs of {kind}", lambda: _graphs_change_nothing(part, make))  # noqa: B023
-
-
-def _served(part: Part) -> AbstractContextManager[str]:
-    return made_model(part, TINY if part.tiny else "qwen3-0.6b")
-
-
-@contextlib.contextmanager
-def _means(part: Part) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        yield str(_reads_means(Path(folder))[0])
-
-
-@contextlib.contextmanager
-def _layered(part: Part) -> Iterator[str]:
-    from checkpoints import save_checkpoint
-
-    with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint(Path(folder), dtype=torch.bfloat16)
-        weights = load_file(Path(folder) / "model.safetensors")
-        last = weights.pop("score.weight")
-        weights |= {"score.2.weight": last, "score.2.bias": last[:, 0].clone(), "score.0.bias": last[0].clone()}
-        weights["score.0.weight"] = torch.randn(last.shape[1], last.shape[1]).bfloat16() / 8
-        save_file(weights, Path(folder) / "model.safetensors")
-        yield folder
 
 
 def _nothing_waits(part: Part, made: AbstractContextManager[str], **options: Any) -> tuple[bool, str]:
@@ -141,33 +113,6 @@ def _engine_is_invariant(part: Part, made: AbstractContextManager[str], **option
     worst = max(abs(a - b) for got in all_scores for a, b in zip(got, all_scores[0], strict=True))
     same = len(all_scores) - len(different)
     return not different, f"{same} of {len(all_scores)} the same, off by {worst:.1e} at most"
-
-
-def _reads_means(folder: Path) -> list[Path]:
-    """As OpenAssistant's Pythia: its config says so. A rewardserve.toml is read by what a bare machine has not."""
-    from checkpoints import save_checkpoint
-
-    made = folder / "mean"
-    save_checkpoint(made, "gpt_neox", dtype=torch.bfloat16)
-    config = json.loads((made / "config.json").read_text())
-    said = {"model_type": "gpt_neox_reward_model", "architectures": ["GPTNeoXRewardModel"], "pooling": "mean"}
-    (made / "config.json").write_text(json.dumps(config | said))
-    weights = load_file(made / "model.safetensors")
-    weights["out_proj.weight"] = weights.pop("score.weight")
-    save_file(weights, made / "model.safetensors")
-    return [made]
-
-
-def _over_one_backbone(folder: Path) -> list[Path]:
-    from adapters import TARGETS, adapter_of, save_adapter
-    from checkpoints import save_checkpoint
-
-    save_checkpoint(folder / "base", dtype=torch.bfloat16)
-    weights = load_file(folder / "base" / "model.safetensors")
-    adapters = {"lora": TARGETS, "other": TARGETS[1:], "head": ()}
-    for name, targets in adapters.items():
-        save_adapter(folder / name, folder / "base", adapter_of(weights, targets=targets, seed=name))
-    return [folder / name for name in adapters]
 
 
 def _graphs_change_nothing(part: Part, make: Callable[[Path], list[Path]]) -> tuple[bool, str]:

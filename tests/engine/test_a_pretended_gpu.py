@@ -268,13 +268,13 @@ def test_the_largest_step_is_tried_at_load_and_what_leaves_it_no_room_is_refused
 
 HOST_TIER_AT_LOAD = """
 import logging
-from rewardserve.engine.native import sizing
+from rewardserve.engine.native import host_tier
 from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
 
 said = []
-sizing.log.addHandler(handler := logging.Handler())
-sizing.log.setLevel(logging.INFO)
+host_tier.log.addHandler(handler := logging.Handler())
+host_tier.log.setLevel(logging.INFO)
 handler.emit = lambda record: said.append([record.levelname, record.getMessage()])
 
 
@@ -283,7 +283,7 @@ def seconds(action, taken=iter([0.008, 0.064, 0.008, 0.001])):  # of eight block
     return next(taken)
 
 
-sizing._seconds = seconds
+host_tier._seconds = seconds
 for _ in range(2):
     load_runner(
         NativeOptions(

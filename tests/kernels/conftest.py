@@ -49,7 +49,7 @@ def _run(items: list[pytest.Item]) -> tuple[Outcomes, str]:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
         command += [item.nodeid for item in items]
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
         run = subprocess.run(command, cwd=items[0].config.rootpath, env=environment, capture_output=True, text=True)
         cases = ElementTree.parse(report).iter("testcase") if report.exists() else ()  # it may have crashed
         outcomes = {case.attrib["name"]: _problem(case) for case in cases}

@@ -41,7 +41,7 @@ class Ready(msgspec.Struct, tag=True, frozen=True):
 
 class CannotLoad(msgspec.Struct, tag=True, frozen=True):
     reason: str
-    options: bool  # whether it is for them, on this device: OptionsDoNotFit
+    of_options: bool  # whether it is they that do not fit, on this device: OptionsDoNotFit
 
 
 class Done(msgspec.Struct, tag=True, frozen=True):

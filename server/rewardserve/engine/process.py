@@ -183,7 +183,7 @@ class EngineProcess:
             raise
         if isinstance(first, CannotLoad):
             await child.kill()
-            raise (OptionsDoNotFit if first.options else LoadFailed)(first.reason)
+            raise (OptionsDoNotFit if first.of_options else LoadFailed)(first.reason)
         assert isinstance(first, Ready)
         self._info = first.info
         self._asked_at = None

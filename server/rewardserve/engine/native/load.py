@@ -13,15 +13,14 @@ from rewardserve.engine.base import ADAPTED, EngineInfo
 from rewardserve.engine.native.canary import Canary
 from rewardserve.engine.native.gpu import make_batch_invariant, use_device
 from rewardserve.engine.native.graphs import capture
+from rewardserve.engine.native.host_tier import compare_host_tier, host_blocks
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner, PaddedRunner, Runner
 from rewardserve.engine.native.sizing import (
     GRAPHS_OF_A_STEP,
     bytes_of_a_step,
     choose_num_blocks,
-    compare_host_tier,
     default_batch_tokens,
-    host_blocks,
 )
 from rewardserve.engine.native.speed_up import Subject, keep_freed_memory, speed_up
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL

@@ -1,22 +1,16 @@
-"""How much memory is for what: stored prompts on the device and behind it, and a step beside them."""
+"""How much memory is for what: stored prompts, and a step beside them."""
 
-import logging
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
+from rewardserve_kernels.ragged import Segment
 
 from rewardserve.engine.native.batch import PackRows, build_pack
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.errors import OptionsDoNotFit
-from rewardserve.models.checkpoint import first_line
-from rewardserve.models.kv_pool import HostBlocks, KVPool
+from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
-
-log = logging.getLogger(__name__)
 
 MAX_AUTO_CACHE_BYTES = 4 << 30
 # Limit and use of a container's memory, in cgroup v2 and v1; psutil knows only the machine's.
@@ -27,7 +21,6 @@ CONTAINER_MEMORY = (
 GRAPHS_OF_A_STEP = (
     0.5  # what CUDA graphs take, of a step's memory: theirs have a quarter of its rows, and it is their own
 )
-BLOCKS_COPIED = 8  # to find out how fast that is
 MAX_BLOCKS = 65_536  # eight million tokens of prompts: beyond that bookkeeping costs more than it finds
 
 
@@ -41,7 +34,7 @@ def bytes_of_a_step(model: RewardModel, pool: KVPool, num_tokens: int, max_lengt
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
-        _compute(model, pool, _largest_step(num_tokens, max_length))
+        compute(model, pool, largest_step(num_tokens, max_length))
     except torch.OutOfMemoryError as error:
         raise OptionsDoNotFit(
             f"a forward of max_batch_tokens = {num_tokens} does not fit the device; give fewer"
@@ -51,7 +44,7 @@ def bytes_of_a_step(model: RewardModel, pool: KVPool, num_tokens: int, max_lengt
     return peak - before
 
 
-def _largest_step(num_tokens: int, max_length: int) -> PackRows:
+def largest_step(num_tokens: int, max_length: int) -> PackRows:
     starts = range(0, num_tokens, max_length)
     segments = [Segment(row, min(max_length, num_tokens - row), 0, (), store=False) for row in starts]
     return PackRows(
@@ -63,7 +56,7 @@ def _largest_step(num_tokens: int, max_length: int) -> PackRows:
     )
 
 
-def _compute(model: RewardModel, pool: KVPool, rows: PackRows) -> None:
+def compute(model: RewardModel, pool: KVPool, rows: PackRows) -> None:
     """To its end."""
     model.features_packed(build_pack(rows, model.backbone, True, model.takes_mean), pool).cpu()
 
@@ -107,50 +100,6 @@ def default_batch_tokens(on_cpu: bool) -> int:
 def auto_cache_bytes() -> int:
     """What the prefix cache gets on a CPU by default."""
     return min(_free_bytes() // 10, MAX_AUTO_CACHE_BYTES)
-
-
-def host_blocks(options: NativeOptions, pool: KVPool, bytes_per_block: int) -> HostBlocks | None:
-    """The second tier of the prefix cache, where one is asked for. Raises OptionsDoNotFit where there can be none."""
-    num_slots = options.host_cache_bytes // bytes_per_block
-    if not num_slots:
-        return None
-    if pool.whole is None:
-        raise OptionsDoNotFit("a host cache needs layers that are all of one shape; leave out host_cache_mb")
-    try:
-        return HostBlocks(pool, num_slots)
-    except RuntimeError as error:
-        size = options.host_cache_bytes >> 20
-        raise OptionsDoNotFit(
-            f"a host cache of {size} MB cannot be had: {first_line(error)}; give less of it"
-        ) from error
-
-
-def compare_host_tier(model: RewardModel, pool: KVPool, host: HostBlocks, num_tokens: int, max_length: int) -> None:
-    """Warns where a GPU computes a block sooner than it is copied back, as of small models: the tier costs time then.
-
-    Nothing may be served yet: blocks are written to.
-    """
-    blocks, rows = range(min(BLOCKS_COPIED, host.num_slots, pool.num_blocks)), _largest_step(num_tokens, max_length)
-    copying = _seconds(lambda: [host.copy_back(block, block) for block in blocks]) / len(blocks)
-    computing = _seconds(lambda: _compute(model, pool, rows)) * BLOCK_TOKENS / num_tokens
-    log.log(
-        logging.WARNING if copying > computing else logging.INFO,
-        "%d tokens of a prompt are copied back from host memory in %.2f ms and computed in %.2f ms%s",
-        BLOCK_TOKENS,
-        1e3 * copying,
-        1e3 * computing,
-        ": this model is faster without --host-cache-mb" if copying > computing else "",
-    )
-
-
-def _seconds(action: Callable[[], object]) -> float:
-    """Of the second time: the first one sets things up."""
-    action()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    action()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def _free_bytes() -> int:
