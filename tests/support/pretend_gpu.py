@@ -428,21 +428,25 @@ def _interpreted() -> None:
 
 
 def _bf16_is_multiplied() -> None:
-    """Triton's interpreter keeps bf16 as the integers of its bits, and multiplies those."""
+    """Triton's interpreter keeps bf16 as the integers of its bits, and multiplies those. Here their values, in fp64:
+    sums of their products are exact there, so that a row of the result does not depend on its place among the rows.
+    In those of numpy's BLAS in fp32 it does on some CPUs, as it does not on a GPU.
+    """
     from triton.runtime import interpreter
 
     multiply = interpreter.InterpreterBuilder.create_dot
 
-    def create_dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
-        wide = [interpreter.TensorHandle(_widened(x.data), tl.float32) if x.dtype.is_bf16() else x for x in (a, b)]
-        return multiply(builder, *wide, *rest)
+    def create_dot(builder: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
+        if not a.dtype.is_bf16():
+            return multiply(builder, a, b, d, *rest)
+        product = _values_of(a.data) @ _values_of(b.data)
+        return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
-    tl = interpreter.tl
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
-def _widened(bits: Any) -> Any:
-    return (bits.astype("uint32") << 16).view("float32")
+def _values_of(bits: Any) -> Any:
+    return (bits.astype("uint32") << 16).view("float32").astype("float64")
 
 
 def _left_as_it_is(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
