@@ -50,10 +50,11 @@ async def scored(folder, device, options):
         pretend_gpu.launches.clear()
         scores.append(await scorer.scores(groups[-1:]))  # warm: one step
         found["launches"] = dict(pretend_gpu.launches)
+        found["copies"] = [found["launches"].pop("copy to the device", 0)]
         loaded.runner._graphs = None
         pretend_gpu.launches.clear()
         scores.append(await scorer.scores(groups[-1:]))  # kernel by kernel
-        found["copies"] = pretend_gpu.launches["copy to the device"]
+        found["copies"].append(pretend_gpu.launches["copy to the device"])
         torch.cuda.set_sync_debug_mode("default")
         return found, torch.cat(scores)
 
@@ -97,8 +98,8 @@ def test_scores_are_those_of_a_cpu_and_no_step_waits(run: Run, tmp_path: Path) -
     """gemma2: windows and softcaps; gpt2: a class that looks for padding in every forward; qwen3: means, so sums beside
     keys, and a rotary embedding that looks in every forward whether it is to change.
 
-    What a graph holds takes four launches, means apart: inputs in one copy, the graph, norm and head, one copy back.
-    What goes kernel by kernel takes one copy to the device as well.
+    One copy to the device, of what a graph holds and of what goes kernel by kernel. Means apart, a graph takes four
+    launches: that copy, the graph, norm and head, one copy back.
     """
     cases = []
     for family in ("gemma2", "gpt2", "qwen3"):
@@ -111,7 +112,7 @@ def test_scores_are_those_of_a_cpu_and_no_step_waits(run: Run, tmp_path: Path) -
     for (folder, device, _), found in zip(cases, run(SCORES, json.dumps(cases)), strict=True):
         assert found["error"] < 1e-5, folder
         assert (found["path"], found["device"], found["triton"]) == ("packed", device, True), folder
-        assert found["replays"] >= 3 and found["copies"] == 1, folder
+        assert found["replays"] >= 3 and found["copies"] == [1, 1], folder
         if folder != str(tmp_path / "qwen3"):  # the inputs, the graph, norm and head, the features
             assert found["launches"] == {"copy_": 2, "graph": 1, "score_last_rows": 1}, folder
 

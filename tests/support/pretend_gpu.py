@@ -204,6 +204,8 @@ def _check_copy(to: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> N
     for host in (to, source):
         if not isinstance(host, OnGpu) and (not non_blocking or not is_pinned(host)):
             _waits("copy_ between host and device")
+    if isinstance(to, OnGpu) and not isinstance(source, OnGpu):
+        launches["copy to the device"] += 1
 
 
 # -- torch.cuda --------------------------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ class Replay:
     """One forward of a graph that is to come."""
 
     captured: Captured
-    inputs: torch.Tensor  # [n] int32, pinned where there is a GPU: the beginning of the step's
+    inputs: torch.Tensor  # [n] int32, the beginning of the step's: on the host, pinned for a GPU, or there already
     count: int  # rows of the hidden states that count
     means: MeanRows | None
 
@@ -129,15 +129,16 @@ class Graphs:
         captured = next((c for c in self._captured if len(rows.input_ids) <= c.step.num_rows), None)
         if captured is None or (laid_out := captured.step.lay_out(rows)) is None:
             return None
-        inputs, device = torch.from_numpy(laid_out), captured.step.inputs.device
-        if device.type == "cuda":
-            inputs = inputs.pin_memory()
+        device = captured.step.inputs.device
         if not self._model.takes_mean:
+            inputs = torch.from_numpy(laid_out)
+            inputs = inputs.pin_memory() if device.type == "cuda" else inputs
             return Replay(captured, inputs, len(rows.reads), None)
-        upload = Upload()  # of which nothing is the graph's: they are as many as there are
+        upload = Upload()  # all in one copy; means are not the graph's: they are as many as there are
+        number = upload.add(laid_out)
         means = plan_means(rows.segments, rows.read_segments, upload)
         upload.ship(device)
-        return Replay(captured, inputs, len(rows.input_ids), means())
+        return Replay(captured, upload[number], len(rows.input_ids), means())
 
     def launch(self, replay: Replay) -> torch.Tensor:
         """Features [reads, features] of the model in use."""
