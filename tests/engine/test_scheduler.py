@@ -386,7 +386,7 @@ def test_deadlines_of_requests_that_ended_are_forgotten() -> None:
         queue.add(request(f"r{number}", group(10, 5), deadline=1e9))
         while (plan := queue.schedule()) is not None:
             queue.complete(plan, model.run(plan))
-    assert queue.idle and len(queue._deadlines) < 2000
+    assert queue.idle and len(queue._jobs._deadlines) < 2000
 
 
 @pytest.mark.parametrize("priority", [0, 10])

@@ -93,12 +93,11 @@ class Group:
         return tuple(self.reads[bisect_left(self.reads, start) : bisect_left(self.reads, stop)])
 
     def features_of(self, sequence: Sequence) -> list[Features]:
-        """In the order of its reads, once all are there."""
-        length = self.prompt_length
+        """In the order of its reads, once all are there: its own, and what the prompt's blocks keep."""
         found = []
         for position in sequence.reads:
-            kept = self.kept[position // BLOCK_TOKENS] if position < length else sequence.features
-            features = kept[position]
+            own = position in sequence.features
+            features = sequence.features[position] if own else self.kept[position // BLOCK_TOKENS][position]
             assert features is not None, "a forward before this one has computed it"
             found.append(features)
         return found
