@@ -1,6 +1,7 @@
-"""The parts of benchmarks/gpu/run.py, each a process: `parts.py NAME FOLDER DEVICE SIZE SECONDS`.
+"""The parts of benchmarks/gpu/run.py, each a process: `parts.py NAME FOLDER DEVICE SIZE`.
 
-Writes FOLDER/NAME.json. SIZE is whole or tiny; after SECONDS it is stopped.
+It imports what it needs, touching no device, and waits for a line with the seconds after which it is stopped; without
+one it ends. Writes FOLDER/NAME.json. SIZE is whole or tiny.
 """
 
 import sys
@@ -38,5 +39,6 @@ PARTS: dict[str, Callable[[Part], None]] = {
 
 
 if __name__ == "__main__":
-    name, folder, device, size, seconds = sys.argv[1:]
-    PARTS[name](Part(name, Path(folder), device, size == "tiny", float(seconds)))
+    name, folder, device, size = sys.argv[1:]
+    if seconds := sys.stdin.readline():
+        PARTS[name](Part(name, Path(folder), device, size == "tiny", float(seconds)))

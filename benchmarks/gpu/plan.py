@@ -18,19 +18,19 @@ class Planned:
 # Stages, in the order of what is most worth knowing; the parts of one run at the same time.
 STAGES: tuple[tuple[Planned, ...], ...] = (
     (Planned("machine", 15, 60),),
-    (Planned("compile", 35, 90),),
+    (Planned("compile", 27, 90),),
     (
-        Planned("gate kernels", 20, 120),
-        Planned("gate families", 35, 120),
-        Planned("gate engine", 90, 160, as_served=True),
+        Planned("gate kernels", 12, 120),
+        Planned("gate families", 27, 120),
+        Planned("gate engine", 82, 160, as_served=True),
     ),
-    (Planned("kernels", 25, 60),),
-    (Planned("qwen3-0.6b", 75, 120, as_served=True),),
-    (Planned("qwen3-4b", 75, 120, as_served=True),),
-    (Planned("llama-3.1-8b", 75, 120, as_served=True),),
-    (Planned("hugging face", 35, 70),),
-    (Planned("fp8", 60, 100, as_served=True),),
-    (Planned("invariance", 40, 70),),
+    (Planned("kernels", 17, 60),),
+    (Planned("qwen3-0.6b", 67, 120, as_served=True),),
+    (Planned("qwen3-4b", 67, 120, as_served=True),),
+    (Planned("llama-3.1-8b", 67, 120, as_served=True),),
+    (Planned("hugging face", 27, 70),),
+    (Planned("fp8", 52, 100, as_served=True),),
+    (Planned("invariance", 32, 70),),
     (Planned("tunings", 25, 150),),  # ends by itself when its time is over
 )
 NAMES = tuple(part.name for stage in STAGES for part in stage)

@@ -3,8 +3,9 @@
     python benchmarks/gpu/run.py [--seconds 570] [--only gate kernels ...] [--output DIR] [--dry-run]
 
 It needs torch, triton, transformers and numpy; the server and the kernels are taken from the source tree. Every part is
-a process of its own (plan.py, parts.py): one that fails or takes too long costs its own figures and no others. The gate
-comes first: kernels against their oracles, families by their canaries, one score bit for bit cold, warm and batched.
+a process of its own (plan.py, parts.py): one that fails or takes too long costs its own figures and no others. While
+one runs the next one imports what it needs, and waits. The gate comes first: kernels against their oracles, families by
+their canaries, one score bit for bit cold, warm and batched.
 If it is red, or was left out, so is the table, and the exit code is 1, as it is where any part failed. `--dry-run` goes
 through all of it on a CPU with tiny models: its figures mean nothing.
 
@@ -13,6 +14,7 @@ later. With `--only` the other parts of the file stay as they were, each with it
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +52,12 @@ def main() -> int:
     end, results = time.monotonic() + options.seconds, {}
     stem = options.output / "unknown-gpu"
     with tempfile.TemporaryDirectory() as scratch:
-        for stage in STAGES:
-            those = [part for part in stage if part.name in options.parts]
-            results |= run_stage(those, end, Path(scratch), options.dry_run)
-            stem = _write(results, options)  # what is there is there, whatever comes
+        asked = [[part for part in stage if part.name in options.parts] for stage in STAGES]
+        stages = run_stages(list(filter(None, asked)), end, Path(scratch), options.dry_run)
+        with contextlib.closing(stages):  # which stops what still runs or waits
+            for found in stages:
+                results |= found
+                stem = _write(results, options)  # what is there is there, whatever comes
     print(table(results, whole_gate=not options.dry_run))
     print(
         f"written to {stem}.json; {draw(json.loads(stem.with_suffix('.json').read_text()), stem.with_suffix('.png'))}"
@@ -76,41 +81,57 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def run_stage(parts: list[Planned], end: float, scratch: Path, dry_run: bool) -> Results:
-    """All of them at the same time, until `end` (time.monotonic()) at most."""
-    results: Results = {}
-    running = []
-    for part in parts:
-        seconds = min(part.most_s * (DRY_TIMES if dry_run else 1), end - time.monotonic() - TO_WRITE_S)
-        if seconds < LEAST_S:
-            results[part.name] = {"failed": "no time was left for it"}
-            continue
-        print(f"--- {part.name}, {seconds:.0f} s at most", flush=True)
-        running.append(_Running(part, seconds, scratch, dry_run))
+def run_stages(stages: list[list[Planned]], end: float, scratch: Path, dry_run: bool) -> Generator[Results]:
+    """Of one after the other, until `end` (time.monotonic()) at most; the parts of one run at the same time."""
+    started: dict[str, _Running] = {}
+
+    def start(stage: list[Planned]) -> list[_Running]:
+        return [started.setdefault(part.name, _Running(part, scratch, dry_run)) for part in stage]
+
     try:
-        for each in running:
-            results[each.name] = each.result()
-            if "failed" in results[each.name]:
-                print(f"    {each.name} FAILED: {results[each.name]['failed']}", flush=True)
+        ahead = start(stages[0])
+        for stage, following in zip(stages, [*stages[1:], []], strict=True):
+            running, ahead, results = ahead, [], {}
+            for part, each in zip(stage, running, strict=True):
+                seconds = min(part.most_s * (DRY_TIMES if dry_run else 1), end - time.monotonic() - TO_WRITE_S)
+                if seconds < LEAST_S:
+                    results[part.name] = {"failed": "no time was left for it"}
+                    continue
+                print(f"--- {part.name}, {seconds:.0f} s at most", flush=True)
+                each.go(seconds)
+            ahead = start(following)
+            for each in running:
+                if each.name not in results:
+                    results[each.name] = each.result()
+                if "failed" in results[each.name]:
+                    print(f"    {each.name} FAILED: {results[each.name]['failed']}", flush=True)
+            yield results
     finally:
-        for each in running:
+        for each in started.values():
             each.stop()
-    return results
 
 
 class _Running:
-    """A part's process, and all that it starts."""
+    """A part's process, and all that it starts. It imports what it needs, and waits to be told to go."""
 
-    def __init__(self, part: Planned, seconds: float, scratch: Path, dry_run: bool) -> None:
-        self.name, self._seconds = part.name, seconds
+    def __init__(self, part: Planned, scratch: Path, dry_run: bool) -> None:
+        self.name = part.name
         self._written, self._errors = scratch / f"{part.name}.json", (scratch / f"{part.name}.errors").open("w+")
         path = os.pathsep.join([*(str(ROOT / source) for source in SOURCES), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}
         environment |= AS_SERVED if part.as_served else {}
         size, device = ("tiny", "cpu") if dry_run else ("whole", "cuda")
-        command = [sys.executable, str(PROGRAM), part.name, str(scratch), device, size, str(seconds - BEFORE_S)]
-        self._started = time.monotonic()
-        self._process = subprocess.Popen(command, env=environment, stderr=self._errors, start_new_session=True)
+        command = [sys.executable, str(PROGRAM), part.name, str(scratch), device, size]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stderr=self._errors, text=True, start_new_session=True
+        )
+
+    def go(self, seconds: float) -> None:
+        """It is stopped after as many."""
+        self._seconds, self._started = seconds, time.monotonic()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), self._process.stdin as told:  # broken: `result` says of what
+            told.write(f"{seconds - BEFORE_S}\n")
 
     def result(self) -> dict[str, Any]:
         """What the part wrote down, also if it did not come to its end; then with `failed`, and why."""

@@ -83,7 +83,11 @@ PARTS = """
 import json, subprocess, sys, time
 from pathlib import Path
 
-name, folder, device, size, seconds = sys.argv[1:]
+name, folder, device, size = sys.argv[1:]
+if name == "invariance":
+    raise ImportError("not on this machine")
+if not sys.stdin.readline():
+    sys.exit()  # nothing is asked of it
 
 
 def note(**found):
@@ -149,6 +153,12 @@ def test_a_part_that_crashes_costs_its_own_figures_and_the_exit_code(tmp_path: P
     assert whole["parts"]["fp8"]["more"] == {"all": "is well"}
     assert "kernels        FAILED: exit code 1: ValueError: this part is broken" in said
     assert "gate: 3 of 3 green\n" in said
+
+
+def test_a_part_that_cannot_even_begin_says_why(tmp_path: Path) -> None:
+    """It has ended by the time it is told to go."""
+    _, whole = run_others(tmp_path, "--only", "gate", "fp8", "invariance", code=1)
+    assert whole["parts"]["invariance"]["failed"] == "exit code 1: ImportError: not on this machine"
 
 
 def test_a_part_that_takes_too_long_is_stopped_with_all_it_started_and_what_it_knew_is_kept(tmp_path: Path) -> None:
