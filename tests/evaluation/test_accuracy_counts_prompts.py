@@ -88,6 +88,16 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(num_prompts, per_prom
     assert hits >= 0.92 * 400, "95 % less two and a half standard errors of this very count"
 
 
+def test_a_prompt_with_most_of_the_pairs_makes_nothing_surer_than_the_others_bear_out():
+    """64 responses rated one by one are 2016 pairs, and still one prompt."""
+    rng, hits, prompts = np.random.default_rng(3), 0, np.repeat(np.arange(31), [2016, *[1] * 30])
+    for _ in range(400):
+        chance = rng.beta(2.1, 0.9, 31)[prompts]
+        found = share(np.where(rng.random(len(prompts)) < chance, 1.0, -1.0), prompts)
+        hits += found.low <= 0.7 <= found.high
+    assert hits >= 0.88 * 400, "5 % where a prompt is held against a mean that is all but its own"
+
+
 def test_an_interval_over_pairs_as_if_independent_would_miss_it():
     """What the effective number is for: without it 20 pairs of a prompt count as 20 prompts."""
     rng, prompts, hits = np.random.default_rng(3), np.repeat(np.arange(60), 20), 0

@@ -44,9 +44,9 @@ def share(margins: Floats, prompts: NDArray[np.int64]) -> Share | None:
     """Of the pairs with these margins [num_pairs], which belong to `prompts` [num_pairs]; None if there is none.
 
     Wilson's interval (1927) of the effective number of pairs: Kish's design effect (Survey Sampling, 1965) says how
-    many independent pairs would be as good, with the variance between prompts of a ratio; Student's t of so many
-    prompts stands for the normal quantile (Korn and Graubard, 1998). Unlike a bootstrap it has a width where all pairs
-    are won.
+    many independent pairs would be as good, with the jackknife's variance between prompts of a ratio (Tukey, 1958);
+    Student's t of so many prompts stands for the normal quantile (Korn and Graubard, 1998). Unlike a bootstrap it has a
+    width where all pairs are won.
     """
     if not len(margins):
         return None
@@ -79,7 +79,9 @@ def _effective_number(won: Floats, counts: Floats) -> float:
         return float(num_prompts)  # there is no variance to see: as if pairs of one prompt were one
     if num_prompts == 1:
         return 1.0
-    variance = num_prompts / (num_prompts - 1) * ((won - value * counts) ** 2).sum() / num_pairs**2
+    # A prompt is held against the others: one that has most of the pairs is never far from the mean of all.
+    left_out = (won - value * counts) / (num_pairs - counts)
+    variance = (num_prompts - 1) / num_prompts * (left_out**2).sum()
     return float(np.clip(value * (1 - value) / max(variance, 1e-12), 1.0, num_pairs))
 
 
