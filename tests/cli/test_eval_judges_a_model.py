@@ -11,6 +11,7 @@ import pytest
 from rewardserve.cli import eval as eval_
 from rewardserve.cli.eval_rows import read_judged
 from rewardserve.evaluation import calibration_file
+from rewardserve.evaluation.data import Scored, ScoredPrompt, pairs_of
 from server_process import ServerProcess
 
 pytest.importorskip("scipy")
@@ -168,4 +169,16 @@ def test_a_label_below_one_half_turns_a_pair_round_and_one_half_is_no_pair(tmp_p
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     judged, _ = read_judged(str(tmp_path / "in.jsonl"))
     assert [each.responses for each in judged] == [("a", "b"), ("a", "b"), ("a", "b"), ("b", "a")]
-    assert [each.ratings for each in judged] == [None, None, (0.0, 0.0), None]
+    assert {each.ratings for each in judged} == {None}
+    scored = [ScoredPrompt("p", "", (Scored(1.0, 1, 1), Scored(0.0, 1, 1)), each.gap) for each in judged]
+    assert [len(pairs_of([each])) for each in scored] == [1, 1, 0, 1]
+
+
+def test_a_tie_is_no_rating_and_leaves_best_of_n_to_what_was_rated(tmp_path, cli, server):
+    rated = {"prompt": "p", "responses": ["a", "bb", "ccc"], "ratings": [3, 4, 5]}
+    ties = [{"prompt": f"q{i}", "chosen": "a", "rejected": "bb", "label": 0.5} for i in range(3)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (rated, *ties)))
+    flags = (server.endpoint, "--no-suites", "--output", tmp_path / "out")
+    assert cli("eval", tmp_path / "in.jsonl", *flags).code == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["best_of_n"]
+    assert [(each["n"], each["random"]) for each in found["curve"]] == [(1, 4.0), (2, 4.0), (3, 4.0)]

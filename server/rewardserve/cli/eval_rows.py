@@ -75,7 +75,7 @@ def _judged(number: int, row: _JudgedIn) -> Judged:
         pair = (str(row.chosen), row.rejected)
         if row.label is not None and row.label <= TIE:
             if row.label == TIE:
-                return Judged(number, prompt, pair, (0.0, 0.0), domain)
+                return Judged(number, prompt, pair, None, domain, 0.0)
             pair = pair[::-1]
         return Judged(number, prompt, pair, None, domain, row.margin)
     responses, ratings = row.responses or [], row.ratings

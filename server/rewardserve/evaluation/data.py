@@ -26,7 +26,7 @@ class Judged:
     responses: tuple[str, ...]
     ratings: tuple[float, ...] | None  # one for each response, more is better
     domain: str = NO_DOMAIN
-    gap: float | None = None  # of a pair: by how much the first is preferred, where that is known
+    gap: float | None = None  # of a pair: by how much the first is preferred, where that is known; 0 for a tie
 
     @property
     def prompt_key(self) -> str:
