@@ -78,3 +78,11 @@ def test_where_nothing_is_rated_or_all_alike_there_is_nothing_to_gain():
     assert best_of_n([pair(1.0), rated([1], [1])], seed=0) is None
     alike = best_of_n([rated([1, 2], [5, 5])], seed=0)
     assert alike.share_of_oracle is None and alike.curve[0].gain.low is None
+
+
+@pytest.mark.parametrize("rating", [0.1, 0.3, 0.7, 2.34, 3.19, 4.9])
+def test_a_rounding_is_nothing_to_gain(rating):
+    alike = [rated(range(n), [rating] * n, f"{n}") for n in range(3, 9)]
+    assert best_of_n(alike, seed=0).share_of_oracle is None
+    found = best_of_n([*alike, rated(range(8), [rating] * 7 + [rating + 1], "x")], seed=0)
+    assert found.share_of_oracle.low == pytest.approx(1.0) and found.share_of_oracle.high == pytest.approx(1.0)

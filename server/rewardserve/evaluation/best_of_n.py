@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import gammaln
 
+from rewardserve.evaluation.agreement import varies
 from rewardserve.evaluation.data import Floats, ScoredPrompt, number_prompts
 from rewardserve.evaluation.intervals import Estimate, ends, means_per_prompt, resamples
 
@@ -47,11 +48,13 @@ def best_of_n(prompts: Sequence[ScoredPrompt], seed: int) -> BestOfN | None:
     random = np.array([each.ratings.mean() for each in rated])
     by_score, by_rating, random = (means_per_prompt(figure, numbers) for figure in (by_score, by_rating, random))
     gains = by_score - random[:, None]
+    differ = means_per_prompt(np.array([varies(each.ratings) for each in rated], dtype=float), numbers) > 0
+    to_gain = np.where(differ, by_rating[:, -1] - random, 0.0)  # where they do not, a difference is one of rounding
     curve = tuple(
         BestOf(n + 1, float(by_score[:, n].mean()), float(random.mean()), float(by_rating[:, n].mean()), gain)
         for n, gain in enumerate(_estimates(gains, seed))
     )
-    return BestOfN(curve, len(gains), _share(gains[:, -1], by_rating[:, -1] - random, seed))
+    return BestOfN(curve, len(gains), _share(gains[:, -1], to_gain, seed))
 
 
 def expected_best(scores: Floats, ratings: Floats, largest: int) -> Floats:
