@@ -108,3 +108,11 @@ def test_the_worst_must_be_worse_by_more_than_the_gap():
 @pytest.mark.parametrize("name", suites._CHANGES)
 def test_one_word_is_no_error(name):
     assert isinstance(suites._CHANGES[name][2]("Yes", random.Random(0)), str)
+
+
+@pytest.mark.parametrize("answer", ["Yes.", "Paris\n", " 42!", "no no  no\n"])
+def test_what_a_change_leaves_as_it_was_is_no_broken_answer(answer):
+    """Without its full stop a word is the same answer; a model that likes it as much is no worse for that."""
+    found = by_suite([Judged(1, "q", (answer, "x"), None)])
+    assert "shuffled" not in found
+    assert ("truncated" in found) == (len(answer.split()) > 1)

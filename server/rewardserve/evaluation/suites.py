@@ -193,16 +193,20 @@ def _repetition(text: str, rng: random.Random) -> str:
 
 
 def _truncated(text: str, rng: random.Random) -> str:
-    """Cut in the middle of a sentence, after 20 to 50 % of the words."""
+    """Cut in the middle of a sentence, after 20 to 50 % of the words; nothing of one word, which says it all."""
     ends = [match.end() for match in re.finditer(r"\S+", text)]
+    if len(ends) < 2:
+        return ""
     kept = max(1, int(len(ends) * rng.uniform(0.2, 0.5)))
     return text[: ends[kept - 1]].rstrip(" .!?:;,\n")
 
 
 def _shuffled(text: str, rng: random.Random) -> str:
+    """Nothing where the order comes out as it was: blanks around it are no change."""
     words = text.split()
-    rng.shuffle(words)
-    return " ".join(words)
+    shuffled = list(words)
+    rng.shuffle(shuffled)
+    return "" if shuffled == words else " ".join(shuffled)
 
 
 def _lazy(text: str, rng: random.Random) -> str:
