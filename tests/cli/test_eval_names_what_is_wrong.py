@@ -32,6 +32,7 @@ def judge(cli, server, tmp_path):
         ({**GOOD, "ratings": [1, 0]}, "ratings: go with responses; chosen and rejected have none"),
         ({**GOOD, "domain": 3}, "domain: Input should be a valid string"),
         ({**GOOD, "margin": "big"}, "margin: Input should be a valid number"),
+        ({**GOOD, "margin": -0.5}, "margin: Input should be greater than or equal to 0"),
         ({"messages": [{"role": "user"}], "chosen": "y", "rejected": "z"}, "messages[0].content: Field required"),
     ],
 )

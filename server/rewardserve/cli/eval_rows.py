@@ -28,7 +28,7 @@ class _JudgedIn(pydantic.BaseModel):
     ratings: NonEmpty[list[Finite]] | None = None
     chosen: str | None = None
     rejected: str | None = None
-    margin: Finite | None = None
+    margin: Annotated[Finite, Field(ge=0)] | None = None
     label: Annotated[float, Field(ge=0, le=1)] | None = None  # how sure it is that `chosen` is; below 0.5 it is not
     domain: NonEmpty[str] | None = None
 
