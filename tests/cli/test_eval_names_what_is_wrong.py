@@ -1,4 +1,6 @@
 import gzip
+import json
+import os
 
 import pytest
 from rewardserve.cli import eval as eval_
@@ -102,6 +104,14 @@ def test_the_formats_of_a_picture_are_those_it_is_drawn_in():
     from rewardserve.evaluation import picture
 
     assert eval_.PICTURES == picture.FORMATS
+
+
+def test_a_file_may_have_any_name(judge, rows_file, tmp_path):
+    """What is no formula, and bytes that are no text."""
+    for name in ("$\\no{ $.jsonl", os.fsdecode(b"\xff.jsonl")):
+        source = rows_file(GOOD).rename(tmp_path / name)
+        assert judge(source, "--no-suites", "--picture", tmp_path / "p.png").code == 0
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["about"]["input"] == "?.jsonl"
 
 
 def test_no_server_says_what_to_do(cli, rows_file, tmp_path):

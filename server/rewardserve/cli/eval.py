@@ -85,7 +85,8 @@ class EvalOptions(ScoringOptions):
 
     @property
     def input_name(self) -> str:
-        return "stdin" if self.input == "-" else Path(self.input).name
+        """As text: bytes that are none would be refused by every file it is written to."""
+        return "stdin" if self.input == "-" else Path(self.input).name.encode(errors="replace").decode()
 
 
 def run(arguments: Sequence[str]) -> int:

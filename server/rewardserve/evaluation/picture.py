@@ -55,7 +55,7 @@ def overview(report: Report, path: Path) -> None:
         draw(axes, report)
     about = report.about
     title = f"{about.model} {about.version} on {about.input}: {report.ranking.accuracy.num_prompts:,} prompts"
-    figure.suptitle(f"{title}, {report.ranking.accuracy.num_pairs:,} pairs", fontsize=10)
+    figure.suptitle(_plain(f"{title}, {report.ranking.accuracy.num_pairs:,} pairs"), fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -168,8 +168,12 @@ def _shares(axes: "Axes", rows: Sequence[tuple[str, Share, str]]) -> None:
 
 
 def _short(name: str) -> str:
+    return _plain(name if len(name) <= 24 else name[:23] + "…")
+
+
+def _plain(text: str) -> str:
     """A name may hold anything: `$` would start a formula."""
-    return (name if len(name) <= 24 else name[:23] + "…").replace("$", r"\$")
+    return text.replace("$", r"\$")
 
 
 def _plain_ticks(axes: "Axes", values: Sequence[float]) -> None:
