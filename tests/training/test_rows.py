@@ -81,10 +81,12 @@ def test_a_file_may_be_gzip_whatever_its_name(tmp_path):
     assert len(read_rows(str(tmp_path / "plain"))) == 2
 
 
-def test_a_file_that_is_not_there_or_cut_short_is_named(tmp_path):
-    cut = tmp_path / "cut.gz"
-    cut.write_bytes(gzip.compress(json.dumps(PAIR).encode() * 50)[:-20])
-    for path, said in ((tmp_path / "none", "No such file"), (cut, "ended before")):
+def test_a_file_that_is_not_there_cut_short_or_damaged_is_named(tmp_path):
+    cut, damaged = tmp_path / "cut.gz", tmp_path / "damaged.gz"
+    whole = gzip.compress(json.dumps(PAIR).encode() * 50)
+    cut.write_bytes(whole[:-20])
+    damaged.write_bytes(whole[:10] + b"\xff" * 20 + whole[30:])
+    for path, said in ((tmp_path / "none", "No such file"), (cut, "ended before"), (damaged, "decompressing")):
         with pytest.raises(ConfigError, match=said) as refused:
             read_rows(str(path))
         assert str(path) in str(refused.value)

@@ -4,6 +4,7 @@ import codecs
 import difflib
 import gzip
 import itertools
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Annotated, Any
@@ -77,7 +78,7 @@ def read_rows(path: str) -> list[Row]:
     try:
         with _open(path) as lines:
             return list(parse_rows(lines, path))
-    except (OSError, EOFError) as error:  # EOFError: a gzip file that ends too early
+    except (OSError, EOFError, zlib.error) as error:  # a gzip file that ends too early, or is damaged in its midst
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
