@@ -99,6 +99,13 @@ def test_a_base_that_is_none_is_said(ran, base, said, tmp_path):
     assert code == 1 and err.count("\n") == 1 and any(part in err for part in said.split("|"))
 
 
+@pytest.mark.parametrize(("asked", "said"), [("bb", "did you mean 'b'?"), ("law", "there are a, b")])
+def test_a_domain_that_is_not_there_is_named_before_anything_is_trained(ran, tmp_path, asked, said):
+    code, _, err = ran("--held-out=0", f"--held-out-domain={asked}")
+    assert code == 2 and f"--held-out-domain {asked}: no row of DATA has this domain; {said}" in err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_library_is_named_with_what_installs_it(ran, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("rewardserve.training.", "trl"))]:
         if name.rpartition(".")[2] in ("trainer", "member", "ensemble") or name.startswith("trl"):

@@ -4,6 +4,7 @@ Exit codes: 0; 1 if the run could not go on; 2 for wrong usage, a bad row includ
 from its last checkpoint with --resume.
 """
 
+import difflib
 import hashlib
 import sys
 from collections.abc import Sequence
@@ -159,6 +160,7 @@ def _read(options: TrainOptions) -> tuple[list[Row], list[Row]]:
     """(to train on, to measure with). Raises ConfigError, BadRow included."""
     rows = read_rows(options.data)
     if not options.eval_data:
+        _check_domains(options.held_out_domain, rows)
         return split.split(rows, options.held_out, options.held_out_domain)
     measured = read_rows(options.eval_data)
     kept = split.without_prompts_of(rows, measured)
@@ -166,6 +168,15 @@ def _read(options: TrainOptions) -> tuple[list[Row], list[Row]]:
         left_out = counted(len(rows) - len(kept), "row")
         complain("train", f"{left_out} of {options.data} left out: their prompts are in {options.eval_data}")
     return kept, measured
+
+
+def _check_domains(asked: Sequence[str], rows: Sequence[Row]) -> None:
+    known = sorted({row.domain for row in rows if row.domain})
+    for name in asked:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            near = f"did you mean '{close[0]}'?" if close else f"there are {', '.join(known[:8]) or 'none'}"
+            raise ConfigError(f"--held-out-domain {name}: no row of DATA has this domain; {near}")
 
 
 def _prepare(options: TrainOptions, rows: list[Row], measured: list[Row]) -> "tuple[Material, Recipe, dict[str, Any]]":
