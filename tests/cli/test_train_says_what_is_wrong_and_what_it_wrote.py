@@ -156,6 +156,13 @@ def test_a_folder_with_something_in_it_is_left_alone(ran, tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
+def test_what_the_base_refuses_leaves_the_folder_to_what_it_takes(ran, tmp_path):
+    code, _, err = ran("--open-layers=99")
+    assert code == 1 and "the base has 3 layers" in err
+    assert ran("--open-layers=1", "--max-steps=1")[0] == 0
+    assert not (tmp_path / "out" / "unfinished.json").exists()
+
+
 @pytest.fixture
 def interrupted(ran, tmp_path, monkeypatch):
     """An ensemble of two whose second member was interrupted; and the same, whole."""

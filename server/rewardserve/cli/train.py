@@ -19,6 +19,7 @@ from rich.text import Text
 from rewardserve.cli.running import complain, counted, guarded
 from rewardserve.cli.table import TABLE, make_console
 from rewardserve.config import MAX_THREADS
+from rewardserve.errors import LoadFailed
 from rewardserve.options import ConfigError, Options, Repeated, load_options
 from rewardserve.training import run_folder, split
 from rewardserve.training.recipe import ALL_LAYERS, Head, Loss, Recipe, Schedule
@@ -148,9 +149,13 @@ def _train(options: TrainOptions) -> int:
     asked = options.model_dump(mode="json") | {"digest": about["digest"]}
     run_folder.begin(output, asked, options.resume)
     seeds = range(options.seed, options.seed + options.seeds)
-    members, together = ensemble.train_members(
-        material, recipe, seeds, output, about, options.resume, show_progress=sys.stderr.isatty()
-    )
+    try:
+        members, together = ensemble.train_members(
+            material, recipe, seeds, output, about, options.resume, show_progress=sys.stderr.isatty()
+        )
+    except LoadFailed:
+        run_folder.give_up(output)
+        raise
     run_folder.complete(output)
     _show(members, together)
     return 0

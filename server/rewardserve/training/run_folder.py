@@ -40,5 +40,11 @@ def _check_same(before: Mapping[str, Any], asked: Mapping[str, Any], folder: Pat
         )
 
 
+def give_up(folder: Path) -> None:
+    """Of a run that was refused before anything came of it: the folder is free for one that goes by other options."""
+    if [path.name for path in folder.iterdir()] == [UNFINISHED]:
+        complete(folder)
+
+
 def complete(folder: Path) -> None:
     (folder / UNFINISHED).unlink(missing_ok=True)
