@@ -174,6 +174,18 @@ def test_a_run_that_was_killed_goes_on_to_the_very_same_weights(causal_base, tmp
     assert np.array_equal(whole.held_out_scores, resumed.held_out_scores)
 
 
+def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(causal_base, tmp_path):
+    recipe = replace(RECIPE, max_steps=5, eval_steps=2)
+    material = material_of(causal_base)
+    with pytest.raises(Killed):
+        member.train_member(material, recipe, 3, tmp_path / "killed", callbacks=[KillAt(3)])
+    whole = tmp_path / "killed" / "checkpoints" / "checkpoint-2"
+    torn = whole.with_name("checkpoint-4")
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes((whole / "model.safetensors").read_bytes()[:1000])
+    assert member.train_member(material, recipe, 3, tmp_path / "killed", resume=True).num_steps == 5
+
+
 def test_a_run_that_goes_on_remembers_for_how_long_nothing_was_better(causal_base, tmp_path):
     recipe = replace(RECIPE, epochs=9, eval_steps=2, early_stopping_patience=3, learning_rate=1e-12)
     material = material_of(causal_base)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig
@@ -66,8 +67,7 @@ def train_member(
         material = replace(material, train=data.drawn(material.train, seed))
     model = prepare(material.base, recipe, seed)
     trainer = make_trainer(model, material, recipe, seed, folder / CHECKPOINTS, show_progress, callbacks)
-    checkpoint = get_last_checkpoint(str(folder / CHECKPOINTS)) if resume and (folder / CHECKPOINTS).is_dir() else None
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder / CHECKPOINTS) if resume else None)
     figures = None
     if material.held_out is not None:
         if recipe.early_stopping_patience or trainer.measured_at_step != trainer.state.global_step:
@@ -77,6 +77,14 @@ def train_member(
     write(trainer.model, material, folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Trained(trainer.state.global_step, time.monotonic() - started, figures, trainer.held_out_scores)
+
+
+def _last_checkpoint(scratch: Path) -> str | None:
+    """The last one that is whole: a run may have been killed while it wrote one, of which the state is written last."""
+    for file in scratch.glob("checkpoint-*"):
+        if not (file / TRAINER_STATE_NAME).is_file():
+            shutil.rmtree(file)
+    return get_last_checkpoint(str(scratch)) if scratch.is_dir() else None
 
 
 def prepare(folder: Path, recipe: Recipe, seed: int) -> Any:
