@@ -1,16 +1,18 @@
 """No option is without effect: each changes what is learned, or what is written, or how."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from preferences import pair_rows, rated_rows, same_weights, save_reward_base, weights_of
+from preferences import material_of, pair_rows, rated_rows, same_weights, save_reward_base, weights_of
 from rewardserve.cli.train import TrainOptions, _on_cpu
 from rewardserve.options import ConfigError
 from rewardserve.training import member
+from rewardserve.training.recipe import Recipe
 from safetensors import safe_open
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 # Options that change the weights of a run of a few steps, each with what it is compared with.
@@ -96,6 +98,16 @@ def arguments_seen(monkeypatch):
     return seen
 
 
+class Noted(TrainerCallback):
+    """Calls `note` with the model before each optimizer step."""
+
+    def __init__(self, note):
+        self.note = note
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.note(model)
+
+
 def test_a_micro_batch_is_what_is_computed_at_once(run_train, monkeypatch):
     shapes, compute = [], member.RewardModelTrainer.compute_loss
 
@@ -107,6 +119,21 @@ def test_a_micro_batch_is_what_is_computed_at_once(run_train, monkeypatch):
     weights = [weights_of(run_train("--held-out", 0, "--max-steps", 1, "--micro-batch-size", size)) for size in (0, 2)]
     assert shapes == [16] + [4] * 4  # pairs are two sequences
     assert all(torch.allclose(weights[0][key], weights[1][key], atol=3e-3) for key in weights[0])
+
+
+def test_a_row_counts_the_same_in_a_micro_batch_that_is_not_full(causal_base, tmp_path):
+    """Seven pairs make one step: all at once, or as five and two."""
+    moved = []
+    for size in (0, 5):
+        recipe = Recipe(epochs=1, batch_size=10, micro_batch_size=size, schedule="constant", warmup=0, use_cpu=True)
+        model = member.prepare(causal_base, recipe, 0)
+        material = replace(material_of(causal_base, pair_rows(7)), held_out=None)
+        trainer = member.make_trainer(model, material, recipe, 0, tmp_path / str(size))
+        gradients = []
+        trainer.add_callback(Noted(lambda model, seen=gradients: seen.append(model.score.weight.grad.clone())))
+        trainer.train()
+        moved += gradients
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-4, atol=1e-6)
 
 
 def test_gradient_checkpointing_computes_twice_and_learns_the_same(run_train, monkeypatch):

@@ -115,6 +115,7 @@ class RewardModelTrainer(RewardTrainer):
         self._held_out = held_out
         self.held_out_scores: np.ndarray | None = None  # [responses], of the last evaluation
         self.measured_at_step = -1
+        self._mean_size = 0.0  # sequences in a micro-batch, over those of the step under way
         super().__init__(
             model=model,
             args=args,
@@ -137,6 +138,12 @@ class RewardModelTrainer(RewardTrainer):
         lengths = (self.train_dataset if train_dataset is None else train_dataset)["length"]
         return Runs(list(lengths), self.args.per_device_train_batch_size, self.args.seed)
 
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        """The micro-batches of the next step."""
+        batches, num_items = super().get_batch_samples(*args, **options)
+        self._mean_size = sum(len(batch["input_ids"]) for batch in batches) / max(len(batches), 1)
+        return batches, num_items
+
     def rewards(self, model: nn.Module, inputs: Batch) -> torch.Tensor:
         """Scores of a batch's sequences, [sequences] fp32."""
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
@@ -154,6 +161,8 @@ class RewardModelTrainer(RewardTrainer):
                 self._metrics["train"]["accuracy"].append(right.mean().item())
         else:
             loss = losses.POINTWISE[self._recipe.loss](scores, inputs["target"])
+        if self._mean_size:  # micro-batches are averaged, and the last one of an epoch may have fewer rows
+            loss = loss * (len(scores) / self._mean_size)
         return (loss, {"logits": scores}) if return_outputs else loss
 
     def _pair_loss(
