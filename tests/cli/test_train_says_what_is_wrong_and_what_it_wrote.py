@@ -140,6 +140,14 @@ def test_what_is_too_long_is_left_out_and_counted(ran):
     assert code == 0 and "2 responses left out: longer than 256 tokens" in err
 
 
+def test_what_has_diverged_is_not_written(ran, tmp_path):
+    """Weights that grow ninefold at each step are no numbers in the end, and an accuracy of 0 would be no finding."""
+    flags = ("--learning-rate=1", "--weight-decay=10", "--schedule=constant", "--warmup=0", "--open-layers=0")
+    code, out, err = ran(*flags, "--max-steps=60", "--held-out=0.4")
+    assert code == 1 and out == "" and err.count("\n") == 1 and "diverged: score.weight is no longer a number" in err
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_ratings_are_pairs_for_bradley_terry(ran, tmp_path):
     assert ran("--max-steps=1", "--held-out=0", rows=rated_rows(10))[0] == 0
     assert json.loads((tmp_path / "out" / "training.json").read_text())["num_examples"] == 30

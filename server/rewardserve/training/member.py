@@ -17,6 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import RewardConfig
 
+from rewardserve.errors import RewardServeError
 from rewardserve.models.tokenizer import load_tokenizer
 from rewardserve.training import base, data, save
 from rewardserve.training.held_out import Figures, HeldOut
@@ -43,6 +44,12 @@ class Material:
     as_adapter: bool = False
 
 
+class Diverged(RewardServeError):
+    """Training has ended in weights that are no numbers."""
+
+    grpc = "FAILED_PRECONDITION"
+
+
 @dataclass(frozen=True, slots=True)
 class Trained:
     num_steps: int
@@ -61,13 +68,14 @@ def train_member(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Trained:
     """Trains and writes everything but the figures. With `resume` it goes on from the last checkpoint in `folder`, or
-    begins where there is none. Raises LoadFailed for a base that cannot be used."""
+    begins where there is none. Raises LoadFailed for a base that cannot be used, and Diverged."""
     started = time.monotonic()
     if recipe.bagging:
         material = replace(material, train=data.drawn(material.train, seed))
     model = prepare(material.base, recipe, seed)
     trainer = make_trainer(model, material, recipe, seed, folder / CHECKPOINTS, show_progress, callbacks)
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder / CHECKPOINTS) if resume else None)
+    _check_finite(trainer.model)
     figures = None
     if material.held_out is not None:
         if recipe.early_stopping_patience or trainer.measured_at_step != trainer.state.global_step:
@@ -77,6 +85,16 @@ def train_member(
     write(trainer.model, material, folder)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     return Trained(trainer.state.global_step, time.monotonic() - started, figures, trainer.held_out_scores)
+
+
+def _check_finite(model: torch.nn.Module) -> None:
+    """An accuracy of such weights is 0, and nobody could serve them."""
+    broken = [name for name, weight in model.named_parameters() if weight.requires_grad and not weight.isfinite().all()]
+    if broken:
+        raise Diverged(
+            f"training has diverged: {broken[0]} is no longer a number, so nothing is written; try a lower "
+            "--learning-rate and another --output, or --early-stopping-patience, which keeps the best of before"
+        )
 
 
 def _last_checkpoint(scratch: Path) -> str | None:
