@@ -174,6 +174,21 @@ def test_a_run_that_was_killed_goes_on_to_the_very_same_weights(causal_base, tmp
     assert np.array_equal(whole.held_out_scores, resumed.held_out_scores)
 
 
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "early_stopping_patience": 9}])
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(causal_base, tmp_path, monkeypatch, options):
+    recipe = replace(RECIPE, max_steps=4, eval_steps=2, schedule="constant", **options)
+    material = material_of(causal_base)
+    whole = member.train_member(material, recipe, 3, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(member, "write", lambda *given: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            member.train_member(material, recipe, 3, tmp_path / "killed")
+    resumed = member.train_member(material, recipe, 3, tmp_path / "killed", resume=True)
+    assert resumed.num_steps == whole.num_steps == 4
+    assert same_weights(weights_of(tmp_path / "whole"), weights_of(tmp_path / "killed"))
+    assert np.array_equal(whole.held_out_scores, resumed.held_out_scores)
+
+
 def test_a_checkpoint_whose_writing_was_cut_short_is_passed_over(causal_base, tmp_path):
     recipe = replace(RECIPE, max_steps=5, eval_steps=2)
     material = material_of(causal_base)

@@ -74,7 +74,7 @@ def train_member(
         material = replace(material, train=data.drawn(material.train, seed))
     model = prepare(material.base, recipe, seed)
     trainer = make_trainer(model, material, recipe, seed, folder / CHECKPOINTS, show_progress, callbacks)
-    trainer.train(resume_from_checkpoint=_last_checkpoint(folder / CHECKPOINTS) if resume else None)
+    trainer.go_on(_last_checkpoint(folder / CHECKPOINTS) if resume else None)
     _check_finite(trainer.model)
     figures = None
     if material.held_out is not None:

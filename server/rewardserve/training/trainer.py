@@ -1,5 +1,6 @@
 """TRL's RewardTrainer with our losses, data order and measure. The loop, optimizer and checkpoints are theirs."""
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback, TrainerState
 from trl import RewardConfig, RewardTrainer
 
 from rewardserve.training import losses
@@ -137,6 +139,21 @@ class RewardModelTrainer(RewardTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         lengths = (self.train_dataset if train_dataset is None else train_dataset)["length"]
         return Runs(list(lengths), self.args.per_device_train_batch_size, self.args.seed)
+
+    def go_on(self, checkpoint: str | None) -> None:
+        """Trains to the end, from `checkpoint` where there is one. Where that is the end, no step more is taken:
+        transformers looks whether it was the last one behind a step, not before it."""
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            self.train(resume_from_checkpoint=checkpoint)
+            return
+        self.state = state
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
 
     def get_batch_samples(self, *args: Any, **options: Any) -> Any:
         """The micro-batches of the next step."""
