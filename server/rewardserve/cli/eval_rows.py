@@ -30,7 +30,7 @@ class _JudgedIn(pydantic.BaseModel):
     rejected: str | None = None
     margin: Annotated[Finite, Field(ge=0)] | None = None
     label: Annotated[float, Field(ge=0, le=1)] | None = None  # how sure it is that `chosen` is; below 0.5 it is not
-    domain: NonEmpty[str] | None = None
+    domain: str | None = None  # empty is none, as in training
 
 
 def read_judged(path: str) -> tuple[list[Judged], str]:
