@@ -77,6 +77,20 @@ def test_given_loads_are_measured_one_after_the_other(run, server, tmp_path):
     assert "at 80%" not in ran.out
 
 
+def test_pairs_per_request_are_those_that_were_sent(run, server, rows, tmp_path):
+    """Of six groups four to a request the second has two; eight to a request is all six."""
+    found = []
+    for number in (4, 8):
+        out = tmp_path / f"{number}.json"
+        flags = ("--mode=closed", "--concurrency=1", "--max-requests=4", "--duration=60", "--warm-up=1")
+        assert (
+            run(server.endpoint, "--workload", rows, *flags, f"--groups-per-request={number}", "--out", out).code == 0
+        )
+        (row,) = json.loads(out.read_text())["rows"]
+        found.append((row["pairs_per_request"], row["pairs_per_s"] / row["requests_per_s"]))
+    assert found == [(6.0, pytest.approx(6.0)), (12.0, pytest.approx(12.0))]
+
+
 def test_a_run_ends_with_its_number_of_requests(run, server, tmp_path):
     out = tmp_path / "out.json"
     assert run(server.endpoint, *FAST, "--duration=60", "--mode=closed", "--max-requests=25", "--out", out).code == 0

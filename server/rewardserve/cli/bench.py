@@ -181,7 +181,7 @@ async def _measure(options: BenchOptions) -> int:
             await bench.measure()
         finally:
             await sender.close()
-    result = _report(options, model, workload, bench)
+    result = _report(options, model, workload, len(requests), bench)
     _show(result, workload, bench.examples)
     _write(options, result)
     return 130 if stop.is_set() else 0 if any(run.num_answered for run in result.runs) else 1
@@ -325,12 +325,12 @@ def _name_of(load: Load, share: float | None) -> str:
 # -- what is shown and written -----------------------------------------------------------------------------------------
 
 
-def _report(options: BenchOptions, model: ModelInfo, workload: Workload, bench: Bench) -> Report:
+def _report(options: BenchOptions, model: ModelInfo, workload: Workload, num_requests: int, bench: Bench) -> Report:
     about = report.circumstances(
         model,
         workload=Path(workload.name).name,
         num_groups=len(workload.groups),
-        pairs_per_request=workload.num_pairs / len(workload.groups) * options.groups_per_request,
+        pairs_per_request=workload.num_pairs / num_requests,  # the last may have fewer groups than were asked for
         groups_per_request=options.groups_per_request,
         cold_fraction=options.cold_share,
         seed=options.seed,
