@@ -109,6 +109,14 @@ def test_the_overview_is_drawn_in_each_format(full, tmp_path: Path, suffix):
     assert 5_000 < (tmp_path / f"overview{suffix}").stat().st_size < 150_000
 
 
+def test_letters_that_the_font_does_not_have_are_no_warnings(tmp_path):
+    """A warning is an error here."""
+    pytest.importorskip("matplotlib")
+    found = build(ABOUT, [pair((-1.0) ** (n % 3), str(n), domain=("日本語", "ไทย")[n % 2]) for n in range(8)])
+    picture.overview(found, tmp_path / "overview.png")
+    assert {each.finding for each in picture.pictures(found)} >= {"ranking"}
+
+
 def test_pairs_alone_make_a_report_without_what_needs_ratings(tmp_path):
     pytest.importorskip("matplotlib")
     found = build(ABOUT, [pair((-1.0) ** (n % 3), str(n), lengths=(20 + n, 30)) for n in range(30)])

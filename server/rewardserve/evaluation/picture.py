@@ -1,7 +1,9 @@
 """One figure for each finding, and the three that matter most side by side. Needs matplotlib."""
 
 import base64
+import contextlib
 import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +58,8 @@ def overview(report: Report, path: Path) -> None:
     about = report.about
     title = f"{about.model} {about.version} on {about.input}: {report.ranking.accuracy.num_prompts:,} prompts"
     figure.suptitle(_plain(f"{title}, {report.ranking.accuracy.num_pairs:,} pairs"), fontsize=10)
-    figure.savefig(path, dpi=110)
+    with _boxes_for_strange_letters():
+        figure.savefig(path, dpi=110)
 
 
 def ranking(axes: "Axes", report: Report) -> None:
@@ -191,5 +194,14 @@ def _png(report: Report, draw: Callable[["Axes", Report], None], size: tuple[flo
     figure = Figure(figsize=size, layout="constrained")
     draw(figure.add_subplot(), report)
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=130)
+    with _boxes_for_strange_letters():
+        figure.savefig(file, format="png", dpi=130)
     return file.getvalue()
+
+
+@contextlib.contextmanager
+def _boxes_for_strange_letters() -> Iterator[None]:
+    """What the font does not have is drawn as a box; a warning for each letter would say no more."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
