@@ -63,6 +63,13 @@ def test_responses_rated_alike_make_no_pair_and_a_gap_drops_more():
     assert len(pairs_of([pair(1.0, gap=0.1), pair(1.0, gap=0.5), pair(1.0)], 0.2)) == 2
 
 
+def test_a_gap_is_as_large_as_it_is_written():
+    """0.9 - 0.7 is a little more than 0.2 in floats, and 0.3 - 0.1 a little less."""
+    tenths = [rated([1, 2], [high / 10, (high - 2) / 10]) for high in range(2, 11)]
+    assert len(pairs_of(tenths, 0.2)) == 0 and len(pairs_of(tenths, 0.199)) == 9
+    assert len(pairs_of([rated([1, 2], [1.0, 1.0 + 1e-12])])) == 1
+
+
 def test_independent_pairs_get_wilsons_interval():
     margins = [1.0] * 700 + [-1.0] * 300
     found = share(np.array(margins), np.arange(1000))

@@ -12,6 +12,7 @@ Floats: TypeAlias = NDArray[np.float64]
 Prompt: TypeAlias = str | Sequence[Mapping[str, str]]  # one user turn, or a conversation of roles and contents
 
 NO_DOMAIN = "unnamed"  # of rows that name none
+ROUNDING = 1 + 1e-9  # times a gap: as floats 0.9 is above 0.7 by more than 0.2, and 0.3 above 0.1 by less
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,10 @@ class ScoredPrompt:
             if len(self.responses) == 2 and (self.gap is None or self.gap > min_gap):
                 yield self.responses[0], self.responses[1]
             return
+        gap = min_gap * ROUNDING
         for preferred in self.responses:
             for other in self.responses:
-                if preferred.rating - other.rating > min_gap:  # type: ignore[operator]
+                if preferred.rating - other.rating > gap:  # type: ignore[operator]
                     yield preferred, other
 
 

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from rewardserve.evaluation.data import Judged
+from rewardserve.evaluation.data import ROUNDING, Judged
 from rewardserve.evaluation.intervals import Share, share
 
 Kind: TypeAlias = Literal["adversarial", "known_bad"]
@@ -112,7 +112,7 @@ def results(
 
 def _differ(row: Judged, min_gap: float) -> bool:
     """Rated rows only: of a pair this would be the ranking once more."""
-    return row.ratings is not None and max(row.ratings) - min(row.ratings) > min_gap
+    return row.ratings is not None and max(row.ratings) - min(row.ratings) > min_gap * ROUNDING
 
 
 def _suite(name: str, margins: Sequence[float], prompts: Sequence[int]) -> Suite:
