@@ -134,6 +134,13 @@ def test_an_ensembles_summary_has_members_and_their_mean(ran, tmp_path):
     assert list(config.models) == ["seed-3", "seed-4"] and config.ensembles["rm"][1] == ("seed-3", "seed-4")
 
 
+def test_what_to_do_next_can_be_pasted_whatever_the_folder_is_called(ran, tmp_path):
+    folder = tmp_path / "my first model"
+    _, out, _ = ran("--max-steps=1", "--held-out=0", "--output", folder)
+    command = next(line for line in out.splitlines() if line.startswith("next: "))
+    assert load_config(shlex.split(command)[3:]).models == {"rm": str(folder)}
+
+
 def test_what_is_too_long_is_left_out_and_counted(ran):
     rows = [*pair_rows(20), {**pair_rows(1)[0], "prompt": "tea " * 300}]
     code, _, err = ran("--max-steps=1", "--held-out=0.3", rows=rows)

@@ -6,6 +6,7 @@ from its last checkpoint with --resume.
 
 import difflib
 import hashlib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -268,7 +269,7 @@ def _show(members: "Sequence[Member]", together: "Together | None") -> None:
         console.print(Text(text), soft_wrap=True)
     for member in members:
         console.print(Text(f"wrote {member.folder}"), soft_wrap=True)
-    flags = [f"--model {_name(member.folder)}={member.folder}" for member in members]
+    flags = [f"--model {shlex.quote(f'{_name(member.folder)}={member.folder}')}" for member in members]
     if len(members) > 1:
         flags.append(f'--ensemble "rm=mean({"+".join(_name(member.folder) for member in members)})"')
     console.print(Text(f"next: rewardserve serve {' '.join(flags)}"), soft_wrap=True)
