@@ -6,6 +6,7 @@ from dataclasses import replace
 import checkpoints
 import pytest
 import torch
+import zoo
 from preferences import SMALL, material_of, pair_rows, save_reward_base
 from rewardserve.errors import LoadFailed
 from rewardserve.training import base, member
@@ -88,6 +89,30 @@ def test_a_language_model_gets_a_head_and_keeps_its_backbone(causal_base):
 def test_a_head_of_another_kind_is_refused(reward_base):
     with pytest.raises(LoadFailed, match=r"has a head of kind 'linear': go on with --head linear, or .* --new-head"):
         base.load_base(reward_base, replace(RECIPE, head="mlp"), seed=0)
+
+
+@pytest.mark.parametrize("name", ["INF-ORM-Llama3.1-70B", "Qwen2.5-Math-RM-72B"])
+def test_an_mlp_that_others_have_trained_is_gone_on_with(tmp_path, name):
+    folder, scored = zoo.write(zoo.ZOO[name], tmp_path)
+    with pytest.raises(LoadFailed, match=r"has a head of kind 'mlp': go on with --head mlp, or .* --new-head"):
+        base.load_base(folder, RECIPE, seed=0)
+    ids = list(range(20, 40))
+    kept, new = (base.load_base(folder, replace(RECIPE, head="mlp", new_head=new), 0).eval() for new in (False, True))
+    scores = [model(input_ids=torch.tensor([ids])).logits.item() for model in (kept, new)]
+    assert scores[0] == pytest.approx(scored(ids).score, abs=1e-5) != pytest.approx(scores[1], abs=1e-2)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ArmoRM-Llama3-8B", "GRM-sftreg", "Eurus-RM-7b", "Beaver-7b reward", "Athene-RM-8B", "Qwen2.5-Math-PRM-7B",
+     "OpenRLHF value_head_prefix", "TRL and LLaMA-Factory value head"],
+)  # fmt: skip
+def test_a_head_that_cannot_be_trained_here_is_not_left_behind_without_a_word(tmp_path, name):
+    folder, _ = zoo.write(zoo.ZOO[name], tmp_path)
+    for head in ("linear", "mlp"):
+        with pytest.raises(LoadFailed, match="a head that cannot be trained here; begin with a new one: --new-head"):
+            base.load_base(folder, replace(RECIPE, head=head), seed=0)
+    assert base.load_base(folder, replace(RECIPE, new_head=True), seed=0).score.out_features == 1
 
 
 def test_a_head_of_several_labels_is_refused_unless_a_new_one_is_asked_for(tmp_path):

@@ -11,7 +11,9 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
-from rewardserve.models.checkpoint import as_trained, attention_of, first_line
+from rewardserve.models.checkpoint import Checkpoint, as_trained, attention_of, first_line, open_checkpoint
+from rewardserve.models.families import AT_LAST, FOREIGN_CONFIGS, recipe_of
+from rewardserve.models.head_parts import head_prefix, keys_below
 from rewardserve.training.heads import MLP_KEYS, LinearHead, MlpHead
 from rewardserve.training.recipe import ALL_LAYERS, Recipe
 
@@ -101,13 +103,12 @@ def _key(found: Any) -> str:
 def _place_head(
     model: PreTrainedModel, folder: Path, config: PreTrainedConfig, has_linear: bool, recipe: Recipe, seed: int
 ) -> None:
-    own = (getattr(config, OWN_KEY, None) or {}).get("head") or ("linear" if has_linear else None)
-    if own is not None and own != recipe.head and not recipe.new_head:
+    own = None if recipe.new_head else _own_head(folder, config, has_linear)
+    if own is not None and own != recipe.head:
         raise LoadFailed(f"{folder} has a head of kind '{own}': go on with --head {own}, or start anew with --new-head")
-    keeps = own == recipe.head and not recipe.new_head
     set_seed(seed)
     head = HEADS[recipe.head](config.get_text_config().hidden_size, recipe.head_dropout)
-    if keeps:
+    if own is not None:
         weights = model.score.state_dict() if recipe.head == "linear" else _read_mlp(folder)
         head.load_state_dict(weights)
     model.score = head
@@ -115,6 +116,35 @@ def _place_head(
         setattr(model.config, OWN_KEY, {"head": recipe.head})
     elif hasattr(model.config, OWN_KEY):
         delattr(model.config, OWN_KEY)  # a linear head is the plain kind, that every reader of a checkpoint expects
+
+
+def _own_head(folder: Path, config: PreTrainedConfig, has_linear: bool) -> str | None:
+    """The kind of head that the base has; None for a language model. Raises LoadFailed for a reward model whose head is
+    none that is trained here: it would be left behind without a word."""
+    if told := (getattr(config, OWN_KEY, None) or {}).get("head"):
+        return told
+    try:
+        checkpoint = open_checkpoint(str(folder), FOREIGN_CONFIGS)
+        prefix, served = head_prefix(checkpoint), recipe_of(checkpoint)
+    except LoadFailed:  # nothing that is served as it is: a language model
+        return "linear" if has_linear else None
+    if prefix is None and checkpoint.architecture.endswith("ForCausalLM"):
+        return None  # one that is known by its name; what is read there is no head of its own
+    if prefix == "score" and served.reads == AT_LAST and served.appended is None and not served.is_probability:
+        if has_linear:
+            return "linear"
+        if set(keys_below(checkpoint, prefix)) == set(MLP_KEYS) and _is_square(checkpoint):
+            return "mlp"
+    raise LoadFailed(
+        f"{folder} is a reward model ({served.family}) with a head that cannot be trained here; begin with a new one: "
+        "--new-head"
+    )
+
+
+def _is_square(checkpoint: Checkpoint) -> bool:
+    """Whether an MLP is as wide inside as the hidden state, as those are that are trained here."""
+    size = checkpoint.hidden_size
+    return [checkpoint.shape(key) for key in MLP_KEYS if key.endswith("weight")] == [(size, size), (1, size)]
 
 
 def _read_mlp(folder: Path) -> dict[str, torch.Tensor]:
