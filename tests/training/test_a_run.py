@@ -118,6 +118,15 @@ def test_data_come_in_batches_of_like_length_in_another_order_each_epoch():
     assert sorted(firsts) != firsts and np.std(firsts[:30]) > 100
 
 
+def test_what_fills_no_batch_is_not_always_the_longest():
+    """It comes last, when the learning rate is lowest, and has more weight to a row."""
+    runs, last = Runs(range(31), 16, seed=1), set()
+    for epoch in range(8):
+        runs.set_epoch(epoch)
+        last |= set(list(runs)[16:])
+    assert last == set(range(31))
+
+
 # -- stopping and going on ---------------------------------------------------------------------------------------------
 
 

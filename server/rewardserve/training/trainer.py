@@ -79,14 +79,16 @@ class Runs(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         rng = np.random.default_rng((self._seed, self._epoch))
         order = rng.permutation(len(self._lengths)).tolist()
+        filled = len(order) - len(order) % self._batch_size
         size = RUNS_SORTED * self._batch_size
-        chunks = [sorted(order[i : i + size], key=self._lengths.__getitem__) for i in range(0, len(order), size)]
+        chunks = [
+            sorted(order[i : min(i + size, filled)], key=self._lengths.__getitem__) for i in range(0, filled, size)
+        ]
         runs = [chunk[i : i + self._batch_size] for chunk in chunks for i in range(0, len(chunk), self._batch_size)]
-        whole = [run for run in runs if len(run) == self._batch_size]
-        rest = [run for run in runs if len(run) < self._batch_size]
-        rng.shuffle(whole)
-        # What fills no batch comes last: in the middle it would shift all that follow out of their runs.
-        return iter([index for run in (*whole, *rest) for index in run])
+        rng.shuffle(runs)
+        # What fills no batch comes last: in the middle it would shift all that follow out of their runs. It is any of
+        # them, not the longest: the last steps have the lowest learning rate.
+        return iter([index for run in (*runs, order[filled:]) for index in run])
 
 
 class Progress(ProgressCallback):
