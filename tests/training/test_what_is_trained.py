@@ -115,6 +115,19 @@ def test_a_head_that_cannot_be_trained_here_is_not_left_behind_without_a_word(tm
     assert base.load_base(folder, replace(RECIPE, new_head=True), seed=0).score.out_features == 1
 
 
+def test_a_head_that_a_file_beside_it_explains_is_not_read_otherwise(tmp_path):
+    folder, _ = zoo.write(zoo.ZOO["Skywork-Reward-V2 Qwen3"], tmp_path)
+    (folder / "rewardserve.toml").write_text('[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n')
+    with pytest.raises(LoadFailed, match="a head that cannot be trained here"):
+        base.load_base(folder, RECIPE, seed=0)
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-Nemotron-70B-Reward-HF", "math-shepherd-mistral-7b-prm"])
+def test_a_language_model_whose_logits_are_its_scores_gets_a_head(tmp_path, name):
+    folder, _ = zoo.write(zoo.ZOO[name], tmp_path)
+    assert base.load_base(folder, RECIPE, seed=0).score.out_features == 1
+
+
 def test_a_head_of_several_labels_is_refused_unless_a_new_one_is_asked_for(tmp_path):
     model = checkpoints.make_model("qwen3", **SMALL)
     model.score = torch.nn.Linear(SMALL["hidden_size"], 5, bias=False)

@@ -11,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
-from rewardserve.models.checkpoint import Checkpoint, as_trained, attention_of, first_line, open_checkpoint
-from rewardserve.models.families import AT_LAST, FOREIGN_CONFIGS, recipe_of
-from rewardserve.models.head_parts import head_prefix, keys_below
+from rewardserve.models.checkpoint import SPEC_FILE, Checkpoint, as_trained, attention_of, first_line
+from rewardserve.models.families import AT_LAST
+from rewardserve.models.head_parts import keys_below
+from rewardserve.models.spec import read_spec
 from rewardserve.training.heads import MLP_KEYS, LinearHead, MlpHead
 from rewardserve.training.recipe import ALL_LAYERS, Recipe
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 HEADS = {"linear": LinearHead, "mlp": MlpHead}
 HEAD_WEIGHT = "score.weight"  # of transformers' classes, where a head is linear
+OF_LANGUAGE = ("lm_head.", "output.", "embed_out.")  # what the weights of a language model's own head begin with
 OWN_KEY = "rewardserve"  # of config.json: {"head": "mlp"}
 LORA_ALPHA = 2  # times the rank
 
@@ -124,17 +126,18 @@ def _own_head(folder: Path, config: PreTrainedConfig, has_linear: bool) -> str |
     if told := (getattr(config, OWN_KEY, None) or {}).get("head"):
         return told
     try:
-        checkpoint = open_checkpoint(str(folder), FOREIGN_CONFIGS)
-        prefix, served = head_prefix(checkpoint), recipe_of(checkpoint)
+        spec = read_spec(str(folder))
     except LoadFailed:  # nothing that is served as it is: a language model
         return "linear" if has_linear else None
-    if prefix is None and checkpoint.architecture.endswith("ForCausalLM"):
-        return None  # one that is known by its name; what is read there is no head of its own
-    if prefix == "score" and served.reads == AT_LAST and served.appended is None and not served.is_probability:
-        if has_linear:
-            return "linear"
-        if set(keys_below(checkpoint, prefix)) == set(MLP_KEYS) and _is_square(checkpoint):
-            return "mlp"
+    served, checkpoint = spec.recipe, spec.checkpoint
+    if all(key.startswith(OF_LANGUAGE) for key in served.head_keys):
+        return None  # its own logits are read
+    told_beside = (folder / SPEC_FILE).is_file()
+    is_plain = served.reads == AT_LAST and served.appended is None and not served.is_probability and not told_beside
+    if is_plain and has_linear:
+        return "linear"
+    if is_plain and set(keys_below(checkpoint, "score")) == set(MLP_KEYS) and _is_square(checkpoint):
+        return "mlp"
     raise LoadFailed(
         f"{folder} is a reward model ({served.family}) with a head that cannot be trained here; begin with a new one: "
         "--new-head"
