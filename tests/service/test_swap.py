@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from rewardserve.errors import SwapRefused, Unavailable
 from rewardserve.service.live_model import LiveModel
-from rewardserve.service.swap import SwapPlan, swap
+from rewardserve.service.swap import SwapPlan, rollback, swap
 from rewardserve.types import ItemCode, ItemFailure, ScoreRequest, ScoreResult
 
 
@@ -81,3 +82,22 @@ async def test_a_correlation_of_fewer_requests_than_were_asked_for_is_none(house
     with pytest.raises(SwapRefused, match=r"of 1000000 requests were shadowed in 0\.2 s, too few"):
         await swapped(house, tools, engines, plan, lambda: None)
     await still_serves(house, tools, old, engines)
+
+
+@pytest.mark.parametrize("adapted", ["", "-adapted"])
+async def test_a_rollback_puts_no_other_version_in_the_place_of_the_one_before(
+    house, tools, engines, adapted: str
+) -> None:
+    """A trainer wrote the new one over it: what lies there now is what was to be left."""
+    old = await house.serve()
+    old.info = replace(old.info, version=f"v1{adapted}")
+    await swap(house.service, house.registry, SwapPlan("m", old.source), grace_s=1)
+    new = house.registry.get("m")
+    new.info = replace(new.info, version="v2")
+    make = house.registry._make_engine
+    house.registry._make_engine = lambda *of: engines.append(tools.Engine(new.info)) or engines[-1]
+    with pytest.raises(SwapRefused, match=f"/models/m is not what it was: version v2, not v1{adapted};"):
+        await rollback(house.registry, "m", grace_s=1)
+    assert house.registry.get("m") is new and engines[-1].num_stops == 1
+    house.registry._make_engine = make
+    assert (await rollback(house.registry, "m", grace_s=1)).info.version == "v1"

@@ -33,6 +33,7 @@ class Previous:
 
     source: str
     dtype: str
+    version: str  # as loaded from there: another may lie there by now
     kept: "LiveModel | None"  # still loaded
 
 

@@ -183,7 +183,8 @@ class Registry:
             raise SwapRefused(refusal)
         new.take_over(old)
         self._models[old.name] = new
-        new.previous = Previous(old.source, old.dtype, old if keep_previous else None)
+        assert old.info is not None
+        new.previous = Previous(old.source, old.dtype, old.info.version, old if keep_previous else None)
         before, old.previous = old.previous, None
         self._changed(new)
         self._retiring.add(old)

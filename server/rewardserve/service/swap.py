@@ -3,8 +3,9 @@
 import logging
 from dataclasses import dataclass
 
+from rewardserve.engine.base import ADAPTED
 from rewardserve.errors import InvalidRequest, SwapRefused
-from rewardserve.service.live_model import LiveModel, ModelState
+from rewardserve.service.live_model import LiveModel, ModelState, Previous
 from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
 from rewardserve.service.shadow import Shadow, mean_rank_correlation
@@ -92,8 +93,22 @@ async def _roll_back(registry: Registry, name: str, grace_s: float) -> LiveModel
         kept = None  # its engine died for good; it is loaded anew
     if kept is not None:
         kept.check_serving()
-    back = kept or await registry.load_beside(current, previous.source, previous.dtype)
+    back = kept or await _loaded_again(registry, current, previous)
     await registry.flip(current, back, grace_s, keep_previous=previous.kept is not None)
+    return back
+
+
+async def _loaded_again(registry: Registry, current: LiveModel, previous: Previous) -> LiveModel:
+    """Raises SwapRefused if another version lies there by now: trainers write one checkpoint over another."""
+    back = await registry.load_beside(current, previous.source, previous.dtype)
+    assert back.info is not None
+    found, wanted = back.info.version, previous.version
+    if found.removesuffix(ADAPTED) != wanted.removesuffix(ADAPTED):  # which only says how its adapter is applied
+        await back.engine.stop()
+        raise SwapRefused(
+            f"{previous.source} is not what it was: version {found}, not {wanted}; swap to a folder that holds it, "
+            "and have the next swap keep the previous version loaded"
+        )
     return back
 
 

@@ -112,7 +112,8 @@ class ModelsServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Rollback(self, request, context):
-        """Goes back to the version before the last Swap.
+        """Goes back to the version before the last Swap. FAILED_PRECONDITION if it was not kept, and is not where it was loaded
+        from any more: another is not put in its place.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
