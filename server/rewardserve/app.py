@@ -153,12 +153,15 @@ class App:
         self.port = self._listen(self._server)
         if self._config.metrics_port >= 0:
             self._serve_metrics()
-        await self._server.start()
-        log.info("listening on %s, metrics on port %s", _address(self._host, self.port), self.metrics_port or "none")
         for name, (aggregate, members) in self._config.ensembles.items():
             self.registry.add_ensemble(name, members, aggregate)
-        for name, source in self._config.models.items():
-            await self.registry.load(name, source)
+        # All before the first is loaded, which takes minutes: who asks for another is to come again, not to give up.
+        models = [self.registry.enter(name, source) for name, source in self._config.models.items()]
+        await self._server.start()
+        log.info("listening on %s, metrics on port %s", _address(self._host, self.port), self.metrics_port or "none")
+        for model in models:
+            if model in self.registry.models:  # or it was unloaded before its turn came
+                await self.registry.start(model)
         self._health.started(self.registry)
 
     async def drain(self) -> None:

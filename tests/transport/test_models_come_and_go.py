@@ -6,9 +6,12 @@ import gc
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rewardserve.app import App
+from rewardserve.config import ServeConfig
+from rewardserve.engine.fake import FakeEngine, fake_info
 from rewardserve.errors import LoadFailed
 from rewardserve.transport import grpc_server
-from rewardserve.v1 import models_pb2
+from rewardserve.v1 import models_pb2, models_pb2_grpc, scoring_pb2_grpc
 
 Code = grpc.StatusCode
 Load, Unload, Get = models_pb2.LoadModelRequest, models_pb2.UnloadModelRequest, models_pb2.GetModelRequest
@@ -174,6 +177,39 @@ async def test_a_model_that_is_loading_is_unavailable_while_others_are_served(co
     await controlled.good()
     controlled.engines["late"].start_gate.set()
     await load
+
+
+class SlowEngine(FakeEngine):
+    def __init__(self, may_start: asyncio.Event) -> None:
+        super().__init__(fake_info())
+        self._may_start = may_start
+
+    async def start(self, listener):
+        await self._may_start.wait()
+        return await super().start(listener)
+
+
+async def test_a_model_whose_turn_to_be_loaded_has_not_come_is_away_and_not_unknown(kit):
+    """A client goes on asking a server that was replaced, unless it is told that there is no such model."""
+    may_start = asyncio.Event()
+    config = ServeConfig(model=["a=/a", "b=/b"], ensemble=["both=mean(a+b)"], port=0, metrics_port=-1)
+    app = App(config, lambda *of: SlowEngine(may_start))
+    starting = asyncio.create_task(app.start())
+    await kit.eventually(lambda: app.port)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        score, models = scoring_pb2_grpc.ScoringStub(channel).Score, models_pb2_grpc.ModelsStub(channel)
+        for name in ("a", "b", "both"):
+            error = await kit.refused(score(kit.ids_request([1], [[2]], model=name), wait_for_ready=True))
+            assert (error.code, error.retry_after_s) == (Code.UNAVAILABLE, 1.0), name
+        listed = (await models.List(models_pb2.ListModelsRequest())).models
+        assert {model.name: model.state for model in listed} == dict.fromkeys(
+            ("a", "b", "both"), models_pb2.MODEL_STATE_LOADING
+        )
+        may_start.set()
+        await starting
+        for name in ("a", "b", "both"):
+            assert (await score(kit.ids_request([1], [[2]], model=name))).model.name == name
+    await app.stop()
 
 
 async def test_health_follows_each_model(controlled, kit):

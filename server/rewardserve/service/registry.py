@@ -205,25 +205,33 @@ class Registry:
 
     async def load(self, name: str, source: str, dtype: str = "auto") -> LiveModel:
         """Loads, checks and warms a model; it is served when this returns. Raises ModelExists or LoadFailed."""
+        return await self.start(self.enter(name, source, dtype))
+
+    def enter(self, name: str, source: str, dtype: str = "auto") -> LiveModel:
+        """A model that `start` is to load: away until then, and not unknown. Raises ModelExists or LoadFailed."""
         self._check_new(name)
         engine = self._make_engine(name, source, dtype)
         model = LiveModel(name, source, engine, ModelMetrics(self.metrics, name), self._limits)
         model.dtype, model.configured = dtype, self._finishings.get(name, self._finishing)
         self._models[name] = model
         self._on_change(model)
+        return model
+
+    async def start(self, model: LiveModel) -> LiveModel:
+        """Loads, checks and warms what was entered; it is served when this returns. Raises LoadFailed."""
         try:
             await model.start(self._executor, self._changed)
-            if self._models.get(name) is not model:
-                raise LoadFailed(f"model '{name}' was unloaded while it was loading")
+            if self._models.get(model.name) is not model:
+                raise LoadFailed(f"model '{model.name}' was unloaded while it was loading")
         except BaseException as error:
             self._forget(model)
             model.state = ModelState.FAILED
             self._on_change(model)
-            await engine.stop()
+            await model.engine.stop()
             _raise_if_own(error)
             raise
         assert model.info is not None
-        log.info("serving %s: %s, version %s, %s", name, source, model.version, model.info.path)
+        log.info("serving %s: %s, version %s, %s", model.name, model.source, model.version, model.info.path)
         return model
 
     async def unload(self, name: str, grace_s: float) -> None:

@@ -272,7 +272,8 @@ def ensemble(served: Ensemble, registry: Registry) -> models_pb2.Model:
     if missing:
         message.state, message.message = models_pb2.MODEL_STATE_FAILED, f"not served: {', '.join(missing)}"
     elif away:
-        message.state, message.message = STATES[away[0].state], f"member '{away[0].name}': {away[0].message}"
+        message.state = STATES[away[0].state]
+        message.message = f"member '{away[0].name}': {away[0].message}".removesuffix(": ")
     else:
         message.state = models_pb2.MODEL_STATE_SERVING
         versions = [(name, members[name].version) for name in served.members]
