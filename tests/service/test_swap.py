@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from rewardserve.errors import SwapRefused, Unavailable
+from rewardserve.errors import InvalidRequest, SwapRefused, Unavailable
 from rewardserve.service.live_model import LiveModel
-from rewardserve.service.swap import SwapPlan, rollback, swap
+from rewardserve.service.swap import CanaryPair, SwapPlan, rollback, swap
 from rewardserve.types import ItemCode, ItemFailure, ScoreRequest, ScoreResult
 
 
@@ -101,3 +101,37 @@ async def test_a_rollback_puts_no_other_version_in_the_place_of_the_one_before(
     assert house.registry.get("m") is new and engines[-1].num_stops == 1
     house.registry._make_engine = make
     assert (await rollback(house.registry, "m", grace_s=1)).info.version == "v1"
+
+
+async def test_the_share_of_canaries_that_was_asked_for_is_enough(house, tools, engines) -> None:
+    """0.56 * 25 is 14.000000000000002."""
+    await house.serve()
+    right, wrong = (CanaryPair(tools.pack(1), tools.pack(a), tools.pack(b)) for a, b in ((3, 2), (2, 3)))
+    plan = SwapPlan("m", "/models/new", canaries=(right,) * 14 + (wrong,) * 11, min_canary_accuracy=0.56)
+    assert (await swap(house.service, house.registry, plan, grace_s=1)).num_canaries_right == 14
+    with pytest.raises(SwapRefused, match="ranks 14 of 25 canary pairs right, and 57%"):
+        await swap(house.service, house.registry, replace(plan, min_canary_accuracy=0.57), grace_s=1)
+
+
+@pytest.mark.parametrize(("part", "field"), [(0, "prompt"), (1, "better"), (2, "worse")])
+async def test_a_canary_that_no_model_could_score_is_named_as_it_was_sent(
+    house, tools, engines, part: int, field: str
+) -> None:
+    old, sent = await house.serve(), [tools.pack(1), tools.pack(2), tools.pack(3)]
+    good, sent[part] = CanaryPair(*sent), tools.pack(10**6)
+    with pytest.raises(InvalidRequest) as refused:
+        await swap(house.service, house.registry, SwapPlan("m", "/n", canaries=(good, CanaryPair(*sent))), grace_s=1)
+    assert refused.value.field == f"canaries[1].{field}.token_ids"
+    await still_serves(house, tools, old, engines)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"shadow_requests": -1}, {"shadow_timeout_s": float("nan")}, {"min_rank_correlation": float("nan")}]
+)
+async def test_a_number_that_is_none_is_refused_by_name_before_anything_is_loaded(
+    house, tools, engines, wrong: dict[str, float]
+) -> None:
+    await house.serve()
+    with pytest.raises(InvalidRequest) as refused:
+        await swap(house.service, house.registry, SwapPlan("m", "/n", shadow_share=1.0, **wrong), grace_s=1)
+    assert refused.value.field in wrong and len(engines) == 1

@@ -1,6 +1,8 @@
 """Another version under the same name: loaded beside the one that serves, tried, and put in its place in one step."""
 
 import logging
+import math
+import re
 from dataclasses import dataclass
 
 from rewardserve.engine.base import ADAPTED
@@ -118,6 +120,14 @@ def _check(plan: SwapPlan) -> None:
     for field, value in (("min_canary_accuracy", plan.min_canary_accuracy), ("shadow_share", plan.shadow_share)):
         if not 0 <= value <= 1:
             raise InvalidRequest(field, f"{value:g} is not between 0 and 1")
+    if plan.shadow_requests < 0:
+        raise InvalidRequest("shadow_requests", f"{plan.shadow_requests} is negative; 0: the default")
+    if not 0 <= plan.shadow_timeout_s < math.inf:
+        raise InvalidRequest(
+            "shadow_timeout_s", f"{plan.shadow_timeout_s} is no number of seconds; 0 means the default"
+        )
+    if plan.min_rank_correlation is not None and not -1 <= plan.min_rank_correlation <= 1:
+        raise InvalidRequest("min_rank_correlation", f"{plan.min_rank_correlation:g} is not between -1 and 1")
     if plan.min_rank_correlation is not None and not plan.shadow_share:
         raise InvalidRequest("min_rank_correlation", "is of shadowed requests; give shadow_share too")
 
@@ -127,7 +137,10 @@ async def _try_canaries(service: ScoringService, new: LiveModel, plan: SwapPlan)
     if not plan.canaries:
         return 0
     groups = tuple(PromptGroup("", pair.prompt, (pair.better, pair.worse)) for pair in plan.canaries)
-    result = await service.score_with(new, ScoreRequest("canaries", plan.name, groups))
+    try:
+        result = await service.score_with(new, ScoreRequest("canaries", plan.name, groups))
+    except InvalidRequest as error:
+        raise InvalidRequest(_of_canaries(error.field), error.description) from None
     num_right = 0
     for number, group in enumerate(result.groups):
         better, worse = group.items
@@ -136,12 +149,18 @@ async def _try_canaries(service: ScoringService, new: LiveModel, plan: SwapPlan)
                 raise SwapRefused(f"canaries[{number}] has no score: {item.failure.message}")
         assert better.score is not None and worse.score is not None
         num_right += better.score > worse.score
-    if num_right < plan.min_canary_accuracy * len(groups):
+    if num_right / len(groups) < plan.min_canary_accuracy:  # 0.56 times 25 is more than 14
         raise SwapRefused(
             f"the new version ranks {num_right} of {len(groups)} canary pairs right, "
             f"and {plan.min_canary_accuracy:.0%} were asked for; the old one goes on serving"
         )
     return num_right
+
+
+def _of_canaries(field: str) -> str:
+    """Errors name the fields of the caller's own message, not of the Score request made from it."""
+    field = re.sub(r"^groups\[(\d+)\]", r"canaries[\1]", field)
+    return field.replace(".responses[0]", ".better", 1).replace(".responses[1]", ".worse", 1)
 
 
 async def _shadowed(service: ScoringService, old: LiveModel, new: LiveModel, plan: SwapPlan) -> Shadow:
