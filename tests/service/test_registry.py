@@ -411,6 +411,23 @@ async def test_an_ensemble_is_not_changed_as_a_model_is(house) -> None:
         await house.registry.update_weights("both", "/new")
 
 
+async def test_an_ensemble_is_up_while_all_of_its_members_are(house) -> None:
+    def is_up() -> float | None:
+        return house.metrics.registry.get_sample_value("rewardserve_model_up", {"model": "both"})
+
+    house.registry.add_ensemble("both", ["a", "b"], Aggregate(How.MEAN))
+    a = await house.serve("a")
+    assert is_up() == 0
+    await house.serve("b")
+    assert is_up() == 1
+    a.engine.listener.on_down("it died")
+    assert is_up() == 0
+    a.engine.listener.on_up(a.info)
+    assert is_up() == 1
+    await house.registry.unload("b", grace_s=1)
+    assert is_up() == 0
+
+
 async def test_a_server_that_drains_admits_nothing_and_waits(house, tools) -> None:
     await house.serve()
     house.engines["m"].may_score.clear()

@@ -97,7 +97,12 @@ class Registry:
         if len(set(members)) < max(2, len(members)):
             raise InvalidRequest("members", "an ensemble has two members at least")
         metrics, finishing = ModelMetrics(self.metrics, name), self._finishings.get(name, Finishing())
+        metrics.up.set_function(lambda: all(map(self._is_serving, members)))  # asked when it is scraped
         self._ensembles[name] = Ensemble(name, tuple(members), aggregate, metrics, finishing)
+
+    def _is_serving(self, name: str) -> bool:
+        model = self._models.get(name)
+        return model is not None and model.state is ModelState.SERVING
 
     def _check_new(self, name: str) -> None:
         if not is_model_name(name):
