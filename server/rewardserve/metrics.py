@@ -154,9 +154,15 @@ class ModelMetrics:
         self._metrics.info.labels(*labels).set(1)
         self._info_labels = labels
 
+    def nothing_queued(self) -> None:
+        """The engine whose scheduler last said otherwise is not there any more."""
+        self.queued_requests.set(0)
+        self.queued_tokens.set(0)
+
     def forget(self) -> None:
-        """The model is gone: it is not up, and has no version."""
+        """The model is gone: it is not up, nothing waits for it, and it has no version."""
         self.up.set(0)
+        self.nothing_queued()
         if self._info_labels is not None:
             self._metrics.info.remove(*self._info_labels)
             self._info_labels = None

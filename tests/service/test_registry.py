@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 
 import pytest
+from rewardserve.engine.base import BatchReport
 from rewardserve.errors import (
     Draining,
     InvalidRequest,
@@ -409,6 +410,22 @@ async def test_an_ensemble_is_not_changed_as_a_model_is(house) -> None:
     house.registry.add_ensemble("both", ("a", "b"), Aggregate(How.MEAN))
     with pytest.raises(SwapRefused, match="'both' is an ensemble of a, b; change its members"):
         await house.registry.update_weights("both", "/new")
+
+
+@pytest.mark.parametrize("ending", ["dies", "is unloaded", "is replaced"])
+async def test_nothing_is_queued_in_a_scheduler_that_is_not_there_any_more(house, tools, ending: str) -> None:
+    """The last report said otherwise, and none follows: what waited has failed, or another version has the name."""
+    model = await house.serve()
+    model.engine.listener.on_batch(BatchReport(1, 1, 0, 0, 0.1, queued_requests=7, queued_tokens=900))
+    assert (house.sample("queued_requests"), house.sample("queued_tokens")) == (7, 900)
+    if ending == "dies":
+        model.engine.listener.on_down("it died")
+    elif ending == "is unloaded":
+        await house.registry.unload("m", grace_s=0)
+    else:
+        house.engines.clear()
+        await swap(house.service, house.registry, SwapPlan("m", "/models/new"), grace_s=0)
+    assert (house.sample("queued_requests"), house.sample("queued_tokens")) == (0, 0)
 
 
 async def test_an_ensemble_is_up_while_all_of_its_members_are(house) -> None:

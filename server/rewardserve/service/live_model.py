@@ -112,6 +112,7 @@ class LiveModel:
         self.admission, old.admission = old.admission, self.admission
         self._describe(self.info)
         self.metrics.up.set(self.state is ModelState.SERVING)
+        self.metrics.nothing_queued()
 
     async def start(self, executor: Executor, on_change: Callable[["LiveModel"], None]) -> None:
         """Raises LoadFailed, or Unavailable if the engine died while loading."""
@@ -132,6 +133,10 @@ class LiveModel:
             else:
                 set_state(ModelState.SERVING, self.message)
 
+        def on_down(reason: str) -> None:
+            self.metrics.nothing_queued()
+            set_state(ModelState.RESTARTING, reason)
+
         def count_restart() -> None:
             self.num_restarts += 1
             self.metrics.restarts.inc()
@@ -139,7 +144,7 @@ class LiveModel:
         listener = EngineListener(
             on_batch=self._on_batch,
             on_part_down=lambda reason: count_restart(),
-            on_down=lambda reason: set_state(ModelState.RESTARTING, reason),
+            on_down=on_down,
             on_up=on_up,
             on_failed=lambda reason: set_state(ModelState.FAILED, reason),
         )
