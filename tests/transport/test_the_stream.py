@@ -1,6 +1,7 @@
 """ScoreStream: each request has exactly one reply, in any order; what fails is a reply too, and the stream lives on."""
 
 import asyncio
+import sys
 
 import grpc
 import pytest
@@ -104,6 +105,16 @@ async def test_a_time_that_is_none_is_named(served, stream, kit, seconds):
     await stream.write(kit.ids_request([1], [[1]], request_id="x", timeout_s=seconds))
     (reply,) = await read(stream, 1)
     assert reply.error.code == INVALID_ARGUMENT and reply.error.message.startswith("timeout_s: ")
+    await end(stream)
+
+
+@pytest.mark.parametrize("seconds", [5e-324, 1e12, sys.float_info.max])
+async def test_any_other_time_is_one_however_long(served, kit, seconds):
+    """For some, the largest number there is stands for no limit."""
+    stream = served.scoring.ScoreStream()  # with no deadline of its own, as trainers leave it open
+    await stream.write(kit.ids_request([1], [[1]], request_id="x", timeout_s=seconds))
+    (reply,) = await read(stream, 1)
+    assert reply.request_id == "x" and not reply.HasField("error")
     await end(stream)
 
 

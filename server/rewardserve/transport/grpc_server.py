@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 SCORING = "rewardserve.v1.Scoring"
 MODELS = "rewardserve.v1.Models"
 CLIENT_ID = "x-client-id"
+LONGEST_S = 1e9  # 30 years; the largest double, for some the word for no limit, cannot be counted in ticks
 
 T = TypeVar("T")
 
@@ -378,7 +379,7 @@ def _deadline(context: grpc.aio.ServicerContext, timeout_s: float = 0.0) -> floa
     remaining = context.time_remaining()
     if remaining is not None and remaining <= 0:
         raise DeadlineExceeded("the deadline passed before the request was read")
-    limits = [seconds for seconds in (remaining, timeout_s or None) if seconds is not None]
+    limits = [seconds for seconds in (remaining, min(timeout_s, LONGEST_S) or None) if seconds is not None]
     return time.monotonic() + min(limits) if limits else None
 
 
