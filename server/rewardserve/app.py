@@ -38,6 +38,8 @@ from rewardserve.transport.health import Health
 
 log = logging.getLogger(__name__)
 
+NO_LIMIT = 1 << 30  # for gRPC, which has no word for it
+
 MakeEngine = Callable[[str, str, str], Engine]  # name, source, dtype
 
 
@@ -286,6 +288,11 @@ class App:
         return [
             ("grpc.max_receive_message_length", size),
             ("grpc.max_send_message_length", size),
+            # gRPC cancels calls that wait to be read: from the thousandth on at random, and all after 30 s. But who may
+            # come in, and who is told to come again, is for admission to say.
+            ("grpc.server.max_pending_requests", NO_LIMIT),
+            ("grpc.server.max_pending_requests_hard_limit", NO_LIMIT),
+            ("grpc.server_max_unrequested_time_in_server", NO_LIMIT),
             ("grpc.so_reuseport", 0),  # a taken port is an error, not a silent share of its traffic
             # Rollout workers keep connections open for hours and ping them; the default is to hang up on them.
             ("grpc.keepalive_permit_without_calls", 1),

@@ -1,0 +1,16 @@
+"""However many calls come at once, each is answered by us: scored, or told when to come again."""
+
+import asyncio
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+
+async def test_no_call_of_a_burst_is_broken_off_before_it_is_read(served):
+    """Of those that a busy server has not read yet gRPC cancels some, from the thousandth on, if it may."""
+    with grpc.insecure_channel(served.target) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        request = health_pb2.HealthCheckRequest()
+        calls = [check.future(request, timeout=60) for _ in range(2000)]  # the server's event loop is ours: it waits
+        await asyncio.to_thread(lambda: [call.exception() for call in calls])
+        assert {call.code() for call in calls} == {grpc.StatusCode.OK}
