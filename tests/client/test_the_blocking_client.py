@@ -183,3 +183,27 @@ client.close()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout.strip() == "42", done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.parametrize(("first", "answer"), [("", "forked while a client was in use"), ("client.close()", "scored")])
+def test_one_made_after_a_fork_works_or_says_why_it_cannot(server, first: str, answer: str):
+    """gRPC would wait for threads that are not there, for ever and whatever the timeout, or crash."""
+    code = f"""
+import os
+from rewardserve.client import Group, RewardClient
+client = RewardClient({server.target!r})
+client.score([Group("p", ["a"])])
+{first}
+if os.fork() == 0:
+    try:
+        RewardClient({server.target!r}, timeout=20).score([Group("p", ["a"])])
+        print("scored", flush=True)
+    except RuntimeError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.wait()
+client.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert answer in done.stdout, done.stderr

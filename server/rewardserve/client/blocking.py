@@ -40,8 +40,8 @@ _CLOSE_S = 5.0  # for calls in flight to be cancelled; nothing waits longer, not
 class RewardClient:
     """The blocking client. Its methods do what those of AsyncRewardClient say, and raise the same errors.
 
-    May be shared by threads, and called where an event loop is running (Jupyter). Not to be taken through a fork:
-    there a call raises RuntimeError.
+    May be shared by threads, and called where an event loop is running (Jupyter). Not to be taken through a fork, nor
+    made after one that took an open client along: there a call raises RuntimeError.
     """
 
     def __init__(

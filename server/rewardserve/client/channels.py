@@ -4,7 +4,9 @@ A channel is given up, and another opened, only where the host at its other end 
 """
 
 import asyncio
+import os
 import re
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +58,21 @@ ROLLBACK: Rpc = attrgetter("models.Rollback")
 CHECK: Rpc = attrgetter("check")
 
 
+# gRPC's threads do not come along into a process that is forked while a channel is open: what is called there waits for
+# them for ever, whatever its deadline, or crashes.
+_open_channels: weakref.WeakSet[grpc.aio.Channel] = weakref.WeakSet()
+_were_open_at_fork = False
+
+
+def _after_fork() -> None:
+    global _were_open_at_fork
+    _were_open_at_fork = _were_open_at_fork or bool(_open_channels)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
 class Channels:
     """Channels open at their first use, in the event loop that uses them."""
 
@@ -77,7 +94,7 @@ class Channels:
         self.closed = False
 
     async def call(self, rpc: Rpc, request: Message, endpoint: str, timeout_s: float) -> Any:
-        """One attempt. Raises RewardClientError and nothing else, but for RuntimeError on a closed client."""
+        """One attempt. Raises RewardClientError and nothing else, but for RuntimeError if closed or after a fork."""
         self.check_size(request)
         if timeout_s <= 0:
             message = "no time was left to send the request"
@@ -101,6 +118,11 @@ class Channels:
     def wire(self, endpoint: str) -> Wire:
         if self.closed:
             raise RuntimeError("the client is closed")
+        if _were_open_at_fork:
+            raise RuntimeError(
+                "this process was forked while a client was in use, and gRPC cannot be used in it; start processes by "
+                "'spawn' or 'forkserver', or close every client before the fork and make new ones after it"
+            )
         if endpoint not in self._wires:
             self._wires[endpoint] = self._open(endpoint)
         return self._wires[endpoint]
@@ -117,13 +139,14 @@ class Channels:
         wires, self._wires = self._wires, {}
         for wire in wires.values():
             wire.pulse.stop()
-            await wire.channel.close()
+            await _close(wire.channel)
 
     def _open(self, endpoint: str) -> Wire:
         if self._credentials is None:
             channel = grpc.aio.insecure_channel(endpoint, options=self._options)
         else:
             channel = grpc.aio.secure_channel(endpoint, self._credentials, options=self._options)
+        _open_channels.add(channel)
         check = channel.unary_unary(
             health.CHECK,
             request_serializer=health.HealthCheckRequest.SerializeToString,
@@ -146,9 +169,14 @@ class Channels:
         if wire is None:  # closed meanwhile
             return
         self._on_gone(endpoint, CONNECT_TIMEOUT_S)
-        await wire.channel.close()
+        await _close(wire.channel)
         if not self.closed:
             self.wire(endpoint).channel.get_state(try_to_connect=True)
+
+
+async def _close(channel: grpc.aio.Channel) -> None:
+    await channel.close()
+    _open_channels.discard(channel)
 
 
 def _checked(metadata: Metadata) -> Metadata:
