@@ -27,6 +27,7 @@ from rewardserve.engine.process import EngineProcess
 from rewardserve.engine.replicas import Replicas
 from rewardserve.engine.shared import SharedEngine, sharing
 from rewardserve.engine.vllm_options import VllmOptions
+from rewardserve.errors import Unloaded
 from rewardserve.metrics import Metrics
 from rewardserve.models.source import check_source
 from rewardserve.service.admission import Limits
@@ -163,7 +164,8 @@ class App:
         log.info("listening on %s, metrics on port %s", _address(self._host, self.port), self.metrics_port or "none")
         for model in models:
             if model in self.registry.models:  # or it was unloaded before its turn came
-                await self.registry.start(model)
+                with contextlib.suppress(Unloaded):
+                    await self.registry.start(model)
         self._health.started(self.registry)
 
     async def drain(self) -> None:

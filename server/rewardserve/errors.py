@@ -6,7 +6,8 @@ RewardServeError
 ├── ModelExists           ALREADY_EXISTS
 ├── ControlDisabled       PERMISSION_DENIED    Load and Unload are switched off
 ├── LoadFailed            FAILED_PRECONDITION  the checkpoint cannot be served, and why
-│   └── OptionsDoNotFit                        not with these options, on this device
+│   ├── OptionsDoNotFit                        not with these options, on this device
+│   └── Unloaded                               before it was loaded, as somebody wished
 ├── SwapRefused           FAILED_PRECONDITION  the new version did not pass; the old one serves on
 ├── ItemFailed            (the item's code)    a call about single responses, and one has no score
 ├── InternalError         INTERNAL             a bug of ours; the log has it
@@ -55,6 +56,10 @@ class LoadFailed(RewardServeError):
 
 class OptionsDoNotFit(LoadFailed):
     """The engine could serve the checkpoint otherwise: no case for another engine."""
+
+
+class Unloaded(LoadFailed):
+    """Nothing is wrong with the checkpoint."""
 
 
 class SwapRefused(RewardServeError):

@@ -212,6 +212,30 @@ async def test_a_model_whose_turn_to_be_loaded_has_not_come_is_away_and_not_unkn
     await app.stop()
 
 
+@pytest.mark.parametrize("name", ["a", "b"])
+async def test_a_model_unloaded_while_the_server_starts_does_not_end_the_server(kit, name: str):
+    """The first is loading, and the other's turn has not come."""
+    may_start, engines = asyncio.Event(), {}
+
+    def make_engine(name: str, *of: str) -> FakeEngine:
+        engines[name] = SlowEngine(may_start)
+        return engines[name]
+
+    options = {"allow_model_control": True, "port": 0, "metrics_port": -1}
+    app = App(ServeConfig(model=["a=/a", "b=/b"], **options), make_engine)
+    starting = asyncio.create_task(app.start())
+    await kit.eventually(lambda: app.port)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{app.port}") as channel:
+        models = models_pb2_grpc.ModelsStub(channel)
+        await models.Unload(Unload(name=name), wait_for_ready=True)
+        may_start.set()
+        await starting
+        (left,) = (await models.List(models_pb2.ListModelsRequest())).models
+        assert left.name != name and left.state == models_pb2.MODEL_STATE_SERVING
+        assert not engines[name]._running
+    await app.stop()
+
+
 async def test_health_follows_each_model(controlled, kit):
     health = health_pb2_grpc.HealthStub(controlled.channel)
 

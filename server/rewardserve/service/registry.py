@@ -18,6 +18,7 @@ from rewardserve.errors import (
     ModelNotFound,
     RewardServeError,
     SwapRefused,
+    Unloaded,
 )
 from rewardserve.metrics import Metrics, ModelMetrics
 from rewardserve.service.admission import Limits
@@ -223,16 +224,19 @@ class Registry:
         return model
 
     async def start(self, model: LiveModel) -> LiveModel:
-        """Loads, checks and warms what was entered; it is served when this returns. Raises LoadFailed."""
+        """Loads, checks and warms what was entered; it is served when this returns. Raises LoadFailed, or Unloaded."""
         try:
             await model.start(self._executor, self._changed)
             if self._models.get(model.name) is not model:
-                raise LoadFailed(f"model '{model.name}' was unloaded while it was loading")
+                raise Unloaded(f"model '{model.name}' was unloaded while it was loading")
         except BaseException as error:
+            is_unloaded = self._models.get(model.name) is not model or model.state is ModelState.DRAINING
             self._forget(model)
             model.state = ModelState.FAILED
             self._on_change(model)
             await model.engine.stop()
+            if is_unloaded and isinstance(error, RewardServeError):  # whatever its engine ended in over that
+                raise Unloaded(f"model '{model.name}' was unloaded while it was loading") from error
             _raise_if_own(error)
             raise
         assert model.info is not None
