@@ -177,6 +177,24 @@ def test_a_wrong_value_names_its_option_and_itself(name: str, way: str, file, mo
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (
+            ["--attribute-weights=a=good:1", "--attribute-weights=a=safe:1"],
+            "'a' has one already; repeat it for",
+        ),
+        (["--attribute-weights=a=good:0.7+good:0.3"], "an attribute has two weights"),
+        (["--length-penalty=a=0.1", "--length-penalty=a=0.2"], "'a' has one already"),
+        (["--calibration=a=none", "--calibration=a=/f"], "'a' has one already"),
+    ],
+)
+def test_nothing_that_makes_scores_is_left_out_without_a_word(arguments: list[str], words: str) -> None:
+    """Of two entries for one model the last one would count alone."""
+    with pytest.raises(ConfigError, match=words):
+        load_config(["--model=a=/x", *arguments]).check()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (["--ensemble=e=mean(a+b)", "--calibration=e=none"], "nothing lies beside an ensemble"),
         (["--calibration=a=/f", "--attribute-weights=a=good:1"], "'a' was fitted to the model's own score"),
     ],

@@ -224,6 +224,8 @@ class ServeConfig(Options):
             parts = [part.rpartition(":") for part in value.split("+")]
             if not all(attribute and separator for attribute, separator, _ in parts):
                 raise ConfigError(f"--attribute-weights '{name}={value}': give NAME=helpful:0.7+safe:0.3")
+            if len({attribute for attribute, _, _ in parts}) < len(parts):
+                raise ConfigError(f"--attribute-weights '{name}={value}': an attribute has two weights")
             found[name] = {attribute: self._number("attribute-weights", number) for attribute, _, number in parts}
         return found
 
@@ -237,6 +239,8 @@ class ServeConfig(Options):
             if name not in self.models and name not in ensembles:
                 kinds = "--model or --ensemble" if ensembles else "--model"
                 raise ConfigError(f"{flag} {entry!r}: no {kinds} is named '{name}'")
+            if any(name == other for other, _ in found):
+                raise ConfigError(f"{flag} {entry!r}: '{name}' has one already; repeat it for another model only")
             found.append((name, value))
         return found
 
