@@ -81,7 +81,7 @@ async def test_credentials_are_used(serve):
 
 
 async def test_a_call_is_tried_again_until_it_succeeds(server, failure, fast, expected):
-    server.servicer.failures = [failure(Code.UNAVAILABLE, "restarting")] * 2 + [failure(Code.ABORTED, "again")]
+    server.servicer.failures = [failure(code, "again") for code in (Code.UNAVAILABLE, Code.ABORTED, Code.CANCELLED)]
     async with AsyncRewardClient(server.target, retry=fast) as client:
         result = await client.score(GROUPS)
     assert result.groups[1].scores == expected(GROUPS[1])

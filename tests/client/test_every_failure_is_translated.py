@@ -13,7 +13,7 @@ Code = grpc.StatusCode
 GROUPS = [Group("prompt", ["a"])]
 ONCE = RetryPolicy(max_attempts=1)
 EXPECTED = {
-    Code.CANCELLED: errors.ServerError,
+    Code.CANCELLED: errors.Unavailable,
     Code.UNKNOWN: errors.ServerError,
     Code.INVALID_ARGUMENT: errors.InvalidRequest,
     Code.DEADLINE_EXCEEDED: errors.DeadlineExceeded,

@@ -46,10 +46,10 @@ def test_a_retry_is_never_beyond_the_deadline_nor_the_attempts_nor_before_its_ti
 
 @pytest.mark.parametrize("code", Code, ids=lambda code: code.name)
 def test_only_what_can_get_better_is_retried(code):
-    plain = RewardClientError("", code=code)
-    assert is_worth_retrying(plain) is (code in {Code.UNAVAILABLE, Code.ABORTED})
+    transient = {Code.UNAVAILABLE, Code.ABORTED, Code.CANCELLED}
+    assert is_worth_retrying(RewardClientError("", code=code)) is (code in transient)
     with_wish = RewardClientError("", code=code, retry_after_s=0.1)
-    assert is_worth_retrying(with_wish) is (code in {Code.UNAVAILABLE, Code.ABORTED, Code.RESOURCE_EXHAUSTED})
+    assert is_worth_retrying(with_wish) is (code in transient | {Code.RESOURCE_EXHAUSTED})
 
 
 def test_jitter_is_full_by_default_and_can_be_none():

@@ -61,7 +61,7 @@ def is_worth_retrying(error: RewardClientError) -> bool:
     """RESOURCE_EXHAUSTED only with RetryInfo: without, it is a message too large, and will be so again."""
     if error.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         return error.retry_after_s is not None
-    return error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
+    return error.code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED, grpc.StatusCode.CANCELLED)
 
 
 def backoff_s(policy: RetryPolicy, attempt: int, fraction: float) -> float:

@@ -20,6 +20,8 @@ _CLASSES: dict[Code, type[errors.RewardClientError]] = {
     Code.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     Code.UNAVAILABLE: errors.Unavailable,
     Code.ABORTED: errors.Unavailable,  # transient as well, and retried as long as there was time
+    # Nobody here has cancelled it, for that is no RpcError: a server that ends did, or a proxy, before it was read.
+    Code.CANCELLED: errors.Unavailable,
     Code.PERMISSION_DENIED: errors.PermissionDenied,
     Code.UNAUTHENTICATED: errors.PermissionDenied,
 }
