@@ -39,6 +39,7 @@ from rewardserve.transport.health import Health
 
 log = logging.getLogger(__name__)
 
+MAX_BACKLOG_S = 5.0  # of calls that are yet to hear that the server shuts down
 NO_LIMIT = 1 << 30  # for gRPC, which has no word for it
 
 MakeEngine = Callable[[str, str, str], Engine]  # name, source, dtype
@@ -178,6 +179,7 @@ class App:
         self.registry.stop_admitting()
         self._door.close()
         await self.registry.drain(self._config.grace_s)
+        await self._door.has_caught_up(MAX_BACKLOG_S)
         await self._server.stop(grace=1.0)  # what is answered by now still has to leave
 
     async def stop(self) -> None:

@@ -4,6 +4,7 @@ import asyncio
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rewardserve.v1 import scoring_pb2_grpc
 
 
 async def test_no_call_of_a_burst_is_broken_off_before_it_is_read(served):
@@ -14,3 +15,13 @@ async def test_no_call_of_a_burst_is_broken_off_before_it_is_read(served):
         calls = [check.future(request, timeout=60) for _ in range(2000)]  # the server's event loop is ours: it waits
         await asyncio.to_thread(lambda: [call.exception() for call in calls])
         assert {call.code() for call in calls} == {grpc.StatusCode.OK}
+
+
+async def test_calls_that_a_server_shutting_down_has_not_read_hear_that_a_retry_is_safe(served, kit):
+    with grpc.insecure_channel(served.target) as channel:
+        score = scoring_pb2_grpc.ScoringStub(channel).Score
+        request = kit.ids_request([1], [[2]])
+        calls = [score.future(request, timeout=60) for _ in range(500)]  # nor is any of them read before it drains
+        await served.app.drain()
+        await asyncio.to_thread(lambda: [call.exception() for call in calls])
+        assert {call.code() for call in calls} <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}

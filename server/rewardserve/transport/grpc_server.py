@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 SCORING = "rewardserve.v1.Scoring"
 MODELS = "rewardserve.v1.Models"
 CLIENT_ID = "x-client-id"
+CAUGHT_UP, CAUGHT_UP_S = 10, 0.05  # fewer calls in that time are not read from a backlog
 LONGEST_S = 1e9  # 30 years; the largest double, for some the word for no limit, cannot be counted in ticks
 
 T = TypeVar("T")
@@ -70,10 +71,20 @@ class GrpcDoor:
         self._registry = registry
         self._options = options
         self._closing = asyncio.Event()
+        self._num_read = 0  # calls
 
     def close(self) -> None:
         """Streams end once what they have under way is answered."""
         self._closing.set()
+
+    async def has_caught_up(self, within_s: float) -> None:
+        """Returns when calls are read as they come. gRPC would cancel those that are unread when its server stops, and
+        nobody would know that a retry is safe."""
+        ends_at = time.monotonic() + within_s
+        before = -CAUGHT_UP
+        while self._num_read - before >= CAUGHT_UP and time.monotonic() < ends_at:
+            before = self._num_read
+            await asyncio.sleep(CAUGHT_UP_S)
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         scoring = {
@@ -102,6 +113,7 @@ class GrpcDoor:
         self, method: Callable[[Any, grpc.aio.ServicerContext], Awaitable[Message]], request: type[Message]
     ) -> grpc.RpcMethodHandler:
         async def handle(message: Message | _Malformed, context: grpc.aio.ServicerContext) -> Message:
+            self._num_read += 1
             try:
                 return await method(self._checked(message, context), context)
             except Exception as error:
