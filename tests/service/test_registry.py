@@ -410,6 +410,22 @@ async def test_an_ensemble_is_not_changed_as_a_model_is(house) -> None:
     house.registry.add_ensemble("both", ("a", "b"), Aggregate(How.MEAN))
     with pytest.raises(SwapRefused, match="'both' is an ensemble of a, b; change its members"):
         await house.registry.update_weights("both", "/new")
+    with pytest.raises(SwapRefused, match="'both' is an ensemble of a, b; change its members"):
+        await house.registry.unload("both", grace_s=1)
+
+
+async def test_an_ensemble_without_one_of_its_members_is_away_and_not_unknown(house, tools) -> None:
+    """Who asks for it has not mistaken its name, and is to come again."""
+    for name in ("a", "b"):
+        await house.serve(name)
+    house.registry.add_ensemble("both", ("a", "b"), Aggregate(How.MEAN))
+    await house.registry.unload("b", grace_s=1)
+    with pytest.raises(Unavailable, match="'both' cannot score without its member 'b', which is not served"):
+        await house.service.score(tools.request(model="both"))
+    assert not house.engines["a"].seen
+    house.engines.clear()
+    await house.serve("b")
+    assert (await house.service.score(tools.request(model="both"))).members[1][0] == "b"
 
 
 @pytest.mark.parametrize("ending", ["dies", "is unloaded", "is replaced"])

@@ -18,6 +18,7 @@ from rewardserve.errors import (
     ModelNotFound,
     RewardServeError,
     SwapRefused,
+    Unavailable,
     Unloaded,
 )
 from rewardserve.metrics import Metrics, ModelMetrics
@@ -100,6 +101,12 @@ class Registry:
         metrics, finishing = ModelMetrics(self.metrics, name), self._finishings.get(name, Finishing())
         metrics.up.set_function(lambda: all(map(self._is_serving, members)))  # asked when it is scraped
         self._ensembles[name] = Ensemble(name, tuple(members), aggregate, metrics, finishing)
+
+    def check_members(self, ensemble: Ensemble) -> None:
+        """Raises Unavailable if one was unloaded: the ensemble is served, and cannot score until it is back."""
+        for name in ensemble.members:
+            if name not in self._models:
+                raise Unavailable(f"'{ensemble.name}' cannot score without its member '{name}', which is not served")
 
     def _is_serving(self, name: str) -> bool:
         model = self._models.get(name)
@@ -244,8 +251,11 @@ class Registry:
         return model
 
     async def unload(self, name: str, grace_s: float) -> None:
-        """Stops admitting, waits for what is in flight as long as `grace_s`, and frees the memory."""
-        model = self._models.get(name)
+        """Stops admitting, waits for what is in flight as long as `grace_s`, and frees the memory.
+
+        Raises ModelNotFound, or SwapRefused for an ensemble.
+        """
+        model = self.get(name) if name in self._ensembles else self._models.get(name)
         if model is None:
             raise ModelNotFound(f"no model '{name}' here")
         model.state = ModelState.DRAINING

@@ -51,6 +51,7 @@ class ScoringService:
             return await self._score(model, request)
 
     async def _score_together(self, ensemble: Ensemble, request: ScoreRequest) -> ScoreResult:
+        self._registry.check_members(ensemble)
         parts = [asyncio.create_task(self.score(replace(request, model=name))) for name in ensemble.members]
         try:
             results = await asyncio.gather(*parts)
