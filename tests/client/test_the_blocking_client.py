@@ -166,20 +166,26 @@ def hang():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_taken_through_a_fork_it_says_so(server):
+@pytest.mark.parametrize(
+    "at_fork", ["", "client._loop._lock.acquire()"], ids=["idle", "a thread is handing over a call"]
+)
+def test_taken_through_a_fork_it_says_so(server, at_fork: str):
+    """At once: a lock that another thread held when the process was forked is held for ever in the child."""
     code = f"""
 import os
 from rewardserve.client import Group, RewardClient
 client = RewardClient({server.target!r})
+{at_fork}
 child = os.fork()
 if child == 0:
     try:
         client.score([Group("p", ["a"])])
     except RuntimeError as error:
+        client.close()
         os._exit(42)
     os._exit(1)
-print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-client.close()
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.stdout.strip() == "42", done.stderr

@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Coroutine
@@ -21,6 +22,7 @@ class LoopThread:
         self._loop = asyncio.new_event_loop()
         self._lock = threading.Lock()  # no coroutine is handed over once stop() has begun, or it would never end
         self._stopping = False
+        self._pid = os.getpid()
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
@@ -30,10 +32,13 @@ class LoopThread:
         Raises RuntimeError where the thread has been stopped, or was left behind in the parent of a forked process, or
         is the caller itself, which would wait for itself for ever (the garbage collector may run finalizers there).
         """
+        if os.getpid() != self._pid:  # not even the lock: a thread may have held it that is not here to let it go
+            coroutine.close()
+            raise RuntimeError("the client was made in another process")
         with self._lock:
             if self._stopping or not self._thread.is_alive() or threading.current_thread() is self._thread:
                 coroutine.close()
-                raise RuntimeError("the client is closed, or was made in another process")
+                raise RuntimeError("the client is closed")
             future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return _result(future, timeout_s)
@@ -45,6 +50,8 @@ class LoopThread:
 
     def stop(self, timeout_s: float) -> None:
         """Cancels what still runs and waits for the thread to end, at most so long. May be called again."""
+        if os.getpid() != self._pid:
+            return
         with self._lock:
             if not self._stopping and self._thread.is_alive():
                 self._loop.call_soon_threadsafe(self._loop.stop)
