@@ -1,6 +1,7 @@
 """However many calls come at once, each is answered by us: scored, or told when to come again."""
 
 import asyncio
+import time
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -19,9 +20,11 @@ async def test_no_call_of_a_burst_is_broken_off_before_it_is_read(served):
 
 async def test_calls_that_a_server_shutting_down_has_not_read_hear_that_a_retry_is_safe(served, kit):
     with grpc.insecure_channel(served.target) as channel:
+        await asyncio.to_thread(grpc.channel_ready_future(channel).result)
         score = scoring_pb2_grpc.ScoringStub(channel).Score
         request = kit.ids_request([1], [[2]])
-        calls = [score.future(request, timeout=60) for _ in range(500)]  # nor is any of them read before it drains
+        calls = [score.future(request, timeout=60) for _ in range(200)]
+        time.sleep(0.3)  # all of them are there, and none is read, for the server's event loop is this one
         await served.app.drain()
         await asyncio.to_thread(lambda: [call.exception() for call in calls])
         assert {call.code() for call in calls} <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 SCORING = "rewardserve.v1.Scoring"
 MODELS = "rewardserve.v1.Models"
 CLIENT_ID = "x-client-id"
-CAUGHT_UP, CAUGHT_UP_S = 10, 0.05  # fewer calls in that time are not read from a backlog
+CAUGHT_UP, CAUGHT_UP_S = 10, 0.1  # fewer calls in that time are not read from a backlog
 LONGEST_S = 1e9  # 30 years; the largest double, for some the word for no limit, cannot be counted in ticks
 
 T = TypeVar("T")
