@@ -13,11 +13,13 @@ from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
 
 MAX_AUTO_CACHE_BYTES = 4 << 30
-# Limit and use of a container's memory, in cgroup v2 and v1; psutil knows only the machine's.
+# Limit and use of a container's memory, in cgroup v2 and v1, and what comes before the names in its memory.stat that
+# count all its groups; psutil knows only the machine's.
 CONTAINER_MEMORY = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", ""),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes", "total_"),
 )
+PAGES_OF_FILES = ("active_file", "inactive_file")
 GRAPHS_OF_A_STEP = (
     0.5  # what CUDA graphs take, of a step's memory: theirs have a quarter of its rows, and it is their own
 )
@@ -103,13 +105,25 @@ def auto_cache_bytes() -> int:
 
 
 def _free_bytes() -> int:
-    """Memory that this process can still take: the machine's or, if that is less, its container's."""
+    """Memory that this process can still take: the machine's or, if that is less, its container's.
+
+    A container's use counts pages of files, which give way to whoever needs memory: after a checkpoint was read they
+    fill all that it may have.
+    """
     import psutil  # here: on a GPU the engine needs nothing beyond torch, transformers and numpy
 
     free = psutil.virtual_memory().available
-    for limit, used in CONTAINER_MEMORY:
+    for limit, used, prefix in CONTAINER_MEMORY:
         try:
-            free = min(free, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            kept = int(Path(used).read_text()) - _pages_of_files(Path(used).with_name("memory.stat"), prefix)
+            free = min(free, int(Path(limit).read_text()) - kept)
         except (OSError, ValueError):  # not there, or "max"
             continue
     return max(0, free)
+
+
+def _pages_of_files(stat: Path, prefix: str) -> int:
+    """Bytes, by a container's memory.stat; 0 where there is none."""
+    names = {prefix + name for name in PAGES_OF_FILES}
+    lines = map(str.split, stat.read_text().splitlines() if stat.exists() else [])
+    return sum(int(number) for name, number in lines if name in names)
