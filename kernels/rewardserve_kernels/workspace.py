@@ -14,12 +14,16 @@ def untouched(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
     """A tensor of `like`'s dtype and device that is not set to anything.
 
     On a CPU it is mapped apart from the heap: its pages cost nothing until they are used, are given back with it, and
-    take no place on the heap that is resident already and that others would use.
+    take no place on the heap that is resident already and that others would use. Raises MemoryError.
     """
     if like.device.type != "cpu":
         return like.new_empty(*shape)
     count = math.prod(shape)
-    pages = mmap.mmap(-1, max(1, count * like.element_size()), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    num_bytes = max(1, count * like.element_size())
+    try:
+        pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:  # whose kind says nothing of memory
+        raise MemoryError(f"{num_bytes} bytes cannot be mapped: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)  # the first use of a page costs as much as filling it, or more

@@ -24,9 +24,10 @@ from rewardserve.engine.native.sizing import (
 )
 from rewardserve.engine.native.speed_up import Subject, keep_freed_memory, speed_up
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL
-from rewardserve.errors import LoadFailed
+from rewardserve.errors import LoadFailed, OptionsDoNotFit
 from rewardserve.models import loader
 from rewardserve.models.backbone import NotPackable, check_packable
+from rewardserve.models.checkpoint import first_line
 from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.refresh import check_refresh, refresh
@@ -86,6 +87,16 @@ class Loaded:
 
 def load_runner(options: NativeOptions) -> Loaded:
     """Loads, checks and sizes everything, on the thread that is to run it. Raises LoadFailed with what to do."""
+    try:
+        return _load_runner(options)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OptionsDoNotFit(
+            f"{options.source}: there is too little memory on {options.device}: {first_line(error)}; free some (what "
+            "else is served there takes less with a smaller --prefix-cache-mb), or give another --device"
+        ) from error
+
+
+def _load_runner(options: NativeOptions) -> Loaded:
     specs = tuple(_read_specs(options))
     device = loader.choose_device(options.device)
     use_device(device)
@@ -252,6 +263,8 @@ def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance
         model.backbone.prepare_packed(prune, max_length)
         try:
             _, error = canary.run(model)
+        except torch.OutOfMemoryError:  # says nothing of the backbone
+            raise
         except Exception as failure:  # a backbone that cannot be packed may fail anywhere in itself
             reason = f"{type(failure).__name__}: {failure}".splitlines()[0]
         else:

@@ -66,7 +66,7 @@ def compute(model: RewardModel, pool: KVPool, rows: PackRows) -> None:
 def choose_num_blocks(options: NativeOptions, device: torch.device, bytes_per_block: int, beside_bytes: int) -> int:
     """As many blocks as the prefix cache's bytes hold; `beside_bytes` are left free on a GPU, for what is computed.
 
-    Raises OptionsDoNotFit where that is less than one short request needs.
+    Raises OptionsDoNotFit where that is less than one short request needs, or more than there is.
     """
     budget, least = options.prefix_cache_bytes, 4 * bytes_per_block
     if device.type == "cuda":
@@ -83,6 +83,13 @@ def choose_num_blocks(options: NativeOptions, device: torch.device, bytes_per_bl
                 f"need {beside_bytes >> 20} of it; give --prefix-cache-mb {room >> 20}, or fewer --max-batch-tokens"
             )
         budget = budget or max(least, min(int(0.6 * free), room))
+    elif budget:  # all of it is made resident, and a system that runs out of memory ends processes without a word
+        free = _free_bytes()
+        if min(budget, MAX_BLOCKS * bytes_per_block) > free:
+            raise OptionsDoNotFit(
+                f"a prefix cache of {budget >> 20} MB does not fit: {free >> 20} MB of memory are free; give less of "
+                "--prefix-cache-mb, or leave it out"
+            )
     budget = budget or auto_cache_bytes()
     if budget < least:
         raise OptionsDoNotFit(

@@ -87,6 +87,8 @@ class Subject:
         """What the canary says against the model as it is now, or None."""
         try:
             _, error = self.canary.run(self.model)
+        except torch.OutOfMemoryError:  # nothing is wrong with it, and what is left out would be left out for good
+            raise
         except Exception as failure:  # no C++ compiler, a layer that cannot be traced, a weight that is looked for
             failure = getattr(failure, "inner_exception", failure)  # what torch.compile wraps
             return " ".join([type(failure).__name__ + ":", *str(failure).split()])[:MAX_REASON]
