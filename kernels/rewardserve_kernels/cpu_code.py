@@ -1,6 +1,7 @@
 """C++ for the very CPU it runs on: compiled once, kept beside the user's other caches."""
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -44,26 +45,36 @@ def load(source: Path, needed: frozenset[str] = frozenset()) -> ctypes.CDLL:
     version = _run([*compiler, "--version"])
     texts = [file.read_text() for file in (source, *sorted(HEADERS.glob("*.h")))]
     key = hashlib.sha256("\0".join([*texts, version, *FLAGS, *sorted(cpu_flags())]).encode())
-    folder = _folder()
-    library = folder / f"{source.stem}-{key.hexdigest()[:16]}.so"
-    if not library.exists():
+    library = _folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
+    if library.exists():
+        with contextlib.suppress(OSError):  # a damaged one is built anew
+            return ctypes.CDLL(str(library))
+    try:
         # Another process may be building it too: each its own file, the last one stays.
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / "library.so"
             _run([*compiler, *FLAGS, "-o", str(built), str(source)])
             built.replace(library)
-    return ctypes.CDLL(str(library))
+        return _opened(library)
+    except OSError as error:  # a full disk, folders from which nothing may be run
+        raise CannotBuild(f"{library}: {error}") from error
+
+
+def _opened(library: Path) -> ctypes.CDLL:
+    """From a temporary folder if its own is one from which nothing may be run."""
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        return ctypes.CDLL(shutil.copy(library, tempfile.mkdtemp(dir=_temporary_folder())))
 
 
 def _folder() -> Path:
     """$XDG_CACHE_HOME/rewardserve, in ~/.cache by default; a new folder where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rewardserve"
-    try:
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rewardserve"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        pass
     return _temporary_folder()
 
 

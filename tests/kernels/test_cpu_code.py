@@ -1,6 +1,8 @@
 """C++ for this CPU is built once and kept; where that cannot be, the reason is named."""
 
+import ctypes
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,42 @@ def test_a_cache_that_cannot_be_written_is_done_without(source: Path, monkeypatc
     (source.parent / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(source.parent / "file"))
     assert cpu_code.load(source).answer() == 42
+
+
+def test_a_user_without_a_home_has_no_cache_and_needs_none(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "~")  # what is found where there is neither $HOME nor a line in /etc/passwd
+    with pytest.raises(RuntimeError):
+        Path.home()
+    assert cpu_code.load(source).answer() == 42
+
+
+def test_a_damaged_library_is_built_anew(source: Path) -> None:
+    program = f"import pathlib, rewardserve_kernels.cpu_code as c; c.load(pathlib.Path({str(source)!r}))"
+    subprocess.run([sys.executable, "-c", program], check=True)  # what this process has loaded it would find again
+    (library,) = (source.parent / "cache" / "rewardserve").iterdir()
+    library.write_bytes(b"")
+    assert cpu_code.load(source).answer() == 42
+
+
+def test_what_was_built_where_nothing_may_be_run_is_run_from_elsewhere(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a home that is mounted noexec. Where there is no such place, the library's products do."""
+    load, cache = ctypes.CDLL, str(source.parent / "cache")
+
+    def mounted_noexec(path: str) -> ctypes.CDLL:
+        if path.startswith(places):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", mounted_noexec)
+    places: tuple[str, ...] = (cache,)
+    assert cpu_code.load(source).answer() == 42
+    cpu_code.load.cache_clear()
+    places = ("/",)
+    with pytest.raises(CannotBuild, match="failed to map segment"):
+        cpu_code.load(source)
 
 
 def test_a_missing_compiler_is_named(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
