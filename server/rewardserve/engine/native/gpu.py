@@ -1,9 +1,16 @@
 """How a process, and each of its threads, is set up for its GPU, before its first product."""
 
+import logging
 import os
+import tempfile
+from pathlib import Path
 
 import torch
 import torch._inductor.config as inductor
+
+log = logging.getLogger(__name__)
+
+KERNELS = "TRITON_CACHE_DIR"
 
 
 def use_device(device: torch.device) -> None:
@@ -32,3 +39,23 @@ def make_batch_invariant() -> None:
     matmul.allow_fp16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]
     if hasattr(inductor, "deterministic"):  # from torch 2.10 on
         inductor.deterministic = True
+
+
+def find_place_for_kernels() -> None:
+    """Triton keeps what it compiles below the user's home, and compiles nothing where it cannot: in a container that is
+    often read-only, or the user is one without a home. Then below the folder for temporary files.
+    """
+    if KERNELS in os.environ or "TRITON_HOME" in os.environ or _is_ours(Path(os.path.expanduser("~"), ".triton")):
+        return
+    folder = Path(tempfile.gettempdir(), f"rewardserve-triton-{os.getuid()}")  # which the next process finds too
+    os.environ[KERNELS] = str(folder) if _is_ours(folder) else tempfile.mkdtemp(prefix="rewardserve-triton-")
+    log.info("kernels are kept in %s: the home cannot be written to", os.environ[KERNELS])
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it can be written to, by this user; it is made where it is not there."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        return folder.stat().st_uid == os.getuid() and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        return False

@@ -11,7 +11,7 @@ from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 from rewardserve.engine.base import ADAPTED, EngineInfo
 from rewardserve.engine.native.canary import Canary
-from rewardserve.engine.native.gpu import make_batch_invariant, use_device
+from rewardserve.engine.native.gpu import find_place_for_kernels, make_batch_invariant, use_device
 from rewardserve.engine.native.graphs import capture
 from rewardserve.engine.native.host_tier import compare_host_tier, host_blocks
 from rewardserve.engine.native.options import NativeOptions
@@ -106,8 +106,10 @@ def _load_runner(options: NativeOptions) -> Loaded:
     if device.type == "cpu":
         torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
         keep_freed_memory()
-    elif options.batch_invariant:
-        make_batch_invariant()
+    else:
+        find_place_for_kernels()
+        if options.batch_invariant:
+            make_batch_invariant()
     names = ", ".join(spec.checkpoint.source for spec in specs)
     log.info("loading %s (%s) as %s on %s", names, specs[0].architecture, dtype, device)
     shared = len(specs) > 1
