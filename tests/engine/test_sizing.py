@@ -16,22 +16,44 @@ from rewardserve_kernels.workspace import untouched
 GB = 1 << 30
 
 
-@pytest.mark.parametrize("prefix", ["", "total_"], ids=["cgroup v2", "cgroup v1"])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("depth", ["a container's", "a job's", "all jobs'"])
 @pytest.mark.parametrize("limit", [1, 2])
-def test_pages_of_files_that_a_container_has_read_are_memory_it_can_still_take(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prefix: str, limit: int
+def test_pages_of_files_that_a_group_of_processes_has_read_are_memory_it_can_still_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, depth: str, limit: int
 ) -> None:
-    """A checkpoint of 0.7 GB was read: with 0.2 GB in use the container is full, and nothing is short."""
+    """A checkpoint of 0.7 GB was read: with 0.2 GB in use there is no room in a group of 1 GB, and nothing is short.
+
+    The limit is that of the group that a container calls the top, of a job's own, or of the group that one is in.
+    """
     in_files, in_use = int(0.7 * GB), int(0.2 * GB)
-    stat = {"anon": in_use, f"{prefix}active_file": GB // 10, f"{prefix}inactive_file": in_files - GB // 10}
-    if prefix:  # of the root group alone
+    top = tmp_path / "memory" if version == 1 else tmp_path
+    limited = {"a container's": top, "a job's": top / "slurm" / "job_7", "all jobs'": top / "slurm"}[depth]
+    limited.mkdir(parents=True, exist_ok=True)
+    own = "/docker/of/another/view" if depth == "a container's" else "/slurm/job_7"
+    (tmp_path / "own").write_text(f"5:cpu,cpuacct:/\n4:memory:{own}\n0::/\n" if version == 1 else f"0::{own}\n")
+    monkeypatch.setattr(sizing, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(sizing, "ALL_GROUPS", tmp_path)
+    of_all = "total_" if version == 1 else ""
+    stat = {"anon": in_use, f"{of_all}active_file": GB // 10, f"{of_all}inactive_file": in_files - GB // 10}
+    if version == 1:  # of the group itself, without those within it
         stat |= {"active_file": 1, "inactive_file": 2}
-    (tmp_path / "limit").write_text(f"{limit * GB}\n")
-    (tmp_path / "used").write_text(f"{in_files + in_use}\n")
-    (tmp_path / "memory.stat").write_text("".join(f"{name} {number}\n" for name, number in stat.items()))
-    places = (str(tmp_path / "limit"), str(tmp_path / "used"), prefix)
-    monkeypatch.setattr(sizing, "CONTAINER_MEMORY", (("/nowhere", "/nowhere", ""), places))
+    said, used = [("memory.limit_in_bytes", "memory.usage_in_bytes"), ("memory.max", "memory.current")][version - 1]
+    (limited / said).write_text(f"{limit * GB}\n")
+    (limited / used).write_text(f"{in_files + in_use}\n")
+    (limited / "memory.stat").write_text("".join(f"{name} {number}\n" for name, number in stat.items()))
     assert sizing.auto_cache_bytes() == (limit * GB - in_use) // 10
+
+
+def test_groups_without_a_limit_leave_all_that_the_machine_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").write_text("0::/user.slice\n")
+    (tmp_path / "user.slice").mkdir()
+    (tmp_path / "user.slice" / "memory.max").write_text("max\n")
+    (tmp_path / "user.slice" / "memory.current").write_text("5\n")
+    monkeypatch.setattr(sizing, "ALL_GROUPS", tmp_path)
+    for own in ("own", "not there"):
+        monkeypatch.setattr(sizing, "OWN_GROUPS", tmp_path / own)
+        assert sizing.auto_cache_bytes() > 0
 
 
 def test_a_prefix_cache_that_memory_does_not_hold_is_refused_before_it_is_made_resident() -> None:

@@ -1,5 +1,6 @@
 """How much memory is for what: stored prompts, and a step beside them."""
 
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,8 @@ from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
 
 MAX_AUTO_CACHE_BYTES = 4 << 30
-# Limit and use of a container's memory, in cgroup v2 and v1, and what comes before the names in its memory.stat that
-# count all its groups; psutil knows only the machine's.
-CONTAINER_MEMORY = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", ""),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes", "total_"),
-)
+# Groups of processes whose memory is limited together: those of this one, and where all of them are.
+OWN_GROUPS, ALL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 PAGES_OF_FILES = ("active_file", "inactive_file")
 GRAPHS_OF_A_STEP = (
     0.5  # what CUDA graphs take, of a step's memory: theirs have a quarter of its rows, and it is their own
@@ -112,25 +109,38 @@ def auto_cache_bytes() -> int:
 
 
 def _free_bytes() -> int:
-    """Memory that this process can still take: the machine's or, if that is less, its container's.
-
-    A container's use counts pages of files, which give way to whoever needs memory: after a checkpoint was read they
-    fill all that it may have.
-    """
+    """Memory that this process can still take: the machine's or, if that is less, its container's or its job's."""
     import psutil  # here: on a GPU the engine needs nothing beyond torch, transformers and numpy
 
-    free = psutil.virtual_memory().available
-    for limit, used, prefix in CONTAINER_MEMORY:
-        try:
-            kept = int(Path(used).read_text()) - _pages_of_files(Path(used).with_name("memory.stat"), prefix)
-            free = min(free, int(Path(limit).read_text()) - kept)
-        except (OSError, ValueError):  # not there, or "max"
+    return max(0, min([psutil.virtual_memory().available, *_left_by_groups()]))
+
+
+def _left_by_groups() -> list[int]:
+    """Bytes that each of the groups of this process, and each group that those are in, may still take.
+
+    In a container its own group is at the top, whatever its path is said to be.
+    """
+    found: list[int] = []
+    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # cgroup v2
+            top, limit, used, of_all = ALL_GROUPS, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            top, limit, used, of_all = ALL_GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
+        else:
             continue
-    return max(0, free)
+        group = top / path.lstrip("/")
+        for each in (group, *group.parents[: len(group.parts) - len(top.parts)]):
+            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                allowed, taken = (int((each / name).read_text()) for name in (limit, used))
+                found.append(allowed - taken + _pages_of_files(each / "memory.stat", of_all))
+    return found
 
 
-def _pages_of_files(stat: Path, prefix: str) -> int:
-    """Bytes, by a container's memory.stat; 0 where there is none."""
-    names = {prefix + name for name in PAGES_OF_FILES}
+def _pages_of_files(stat: Path, of_all: str) -> int:
+    """Bytes that a group's use counts and that give way to whoever needs memory: where a checkpoint was read they fill
+    all that the group may have. `of_all` comes before names that count groups within it too.
+    """
+    names = {of_all + name for name in PAGES_OF_FILES}
     lines = map(str.split, stat.read_text().splitlines() if stat.exists() else [])
     return sum(int(number) for name, number in lines if name in names)
