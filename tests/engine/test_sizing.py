@@ -63,6 +63,20 @@ def test_a_prefix_cache_that_memory_does_not_hold_is_refused_before_it_is_made_r
     assert sizing.choose_num_blocks(options, torch.device("cpu"), bytes_per_block=1 << 10, beside_bytes=0)
 
 
+def test_a_host_cache_that_memory_does_not_hold_is_refused_before_it_is_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a job that may take 1 GB: what it asks for the system gives, until it is used."""
+    for name, text in {"own": "0::/\n", "memory.max": f"{GB}\n", "memory.current": "0\n"}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sizing, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(sizing, "ALL_GROUPS", tmp_path)
+    save_checkpoint(tmp_path)
+    options = {"compile": "off", "num_threads": 1, "prefix_cache_bytes": 16 << 20, "device": "cpu"}
+    with pytest.raises(OptionsDoNotFit, match="a host cache of 2048 MB does not fit: 1024 MB of memory are free"):
+        load_runner(NativeOptions(str(tmp_path), host_cache_bytes=2 * GB, **options))
+
+
 def test_memory_that_cannot_be_had_is_told_from_a_forward_that_fails() -> None:
     """By its kind: what runs out of memory is tried again in smaller forwards, and fails as RESOURCE_EXHAUSTED."""
     with pytest.raises(MemoryError):

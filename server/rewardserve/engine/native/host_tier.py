@@ -8,7 +8,7 @@ import torch
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 from rewardserve.engine.native.options import NativeOptions
-from rewardserve.engine.native.sizing import compute, largest_step
+from rewardserve.engine.native.sizing import compute, free_bytes, largest_step
 from rewardserve.errors import OptionsDoNotFit
 from rewardserve.models.checkpoint import first_line
 from rewardserve.models.kv_pool import HostBlocks, KVPool
@@ -26,10 +26,12 @@ def host_blocks(options: NativeOptions, pool: KVPool, bytes_per_block: int) -> H
         return None
     if pool.whole is None:
         raise OptionsDoNotFit("a host cache needs layers that are all of one shape; leave out host_cache_mb")
+    size, free = options.host_cache_bytes >> 20, free_bytes()
+    if num_slots * bytes_per_block > free:  # pinned, or used, it would be ended by the system without a word
+        raise OptionsDoNotFit(f"a host cache of {size} MB does not fit: {free >> 20} MB of memory are free; give less")
     try:
         return HostBlocks(pool, num_slots)
     except RuntimeError as error:
-        size = options.host_cache_bytes >> 20
         raise OptionsDoNotFit(
             f"a host cache of {size} MB cannot be had: {first_line(error)}; give less of it"
         ) from error

@@ -81,7 +81,7 @@ def choose_num_blocks(options: NativeOptions, device: torch.device, bytes_per_bl
             )
         budget = budget or max(least, min(int(0.6 * free), room))
     elif budget:  # all of it is made resident, and a system that runs out of memory ends processes without a word
-        free = _free_bytes()
+        free = free_bytes()
         if min(budget, MAX_BLOCKS * bytes_per_block) > free:
             raise OptionsDoNotFit(
                 f"a prefix cache of {budget >> 20} MB does not fit: {free >> 20} MB of memory are free; give less of "
@@ -105,10 +105,10 @@ def default_batch_tokens(on_cpu: bool) -> int:
 
 def auto_cache_bytes() -> int:
     """What the prefix cache gets on a CPU by default."""
-    return min(_free_bytes() // 10, MAX_AUTO_CACHE_BYTES)
+    return min(free_bytes() // 10, MAX_AUTO_CACHE_BYTES)
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
     """Memory that this process can still take: the machine's or, if that is less, its container's or its job's."""
     import psutil  # here: on a GPU the engine needs nothing beyond torch, transformers and numpy
 
