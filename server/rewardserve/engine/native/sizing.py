@@ -110,7 +110,7 @@ def auto_cache_bytes() -> int:
 
 def free_bytes() -> int:
     """Memory that this process can still take: the machine's or, if that is less, its container's or its job's."""
-    import psutil  # here: on a GPU the engine needs nothing beyond torch, transformers and numpy
+    import psutil  # here: without a host cache, an engine on a GPU needs nothing beyond torch, transformers and numpy
 
     return max(0, min([psutil.virtual_memory().available, *_left_by_groups()]))
 
