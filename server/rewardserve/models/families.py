@@ -65,6 +65,12 @@ ARMORM_OBJECTIVES = (
     "code-readability",
 )
 URM_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
+# `tokenizer.encode(f"{question} {answer}")` of a tokenizer that begins with a BOS
+QUESTION_AND_ANSWER = (
+    "{% if messages[0].role != 'user' or messages | length != (1 if add_generation_prompt else 2) %}"
+    "{{ raise_exception('it takes one question, and nothing before it') }}{% endif %}"
+    "{{ bos_token }}{{ messages | map(attribute='content') | join(' ') }}{% if add_generation_prompt %} {% endif %}"
+)
 
 
 AT_LAST = ReadPlan()
@@ -91,6 +97,7 @@ class Recipe:
     is_probability: bool = False
     normalizer: Normalizer | None = None
     steps: StepFormat | None = None
+    template: str | None = None  # of prompt and response, of models that were not trained with a chat template
     judge: JudgeFormat | None = None
     convert: Callable[[Checkpoint], dict[str, torch.Tensor]] | None = None  # weights by transformers' own names
 
@@ -286,6 +293,7 @@ def _math_shepherd(checkpoint: Checkpoint) -> Recipe:
         ReadPlan(ReadAt.EVERY, Pattern((tag,)), what="step tag 'ки'"),
         is_probability=True,
         steps=StepFormat(StepStyle.TAGGED, separator="\n", tag=" ки", joint="\n"),
+        template=QUESTION_AND_ANSWER,
     )
 
 
@@ -458,7 +466,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Math-Shepherd",
         "math-shepherd-mistral-7b-prm",
-        "p('+') against '-' of the LM head at every 'ки'",
+        "p('+') against '-' of the LM head at every 'ки', after BOS, question and a space",
         _named("math-shepherd"),
         _math_shepherd,
         "ids 648, 387 and 12902 where the tokenizer does not say",

@@ -40,6 +40,7 @@ def text_of(spec: ModelSpec) -> tuple[TextSpec | None, str]:
         spec.checkpoint.text_folder,
         in_pairs=spec.recipe.reads.at is ReadAt.FIRST,
         num_token_types=getattr(text_config, "type_vocab_size", 0),
+        template=spec.recipe.template,
     )
     recipe = spec.recipe
     is_plain = recipe.reads == ReadPlan() and recipe.appended is None and not recipe.steps and not recipe.judge
@@ -50,11 +51,14 @@ def text_of(spec: ModelSpec) -> tuple[TextSpec | None, str]:
     return text, missing_reason
 
 
-def export_text(folder: Path, in_pairs: bool = False, num_token_types: int = 0) -> tuple[TextSpec | None, str]:
+def export_text(
+    folder: Path, in_pairs: bool = False, num_token_types: int = 0, template: str | None = None
+) -> tuple[TextSpec | None, str]:
     """The checkpoint's text handling, or None and why there is none: then only token ids can be scored.
 
     `in_pairs`: an encoder that is shown prompt and response as a pair of segments, by its tokenizer's own rule.
     `num_token_types`: how many kinds of segments it tells apart beside their ids.
+    `template`: the model's own, which takes the place of the tokenizer's: a BOS, and a text tokenized by itself.
     """
     if in_pairs and num_token_types > 1:
         return None, f"its config's type_vocab_size is {num_token_types}: it tells a pair's halves apart by token types"
@@ -69,6 +73,10 @@ def export_text(folder: Path, in_pairs: bool = False, num_token_types: int = 0) 
         return None, f"{type(tokenizer).__name__} is not a fast tokenizer"
     if in_pairs:
         return _pairs(tokenizer)
+    if template is not None:
+        tokenizer.chat_template = template
+        if not _begins_alike(tokenizer):
+            return None, "a text after its tokenizer's BOS does not become the tokens that it is without one"
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         return None, f"its chat templates are named {', '.join(tokenizer.chat_template)}, and none is 'default'"
     return (
@@ -118,6 +126,13 @@ def _pairs(tokenizer: PreTrainedTokenizerBase) -> tuple[TextSpec | None, str]:
         tokenizer.backend_tokenizer.to_str(), PAIR_TEMPLATE, specials, tokenizer.cls_token_id, tuple(probes)
     )
     return spec, ""
+
+
+def _begins_alike(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a BOS can be written in front of a text: some tokenizers have another space at a text's beginning."""
+    texts = [f"{question} {answer}" for question, answer in PAIRS]
+    ids = [(tokenizer.bos_token_id, *_tokenize(tokenizer, text)) for text in texts]
+    return ids == [tuple(_tokenize(tokenizer, f"{tokenizer.bos_token}{text}")) for text in texts]
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:

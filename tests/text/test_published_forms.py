@@ -1,0 +1,49 @@
+"""Prompts and responses become the ids that a model's published script makes of them, also without a chat template."""
+
+import json
+from pathlib import Path
+
+import pytest
+import sentencepieces
+from rewardserve.errors import InvalidRequest
+from rewardserve.models.spec import read_spec
+from rewardserve.models.text_export import text_of
+from rewardserve.models.tokenizer import load_tokenizer
+from rewardserve.text.encoder import Encoder
+from rewardserve.text.tokenizer import Tokenizer
+from rewardserve.types import Conversation, Message, PlainText, Steps
+from zoo import ZOO, write
+
+QUESTION, FIRST, SECOND = "hello world?", "he: 1", "world"
+ANSWER = f"{FIRST} ки\n{SECOND} ки"
+SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def math_shepherd(folder: Path, **config: object) -> Path:
+    folder, _ = write(ZOO["math-shepherd-mistral-7b-prm"], folder)
+    (folder / "tokenizer.model").write_bytes(sentencepieces.model())
+    (folder / "tokenizer_config.json").write_text(json.dumps(SPECIALS | config))
+    return folder
+
+
+def test_math_shepherd_is_shown_a_bos_the_question_a_space_and_the_steps(tmp_path: Path, tools) -> None:
+    """`tokenizer.encode(f"{question} {output}")` in the model card; a chat template is unused."""
+    folder = math_shepherd(tmp_path, chat_template="{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    spec = read_spec(str(folder))
+    text, reason = text_of(spec)
+    assert text is not None, reason
+    encoder = Encoder(Tokenizer(text), 32000, 1000, steps=spec.recipe.steps)
+    asked = Conversation((Message("user", QUESTION),))
+    responses = [ANSWER, Steps((FIRST, SECOND)), f"{FIRST}\n{SECOND}"]
+    forms = [(PlainText(QUESTION), responses), (asked, responses)]
+    wanted = load_tokenizer(folder)(f"{QUESTION} {ANSWER}")["input_ids"]
+    assert wanted[0] == 1
+    encoded = encoder.encode(tools.request(*forms))
+    assert all(tools.whole_ids(encoded, group, item) == wanted for group in (0, 1) for item in (0, 1, 2))
+    with pytest.raises(InvalidRequest, match="one question, and nothing before it"):
+        encoder.encode(tools.request((Conversation((Message("system", "x"), *asked.messages)), [ANSWER])))
+
+
+def test_math_shepherds_text_is_refused_where_a_written_bos_changes_what_follows(tmp_path: Path) -> None:
+    text, reason = text_of(read_spec(str(math_shepherd(tmp_path, legacy=False))))
+    assert text is None and "after its tokenizer's BOS" in reason
