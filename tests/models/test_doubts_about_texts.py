@@ -42,6 +42,15 @@ def test_a_tokenizer_that_adds_a_token_which_verbatim_texts_lack_is_told(tmp_pat
     )
     tokenizer.save_pretrained(tmp_path)
     assert "the tokenizer itself would add <|im_start|>" in warnings_at_load(tmp_path, caplog)
+    spec_file, head = tmp_path / "rewardserve.toml", '[head]\nkind = "linear"\nweights = "score"\n'
+    for read in (
+        '[read]\nat = "mean"\n',
+        '[read]\nat = "every"\npattern = [5]\n[steps]\nstyle = "tagged"\ntag = "x"\n',
+    ):
+        spec_file.write_text(head + read)
+        assert "the tokenizer itself would add <|im_start|>" in warnings_at_load(tmp_path, caplog), read
+    spec_file.write_text(head + '[steps]\nstyle = "apart"\ntag = "x"\n')  # which begins with a BOS by itself
+    assert warnings_at_load(tmp_path, caplog) == ""
 
 
 def test_nothing_is_said_of_a_template_that_ends_otherwise(tmp_path, caplog) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.spec import ModelSpec
 from rewardserve.models.tokenizer import load_tokenizer
-from rewardserve.types import Probe, TextSpec
+from rewardserve.types import Probe, StepStyle, TextSpec
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +44,11 @@ def text_of(spec: ModelSpec) -> tuple[TextSpec | None, str]:
     )
     recipe = spec.recipe
     is_plain = recipe.reads == ReadPlan() and recipe.appended is None and not recipe.steps and not recipe.judge
-    if text is not None and is_plain:
-        looks_for_padding = spec.architecture.endswith("ForSequenceClassification")
-        for doubt in _doubts(text, getattr(text_config, "pad_token_id", None) if looks_for_padding else None):
+    looks_for_padding = is_plain and spec.architecture.endswith("ForSequenceClassification")
+    adds_bos = recipe.steps is not None and recipe.steps.style is StepStyle.APART
+    if text is not None:
+        padding_id = getattr(text_config, "pad_token_id", None) if looks_for_padding else None
+        for doubt in _doubts(text, padding_id, adds_bos):
             log.warning("%s: %s", spec.checkpoint.source, doubt)
     return text, missing_reason
 
@@ -91,12 +93,15 @@ def export_text(
     )
 
 
-def _doubts(text: TextSpec, padding_id: int | None) -> Iterator[str]:
-    """Where Hugging Face's own classes would, of the same texts, read another number. `padding_id` is the config's."""
+def _doubts(text: TextSpec, padding_id: int | None, adds_bos: bool) -> Iterator[str]:
+    """Where Hugging Face's own classes would, of the same texts, read another number. `padding_id` is the config's.
+
+    `adds_bos`: whether texts are given a BOS also without a template.
+    """
     backend = Tokenizer.from_str(text.tokenizer_json)
     bare = backend.encode("x", add_special_tokens=False).ids
     whole = backend.encode("x", add_special_tokens=True).ids
-    if text.chat_template is None and whole != bare:
+    if text.chat_template is None and not adds_bos and whole != bare:
         added = " and ".join(backend.id_to_token(token) for token in whole if token not in bare)
         yield (
             f"without a chat template texts are tokenized as they stand, while the tokenizer itself would add {added}; "
