@@ -52,6 +52,8 @@ def selu_at_the_last_pattern(h, ids, t) -> Wanted:
     return Wanted(F.linear(hidden, t["mine.2.weight"], t["mine.2.bias"]).item())
 
 
+MINE = '[head]\nkind = "linear"\nweights = "mine"\n'
+EVERY = f'{MINE}[read]\nat = "every"\npattern = [6]\n'
 LAST_OF = '[head]\nkind = "linear"\nweights = "mine"\n[read]\nat = "last-of"\npattern = [6, 7]\n'
 GATED = """
 [head]
@@ -158,6 +160,17 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
         ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nprobability_of = 1\n', "with a single output"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nweights_of = [1.0]\n', "score.weights_of does nothing"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nscale = 0\n', "score.scale"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nscale = inf\n', "score.scale"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nshift = nan\n', "score.shift"),
+        ('[head]\nkind = "lm_rows"\nids = [-1]\n', "head.ids.0"),
+        ('[head]\nkind = "lm_odds"\nids = [4, 4]\n', "head.ids must be two"),
+        (f"{MINE}[read]\nat = 'mean'\n[steps]\nstyle = 'ends'\n", "steps cannot be read with read.at = 'mean'"),
+        (f"{MINE}[read]\nat = 'first'\n[steps]\nstyle = 'ends'\n", "steps cannot be read with read.at = 'first'"),
+        (f"{MINE}[steps]\nstyle = 'ends'\nseparator = ''\n", "steps.separator"),
+        (f"{MINE}[read]\nappend = 9\n[steps]\nstyle = 'ends'\n", "read.append does nothing with steps.style"),
+        (f"{MINE}[steps]\nstyle = 'tagged'\ntag = 'x'\n", "read.at is 'last'; with steps.style = 'tagged' it must be"),
+        (f"{EVERY}[steps]\nstyle = 'tagged'\n", "steps.tag is missing"),
+        (f"{EVERY}[steps]\nstyle = 'apart'\ntag = 'x'\n", "read.at is 'every'; with steps.style = 'apart'"),
     ],
 )
 def test_what_is_wrong_in_the_file_is_named(text: str, words: str, tmp_path: Path) -> None:

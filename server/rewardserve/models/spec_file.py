@@ -66,11 +66,11 @@ def _reads(checkpoint: Checkpoint, told: SpecFile, head: HeadKeys, refuse: Refus
         if at is not ReadAt.LAST:
             raise refuse("read.at", f"is '{read.at}'; a gated head's rewards are read at the last token")
         at = ReadAt.GATED
-    if at not in PATTERNED:
-        return ReadPlan(at)
-    if told.steps is not None and at is not ReadAt.EVERY:
+    if told.steps is not None and at not in (ReadAt.LAST, ReadAt.EVERY):
         where = "a gated head" if at is ReadAt.GATED else f"read.at = {read.at!r}"
         raise refuse("steps", f"cannot be read with {where}; leave it out")
+    if at not in PATTERNED:
+        return ReadPlan(at)
     if not read.pattern:
         raise refuse("read.pattern", "is missing: token ids, at whose occurrence is read")
     vocab_size = checkpoint.config.get_text_config().vocab_size
@@ -87,7 +87,7 @@ def _reads(checkpoint: Checkpoint, told: SpecFile, head: HeadKeys, refuse: Refus
 def _head(checkpoint: Checkpoint, told: HeadKeys, refuse: Refuse) -> Head | nn.Module:
     kind, ids = told.kind, told.ids
     if kind == "lm_odds":
-        if len(ids) != 2:
+        if len(set(ids)) != 2 or len(ids) != 2:
             raise refuse("head.ids", "must be two: the token that is good, and the one that is not")
         return odds_head(checkpoint, *ids)
     if kind == "lm_rows":

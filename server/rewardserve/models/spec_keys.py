@@ -54,13 +54,15 @@ words = {}                # that may stand for numbers: {Yes = 1.0, No = 0.0}
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rewardserve.errors import LoadFailed
 
 Refuse = Callable[[str, str], LoadFailed]  # the key, and what is wrong with it
+TokenId = Annotated[int, Field(ge=0)]  # a negative one would be counted from the vocabulary's end
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -73,7 +75,7 @@ class HeadKeys(Section):
     outputs: int = Field(default=1, ge=1)
     activation: Literal["none", "sigmoid"] = "none"
     hidden: Literal["relu", "selu", "gelu", "silu", "tanh"] = "relu"
-    ids: tuple[int, ...] = ()
+    ids: tuple[TokenId, ...] = ()
     gate: str = ""
     quantiles: int = Field(default=1, ge=1)
     temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -85,29 +87,29 @@ class ReadKeys(Section):
     at: Literal["last", "first", "mean", "last-of", "every"] = "last"
     pattern: tuple[int, ...] = ()
     offset: int = Field(default=0, ge=0)
-    append: int | None = Field(default=None, ge=0)
+    append: TokenId | None = None
 
 
 class StepsKeys(Section):
     style: Literal["ends", "apart", "tagged", "turns"]
-    separator: str = "\n\n"
+    separator: str = Field(default="\n\n", min_length=1)
     tag: str = ""
     joint: str = ""
 
 
 class ScoreKeys(Section):
     attributes: tuple[str, ...] = ()
-    weights_of: tuple[float, ...] = ()
+    weights_of: tuple[Finite, ...] = ()
     probability_of: int | None = Field(default=None, ge=0)
-    shift: float = 0.0
-    scale: float = Field(default=1.0, gt=0)
+    shift: Finite = 0.0
+    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class VerdictKeys(Section):
     criteria: tuple[str, ...] = Field(min_length=1)
-    weights_of: tuple[float, ...] = ()
-    lowest: float
-    highest: float
+    weights_of: tuple[Finite, ...] = ()
+    lowest: Finite
+    highest: Finite
     max_tokens: int = Field(default=1024, ge=1)
     pattern: str = ""
     words: dict[str, float] = {}
@@ -116,7 +118,7 @@ class VerdictKeys(Section):
 class JudgeKeys(Section):
     template: str
     labels: tuple[str, ...] = ()
-    values: tuple[float, ...] = ()
+    values: tuple[Finite, ...] = ()
     verdict: VerdictKeys | None = None
 
 
@@ -143,6 +145,9 @@ HEEDED_OF_STYLE = {
 }
 
 
+BY_ENDS = ("ends", "apart")  # each step's last token is read; of the other styles what `read` finds
+
+
 def read_keys(path: Path) -> SpecFile:
     """Raises LoadFailed naming the key that is unknown or of the wrong kind."""
     try:
@@ -167,7 +172,11 @@ def refuse_unheeded(told: SpecFile, head: HeadKeys, num_outputs: int, refuse: Re
         check("read", told.read, {"at", "append"}, f"with read.at = {told.read.at!r}")
     if told.steps is not None:
         check("steps", told.steps, HEEDED_OF_STYLE[told.steps.style], f"with steps.style = {told.steps.style!r}")
-    if told.read.at == "every" and num_outputs > 1 and told.score.probability_of is None:
+    by_ends = False
+    if told.steps is not None and head.kind != "gated":  # of which no steps are read
+        _check_steps(told, told.steps, refuse)
+        by_ends = told.steps.style in BY_ENDS
+    if (told.read.at == "every" or by_ends) and num_outputs > 1 and told.score.probability_of is None:
         raise refuse("head.outputs", "are several, and a step has one score: give score.probability_of")
     normalizer = {"shift", "scale"}
     if head.kind == "gated":
@@ -176,3 +185,15 @@ def refuse_unheeded(told: SpecFile, head: HeadKeys, num_outputs: int, refuse: Re
         check("score", told.score, normalizer, "with a single output")
     elif told.score.probability_of is not None:
         check("score", told.score, {"probability_of", *normalizer}, "with score.probability_of")
+
+
+def _check_steps(told: SpecFile, steps: StepsKeys, refuse: Refuse) -> None:
+    style, by_ends = f"steps.style = {steps.style!r}", steps.style in BY_ENDS
+    if steps.style in ("tagged", "apart") and not steps.tag:
+        raise refuse("steps.tag", f"is missing: with {style} it ends a step")
+    if by_ends and told.read.at == "every":
+        raise refuse("read.at", f"is 'every'; with {style} the last token of each step is read: leave it out")
+    if by_ends and told.read.append is not None:
+        raise refuse("read.append", f"does nothing with {style}: it ends a response and no step; leave it out")
+    if not by_ends and told.read.at == "last":
+        raise refuse("read.at", f"is 'last'; with {style} it must be 'every', and read.pattern what ends a step")
