@@ -11,7 +11,7 @@ from rewardserve.models.text_export import text_of
 from rewardserve.models.tokenizer import load_tokenizer
 from rewardserve.text.encoder import Encoder
 from rewardserve.text.tokenizer import Tokenizer
-from rewardserve.types import Conversation, Message, PlainText, Steps
+from rewardserve.types import Conversation, Message, PlainText, Rendered, StepFormat, Steps, StepStyle
 from zoo import ZOO, write
 
 QUESTION, FIRST, SECOND = "hello world?", "he: 1", "world"
@@ -47,3 +47,12 @@ def test_math_shepherd_is_shown_a_bos_the_question_a_space_and_the_steps(tmp_pat
 def test_math_shepherds_text_is_refused_where_a_written_bos_changes_what_follows(tmp_path: Path) -> None:
     text, reason = text_of(read_spec(str(math_shepherd(tmp_path, legacy=False))))
     assert text is None and "after its tokenizer's BOS" in reason
+
+
+def test_a_tag_of_white_space_ends_every_step_also_the_last(plain, tools) -> None:
+    """As in TRL's form of stepwise data, whose separator is a line's end."""
+    how = StepFormat(StepStyle.TAGGED, separator="\n", tag="\n")
+    encoder = Encoder(plain.tokenizer, 400, 1000, steps=how)
+    encoded = encoder.encode(tools.request((Rendered("un"), ["happy\n  \nis 42", Steps(("happy", "is 42"))])))
+    wanted = plain.ids("unhappy\nis 42\n")
+    assert [tools.whole_ids(encoded, 0, item) for item in (0, 1)] == [wanted, wanted]

@@ -17,8 +17,9 @@ def steps_of(response: str | Steps, separator: str) -> tuple[str, ...]:
 
 
 def tagged(response: str | Steps, how: StepFormat, separator: str) -> str:
-    """With a tag after each step; a text that has tags already is taken as it is."""
-    if isinstance(response, str) and how.tag.strip() in response:
+    """With a tag after each step; a text that has tags already is taken as it is. White space is no such sign."""
+    mark = how.tag.strip()
+    if isinstance(response, str) and mark and mark in response:
         return response
     return how.joint.join(step + how.tag for step in steps_of(response, separator))
 
