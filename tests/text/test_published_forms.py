@@ -56,3 +56,17 @@ def test_a_tag_of_white_space_ends_every_step_also_the_last(plain, tools) -> Non
     encoded = encoder.encode(tools.request((Rendered("un"), ["happy\n  \nis 42", Steps(("happy", "is 42"))])))
     wanted = plain.ids("unhappy\nis 42\n")
     assert [tools.whole_ids(encoded, 0, item) for item in (0, 1)] == [wanted, wanted]
+
+
+def test_steps_as_turns_are_only_those_of_the_response(styles, tools) -> None:
+    """RLHFlow: what an assistant's turn begins with is read, so none may be there that answers no step."""
+    text = styles["llama3"]
+    encoder = Encoder(text.tokenizer, 400, 1000, steps=StepFormat(StepStyle.TURNS, tag="+"))
+    turns = [("user", "un happy"), ("assistant", "+"), ("user", "is 42"), ("assistant", "+")]
+    encoded = encoder.encode(tools.request((PlainText("un"), ["happy\n\nis 42", " \n\n ", "", Steps(())])))
+    assert tools.whole_ids(encoded, 0, 0) == text.ids(text.chat(turns, False))
+    for item in encoded.items[0][1:]:
+        assert item.failure is not None and "the response is empty" in item.failure.message
+    asked_before = Conversation((Message("user", "un"), Message("assistant", "happy"), Message("user", "is")))
+    with pytest.raises(InvalidRequest, match="would take an assistant's turn for one"):
+        encoder.encode(tools.request((asked_before, ["42"])))

@@ -189,6 +189,9 @@ class Encoder:
         responses = [(i, r) for i, r in enumerate(job.group.responses) if isinstance(r, str | Steps)]
         ends: dict[int, tuple[int, ...]] = {}
         wholes: _Wholes = {}
+        if job.steps is not None and job.steps.style is StepStyle.TURNS:  # without a step the question would be one
+            nothing = ItemFailure(ItemCode.INVALID_ARGUMENT, EMPTY)
+            wholes = {i: nothing for i, response in responses if not steps_of(response, job.separator)}
         if by_end:
             for i, response in responses:
                 found = self._ends(response, whole_text, len(prompt.text), job)
@@ -304,6 +307,12 @@ class Encoder:
         if in_turns and (messages is None or tokenizer.template is None):
             raise InvalidRequest(
                 f"{field}.prompt", "this model is shown steps as turns of a conversation; send text or token_ids"
+            )
+        if in_turns and messages is not None and any(message.role == "assistant" for message in messages):
+            raise InvalidRequest(
+                f"{field}.prompt.conversation",
+                "this model is shown steps as turns of a conversation, and would take an assistant's turn for one; "
+                "send a prompt without such turns",
             )
         if tokenizer.template is None or messages is None:
             return lambda response: prompt.text + ("" if response is None else _shown(response, job))
