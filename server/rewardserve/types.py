@@ -295,3 +295,9 @@ class TextSpec:
     special_tokens: dict[str, str]  # what templates call them: bos_token, eos_token, ...
     bos_token_id: int | None
     probes: tuple[Probe, ...] = ()
+    in_parts: bool = False  # the template takes what is said in a message as a list of parts
+
+
+def content_of(text: str, in_parts: bool) -> str | list[dict[str, str]]:
+    """What is said in a message, as a chat template takes it."""
+    return [{"type": "text", "text": text}] if in_parts else text

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
+from checkpoints import TEMPLATE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rewardserve.errors import InvalidRequest, LoadFailed
@@ -175,3 +176,31 @@ def test_several_templates_without_a_default_are_not_taken_for_none(make_text, t
     hf.save_pretrained(tmp_path)
     text, reason = export_text(tmp_path)
     assert text is None or text.chat_template is not None or "template" in reason
+
+
+PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_template_that_takes_lists_of_parts_is_given_them(make_text, tools) -> None:
+    """Those of models that see images. A string it would go through letter by letter, and render none."""
+    text = make_text(PARTS)
+    assert text.spec.probes and not make_text(TEMPLATE).spec.in_parts
+    encoded = text.encoder().encode(tools.request((PlainText("Hi"), ["un happy"])))
+    assert tools.whole_ids(encoded, 0, 0) == text.ids("<user>Hi<assistant>un happy")
+
+
+def test_the_template_that_transformers_4_kept_beside_a_processor_is_the_checkpoints(make_text, tmp_path) -> None:
+    make_text(None).hf.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    spec, reason = export_text(tmp_path)
+    assert spec is not None and spec.chat_template == TEMPLATE, reason
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")  # what a tokenizer's class reads
+    spec, reason = export_text(tmp_path)
+    assert spec is not None and spec.chat_template == "{{ messages[0].content }}", reason
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text("{}")
+    assert export_text(tmp_path) == (None, "no usable tokenizer: chat_template.json holds no chat_template")

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.spec import ModelSpec
 from rewardserve.models.tokenizer import load_tokenizer
-from rewardserve.types import Probe, StepStyle, TextSpec
+from rewardserve.types import Probe, StepStyle, TextSpec, content_of
 
 log = logging.getLogger(__name__)
 
@@ -81,13 +81,15 @@ def export_text(
             return None, "a text after its tokenizer's BOS does not become the tokens that it is without one"
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         return None, f"its chat templates are named {', '.join(tokenizer.chat_template)}, and none is 'default'"
+    in_parts = _leaves_out_content(tokenizer, False) and not _leaves_out_content(tokenizer, True)
     return (
         TextSpec(
             tokenizer_json=backend.to_str(),
             chat_template=_template(tokenizer),
             special_tokens={k: str(v) for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)},
             bos_token_id=tokenizer.bos_token_id,
-            probes=tuple(_probes(tokenizer)),
+            probes=tuple(_probes(tokenizer, in_parts)),
+            in_parts=in_parts,
         ),
         "",
     )
@@ -133,6 +135,20 @@ def _pairs(tokenizer: PreTrainedTokenizerBase) -> tuple[TextSpec | None, str]:
     return spec, ""
 
 
+def _leaves_out_content(tokenizer: PreTrainedTokenizerBase, in_parts: bool) -> bool:
+    """Whether other words make the same text: templates of models that see images may look for parts in a string."""
+    if _template(tokenizer) is None:
+        return False
+    rendered = set()
+    for word in ("yes", "no"):
+        try:
+            messages = [{"role": "user", "content": content_of(word, in_parts)}]
+            rendered.add(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # jinja's TemplateError and friends: it does not begin with a user's turn, say
+            return False
+    return len(rendered) == 1
+
+
 def _begins_alike(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a BOS can be written in front of a text: some tokenizers have another space at a text's beginning."""
     texts = [f"{question} {answer}" for question, answer in PAIRS]
@@ -147,7 +163,7 @@ def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return None
 
 
-def _probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
+def _probes(tokenizer: PreTrainedTokenizerBase, in_parts: bool) -> list[Probe]:
     """How the tokenizer itself renders and tokenizes conversations; those its template refuses are left out."""
     if _template(tokenizer) is None:
         texts = ["".join(content for _, content in conversation) for conversation in CONVERSATIONS]
@@ -156,7 +172,7 @@ def _probes(tokenizer: PreTrainedTokenizerBase) -> list[Probe]:
     now = time.time()
     for conversation in CONVERSATIONS:
         for messages, generate in ((conversation, False), (conversation[:-1], True)):
-            dicts = [{"role": role, "content": content} for role, content in messages]
+            dicts = [{"role": role, "content": content_of(content, in_parts)} for role, content in messages]
             try:
                 text = tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=generate)
             except Exception:  # jinja's TemplateError and friends: e.g. "System role not supported"

@@ -1,5 +1,6 @@
 """A checkpoint's tokenizer, as its own file has it."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -27,6 +28,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     For several kinds of models AutoTokenizer puts a class's own rules in place of the file's, in silence: how digits
     are split, or what a space is (transformers 5, huggingface/transformers#45920). The model was trained by the file's.
     """
+    tokenizer = _tokenizer(folder)
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = _processors_template(folder / "chat_template.json")
+    return tokenizer
+
+
+def _processors_template(file: Path) -> str | None:
+    """Where transformers 4 left the template of a model that sees images too; its tokenizer class looks elsewhere."""
+    if not file.is_file():
+        return None
+    saved = json.loads(file.read_text())
+    template = saved.get("chat_template") if isinstance(saved, dict) else None
+    if not isinstance(template, str):
+        raise ValueError(f"{file.name} holds no chat_template")
+    return template
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     has_file = (folder / "tokenizer.json").is_file()
     if not has_file and (model := _sentencepiece(folder / "tokenizer.model")) is not None:
         return from_sentencepiece(folder, model)

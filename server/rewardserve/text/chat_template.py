@@ -13,7 +13,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rewardserve.types import Message
+from rewardserve.types import Message, content_of
 
 # What a template raises: by its own decision, or because it cannot work on these messages.
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
@@ -44,7 +44,7 @@ def _tojson(
 
 
 class ChatTemplate:
-    def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: dict[str, str], in_parts: bool = False) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
@@ -52,6 +52,7 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         self._template = environment.from_string(source)
         self._special_tokens = special_tokens
+        self._in_parts = in_parts
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool, now: datetime | None = None) -> str:
         """Raises one of TEMPLATE_ERRORS for conversations the template refuses (an unknown role, two user turns, ...).
@@ -59,7 +60,7 @@ class ChatTemplate:
         `now` is the time of day for templates that ask.
         """
         return self._template.render(
-            messages=[{"role": m.role, "content": m.content} for m in messages],
+            messages=[{"role": m.role, "content": content_of(m.content, self._in_parts)} for m in messages],
             add_generation_prompt=add_generation_prompt,
             tools=None,
             documents=None,

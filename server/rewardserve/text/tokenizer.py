@@ -72,7 +72,9 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self.bos_token_id = spec.bos_token_id
         self._bound = TextBound.of(spec.tokenizer_json, spec.bos_token_id)
-        self.template = ChatTemplate(spec.chat_template, spec.special_tokens) if spec.chat_template else None
+        self.template = None
+        if spec.chat_template:
+            self.template = ChatTemplate(spec.chat_template, spec.special_tokens, spec.in_parts)
         added = list(self._tokenizer.get_added_tokens_decoder().values())
         cuttable = [t for t in added if t.special and not t.lstrip and not t.single_word]
         self._special = tuple(token.content for token in cuttable)
