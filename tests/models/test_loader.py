@@ -39,6 +39,15 @@ def test_a_checkpoint_in_one_file_scores_as_hugging_face(folder) -> None:
     assert close(scores(folder.path), padded_scores(folder.path, ROWS, torch.float32))
 
 
+@pytest.mark.parametrize("of_today", [True, False])
+def test_torchs_own_file_scores_as_hugging_face_in_either_of_its_forms(folder, of_today: bool) -> None:
+    wanted = padded_scores(folder.path, ROWS, torch.float32)
+    file = folder.path / "pytorch_model.bin"
+    torch.save(load_file(folder.weights), file, _use_new_zipfile_serialization=of_today)
+    folder.weights.unlink()
+    assert close(scores(folder.path), wanted)
+
+
 def test_a_checkpoint_in_shards_scores_the_same(folder, shards) -> None:
     assert torch.equal(scores(shards.path), scores(folder.path))
 

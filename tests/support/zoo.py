@@ -425,6 +425,14 @@ ZOO: dict[str, Kind] = {
         lambda h, ids, t: Wanted((F.linear(h[-1], t["value_head.weight"]).item() - 0.4) / 1.6),
         config={"value_head_prefix": "value_head", "mean": 0.4, "std": 1.6},
     ),
+    "DeepSpeed-Chat": Kind(
+        "llama",
+        "LlamaForCausalLM",
+        linear_head("v_head"),
+        at_last("v_head"),
+        rename=prefixed("rwtranrsformer."),
+        as_bin=True,
+    ),
     "a backbone below pretrained_model.": Kind(
         "qwen2",
         "Qwen2ForCausalLM",

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -287,7 +288,8 @@ def _keys(file: Path) -> list[str]:
 
 def _unpickle(file: Path) -> dict[str, torch.Tensor]:
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        mapped = is_zipfile(file)  # torch's form since 1.6; what is older is read whole
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         return {key: value for key, value in tensors.items() if isinstance(value, torch.Tensor)}
     except Exception as error:  # of pickle, zipfile and torch
         raise LoadFailed(f"{file}: not a readable file of weights ({first_line(error)})") from error

@@ -26,8 +26,10 @@ from rewardserve.models.spec import ModelSpec
 
 log = logging.getLogger(__name__)
 
-# What wrappers put before the names of a backbone's weights
-WRAPPERS = re.compile(r"^(?:(?:pretrained_model|base_model|language_model|transformer|backbone|model)\.)+")
+# What wrappers put before the names of a backbone's weights; the last but one is DeepSpeed-Chat's, in both spellings
+WRAPPERS = re.compile(
+    r"^(?:(?:pretrained_model|base_model|language_model|transformer|backbone|rwtran(?:s|rs)former|model)\.)+"
+)
 # Weights that are computed anew, or belong to other kinds of attention than those that run here
 BUFFERS = re.compile(r"(?:inv_freq|masked_bias|position_ids|[kv]_scale|(?:attn|attention)\.bias)$")
 # First names of heads that may lie unused beside the one that is read
