@@ -28,6 +28,11 @@ def base(tmp_path: Path) -> Path:
     [
         ({}, 8 / RANK, "base_model.model.score.weight"),
         ({"use_rslora": True}, 8 / math.sqrt(RANK), "base_model.model.score.modules_to_save.weight"),
+        (
+            {"alpha_pattern": {"proj": 3, r"layers\.\d.self_attn.q_proj": 16, "up_proj|down_proj": 16, "q_proj": 5}},
+            16 / RANK,
+            "base_model.model.score.weight",
+        ),
     ],
 )
 async def test_an_adapter_scores_as_its_base_merged_by_hand(base: Path, tmp_path: Path, config, scale, head) -> None:
@@ -67,7 +72,7 @@ def test_versions_tell_adapters_and_bases_apart(base: Path, tmp_path: Path) -> N
     ("config", "words"),
     [
         ({"use_dora": True}, "use_dora cannot be merged"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern"),
+        ({"alpha_pattern": {"(q_proj": 4}}, "alpha_pattern in its adapter_config.json: missing \\)"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
         ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),

@@ -65,7 +65,8 @@ def changes_of(
             other = adapter.get(key.replace(".lora_A.", ".lora_B."))
             if other is None or target not in base_keys:
                 raise LoadFailed(f"{folder}: '{key}' has no counterpart, or the base model has no '{target}'")
-            rank, alpha = len(tensor), float(config.get("lora_alpha", len(tensor)))
+            rank = len(tensor)
+            alpha = _alpha(folder, config, target.removesuffix(".weight"), rank)
             scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             transposed = bool(config.get("fan_in_fan_out"))
             shape = (len(other), tensor.shape[1])[:: -1 if transposed else 1]
@@ -81,3 +82,14 @@ def changes_of(
                 raise LoadFailed(f"{folder}: '{key}' is of no layer that the base model has")
             changes.whole[re.sub(r"\.modules_to_save(\.default)?\.", ".", name)] = tensor
     return changes
+
+
+def _alpha(folder: Path, config: dict[str, Any], layer: str, rank: int) -> float:
+    """A layer's own, if a pattern fits it: the first one that, as PEFT has it, is the end of its name from a dot on."""
+    try:
+        for pattern, alpha in (config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                return float(alpha)
+    except (re.error, AttributeError, TypeError, ValueError) as error:
+        raise LoadFailed(f"{folder}: alpha_pattern in its adapter_config.json: {error}") from error
+    return float(config.get("lora_alpha", rank))

@@ -13,7 +13,6 @@ NOT_KNOWN = (
     "lora_bias",
     "alora_invocation_tokens",
     "trainable_token_indices",
-    "alpha_pattern",
     "layer_replication",
 )
 # Values of init_lora_weights, or how they begin, by which PEFT changes the base's weights too, also when it loads
