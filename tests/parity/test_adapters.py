@@ -168,3 +168,23 @@ async def test_biases_that_were_trained_beside_lora_are_taken_over(tmp_path: Pat
     async with native(tmp_path / "adapter") as scorer:
         got = await scorer.scores(GROUPS)
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max() and not torch.allclose(got, plain, rtol=1e-2)
+
+
+async def test_an_adapter_that_brings_a_longer_vocabulary_reads_its_tokens(base: Path, tmp_path: Path) -> None:
+    """PEFT keeps the embedding whole where a token was added to it, one of padding for instance."""
+    weights, new = load_file(base / "model.safetensors"), VOCAB_SIZE
+    tensors = adapter_of(weights)
+    embedding = torch.cat([weights["model.embed_tokens.weight"], torch.randn(1, HIDDEN)])
+    by_hand = merged_by_hand(base, tensors, 8 / RANK, tmp_path / "by-hand")
+    merged = load_file(by_hand / "model.safetensors") | {"model.embed_tokens.weight": embedding}
+    save_file(merged, by_hand / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((by_hand / "config.json").read_text())
+    (by_hand / "config.json").write_text(json.dumps(config | {"vocab_size": VOCAB_SIZE + 1}))
+    save_adapter(tmp_path / "adapter", base, tensors | {"base_model.model.model.embed_tokens.weight": embedding})
+    groups = [([5, new, 7], [[8, new], [9, 10, 11]])]
+    wanted = padded_scores(by_hand, joined(groups), torch.float32)
+    async with native(tmp_path / "adapter") as scorer:
+        assert scorer.info.vocab_size == VOCAB_SIZE + 1
+        got = await scorer.scores(groups)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert read_spec(str(base)).config.vocab_size == VOCAB_SIZE

@@ -1,5 +1,6 @@
 """A checkpoint's files: its config, which weights there are, and single tensors of them."""
 
+import copy
 import json
 import re
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ HEAD_NAMES = (
     "reward_head",
     "out_proj",
 )
+EMBEDDINGS = re.compile(r"(?:^|\.)(?:embed_tokens|embed_in|wte|word_embeddings)\.weight$")  # of tokens
 PATTERNS = ["*.json", "*.safetensors", "*.bin", "*.jinja", "*.model", "*.txt", "*.toml"]
 
 
@@ -197,7 +199,17 @@ def _adapted(source: str, folder: Path, foreign_configs: dict[str, str]) -> Chec
     kept = base.where
     if any(map(_is_of_head, changes.whole)):  # which takes the place of the base's own
         kept = {key: file for key, file in base.where.items() if not _is_of_head(key)}
-    return Checkpoint(source, folder, base.raw_config, base.config, kept | where, base, changes)
+    return Checkpoint(source, folder, base.raw_config, _resized(base.config, changes), kept | where, base, changes)
+
+
+def _resized(config: PreTrainedConfig, changes: Changes) -> PreTrainedConfig:
+    """With the vocabulary of an embedding that an adapter brings: a token of padding was added to train it, say."""
+    brought = [tensor for key, tensor in changes.whole.items() if EMBEDDINGS.search(key)]
+    if not brought or len(brought[0]) == config.get_text_config().vocab_size:
+        return config
+    config = copy.deepcopy(config)
+    config.get_text_config().vocab_size = len(brought[0])
+    return config
 
 
 def _is_of_head(key: str) -> bool:
