@@ -188,3 +188,34 @@ async def test_an_adapter_that_brings_a_longer_vocabulary_reads_its_tokens(base:
         got = await scorer.scores(groups)
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert read_spec(str(base)).config.vocab_size == VOCAB_SIZE
+
+
+ON_THE_MEAN = '[head]\nkind = "linear"\nweights = "score"\n[read]\nat = "mean"\n'
+
+
+async def test_an_adapter_is_scored_as_the_file_beside_its_base_says(base: Path, tmp_path: Path) -> None:
+    """Unless it brings a head of its own; of one that was the base's, only a file of its own can tell."""
+    weights = load_file(base / "model.safetensors")
+    tensors = adapter_of(weights)
+    lora = {key: tensor for key, tensor in tensors.items() if "score" not in key}
+    by_hand = merged_by_hand(base, lora | {"score": weights["score.weight"]}, 8 / RANK, tmp_path / "by-hand")
+    for folder in (base, by_hand):
+        (folder / "rewardserve.toml").write_text(ON_THE_MEAN)
+    save_adapter(tmp_path / "adapter", base, lora)
+    async with native(by_hand) as scorer:
+        wanted = await scorer.scores(GROUPS)
+    async with native(tmp_path / "adapter") as scorer:
+        assert (await scorer.scores(GROUPS)) == pytest.approx(wanted, rel=1e-5)
+    assert (
+        read_spec(str(tmp_path / "adapter")).texts["rewardserve.toml"] == read_spec(str(base)).texts["rewardserve.toml"]
+    )
+
+    save_adapter(tmp_path / "with-head", base, tensors)
+    with pytest.raises(LoadFailed, match=r"brings 'score.weight', and .*base/rewardserve.toml says how its base's is"):
+        read_spec(str(tmp_path / "with-head"))
+    (tmp_path / "with-head" / "rewardserve.toml").write_text(ON_THE_MEAN)
+    assert read_spec(str(tmp_path / "with-head")).recipe.family == "by rewardserve.toml"
+
+    value_head = {"v_head.summary.weight": torch.randn(1, HIDDEN), "v_head.summary.bias": torch.randn(1)}
+    save_file(value_head, tmp_path / "adapter" / "value_head.safetensors")
+    assert read_spec(str(tmp_path / "adapter")).recipe.family == "scalar head"

@@ -79,6 +79,25 @@ class Checkpoint:
         return self.folder if has_tokenizer or self.base is None else self.base.text_folder
 
     @property
+    def spec_file(self) -> Path | None:
+        """What says how it is scored, where one lies there. An adapter without one is scored as its base is, unless it
+        brings a head of its own. Raises LoadFailed where that cannot be told: its base's head was trained on.
+        """
+        own = self.folder / SPEC_FILE
+        if own.is_file():
+            return own
+        told = None if self.base is None else self.base.spec_file
+        heads = [key for key in self.changes.whole if _is_of_head(key)]
+        if told is None or self.base is None or not heads:
+            return told
+        if trained_on := [key for key in heads if self.base.has(key)]:
+            raise LoadFailed(
+                f"{self.folder}: brings '{trained_on[0]}', and {told} says how its base's is read: put a {SPEC_FILE} "
+                "beside adapter_config.json, a copy if it was trained to be read so too"
+            )
+        return None
+
+    @property
     def folders(self) -> tuple[Path, ...]:
         return (self.folder,) if self.base is None else (*self.base.folders, self.folder)
 

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
-from rewardserve.models.checkpoint import HEAD_NAMES, SPEC_FILE, attention_of, first_line
+from rewardserve.models.checkpoint import HEAD_NAMES, attention_of, first_line
 from rewardserve.models.head_parts import LM_HEADS
 from rewardserve.models.heads import Head
 from rewardserve.models.reads import ReadAt
@@ -187,7 +187,7 @@ def _check_surplus(spec: ModelSpec, module: PreTrainedModel, surplus: Sequence[s
             f"{spec.folder}: config.json describes a model without the weights {_listed(inside)}: the score would "
             "leave them out. Correct what config.json says of its layers and biases, or remove the weights"
         )
-    told = (spec.folder / SPEC_FILE).is_file()
+    told = spec.checkpoint.spec_file is not None
     if beside := [key for key, name in first_names.items() if name not in OTHER_HEADS and not told]:
         raise LoadFailed(
             f"{spec.folder}: {_listed(beside)} are neither of the backbone nor of a head that is known: the score "

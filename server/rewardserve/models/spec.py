@@ -80,17 +80,18 @@ def read_spec(source: str, any_quantization: bool = False) -> ModelSpec:
         stored_dtype=checkpoint.stored_dtype(besides=recipe.head_keys),
         max_length=_max_length(checkpoint.config),
         version=fingerprint(checkpoint.folders, checkpoint.weight_files),
-        texts=_digests(checkpoint.text_folder),
+        texts=_digests(checkpoint),
     )
 
 
 def _told(checkpoint: Checkpoint) -> Recipe | None:
     """What a file beside the config says; None without one."""
-    if not (checkpoint.folder / SPEC_FILE).is_file():
+    path = checkpoint.spec_file
+    if path is None:
         return None
     from rewardserve.models.spec_file import recipe_from_file  # here: a GPU's image may lack what it needs
 
-    return recipe_from_file(checkpoint)
+    return recipe_from_file(checkpoint, path)
 
 
 def _check_quantization(checkpoint: Checkpoint) -> None:
@@ -104,10 +105,12 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
         raise LoadFailed(f"{checkpoint.folder}/{MODELOPT_FILE}: quantized by ModelOpt; its weights would be misread")
 
 
-def _digests(folder: Path) -> dict[str, bytes]:
-    names = {file for pattern in TEXT_FILES for file in folder.glob(pattern)}
-    files = [file for file in names if file.name not in ("config.json", "adapter_config.json")]
-    return {file.name: hashlib.blake2b(file.read_bytes()).digest() for file in files}
+def _digests(checkpoint: Checkpoint) -> dict[str, bytes]:
+    names = {file for pattern in TEXT_FILES for file in checkpoint.text_folder.glob(pattern)}
+    files = {file.name: file for file in names if file.name not in ("config.json", "adapter_config.json", SPEC_FILE)}
+    if checkpoint.spec_file is not None:  # an adapter's may be elsewhere than its tokenizer
+        files[SPEC_FILE] = checkpoint.spec_file
+    return {name: hashlib.blake2b(file.read_bytes()).digest() for name, file in files.items()}
 
 
 def _max_length(config: PreTrainedConfig) -> int:

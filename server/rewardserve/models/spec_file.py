@@ -1,5 +1,7 @@
 """A recipe from rewardserve.toml, whose keys are in spec_keys.py."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -18,9 +20,8 @@ PATTERNED = {ReadAt.GATED, ReadAt.LAST_OF, ReadAt.EVERY}
 HIDDEN = {"relu": nn.ReLU, "selu": nn.SELU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
 
-def recipe_from_file(checkpoint: Checkpoint) -> Recipe:
+def recipe_from_file(checkpoint: Checkpoint, path: Path) -> Recipe:
     """Raises LoadFailed naming the key that is wrong."""
-    path = checkpoint.folder / SPEC_FILE
     told = read_keys(path)
 
     def refuse(key: str, reason: str) -> LoadFailed:
