@@ -320,6 +320,14 @@ def test_a_nemotron_that_is_asked_about_a_principle_is_not_read_as_those_that_ar
             assert read_spec(str(folder)).recipe.family == "Nemotron"
 
 
+def test_a_revision_in_the_hubs_cache_has_the_name_of_its_model(tmp_path) -> None:
+    """Where nothing can be downloaded, it is what is given."""
+    model = "models--nvidia--Llama-3.1-Nemotron-70B-Reward-HF"
+    save_language_model(tmp_path / model / "snapshots" / "031d8b1")
+    assert read_spec(str(tmp_path / model / "snapshots" / "031d8b1")).recipe.family == "Nemotron"
+    assert "no scalar head" in refusal(save_language_model(tmp_path / model / "others" / "031d8b1"))
+
+
 def test_a_head_that_is_there_counts_for_more_than_a_name(tmp_path) -> None:
     folder = tmp_path / "my-nemotron-reward-v1"
     save_checkpoint(folder)

@@ -7,6 +7,7 @@ only assumed says so in `assumes`.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -157,13 +158,23 @@ def _named(*parts: str, but: str = "") -> Callable[[Checkpoint], bool]:
     """A language model that only its name, with all of `parts` and without `but`, tells to be a reward model."""
 
     def recognizes(checkpoint: Checkpoint) -> bool:
-        told = (checkpoint.source, str(checkpoint.raw_config.get("_name_or_path", "")))
+        told = (
+            checkpoint.source,
+            str(checkpoint.raw_config.get("_name_or_path", "")),
+            _name_in_cache(checkpoint.folder),
+        )
         names = [name.rstrip("/").rpartition("/")[2].lower() for name in told]  # not of the folders it lies in
         is_plain = checkpoint.architecture.endswith("ForCausalLM") and head_prefix(checkpoint) is None
         fits = any(all(part in name for part in parts) for name in names)
         return is_plain and fits and not (but and any(but in name for name in names))
 
     return recognizes
+
+
+def _name_in_cache(folder: Path) -> str:
+    """The hub's name of a folder in its cache (models--organisation--name/snapshots/revision), or nothing."""
+    *_, model, snapshots, _ = ("", "", *folder.absolute().parts)
+    return model.rpartition("--")[2] if snapshots == "snapshots" and model.startswith("models--") else ""
 
 
 def _prefix(checkpoint: Checkpoint) -> str:
