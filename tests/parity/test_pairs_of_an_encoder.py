@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from rewardserve.errors import InvalidRequest
 from rewardserve.models.text_export import export_text
 from rewardserve.text.encoder import Encoder
 from rewardserve.text.tokenizer import Tokenizer
-from rewardserve.types import PlainText, PromptGroup, ScoreRequest
+from rewardserve.types import Conversation, Message, PlainText, PromptGroup, ScoreRequest
 from scoring import native
 from texts import all_texts, groups
 from tokenizers import Tokenizer as Backend
@@ -75,6 +76,10 @@ async def test_texts_score_as_hugging_face_scores_the_pair(folder: Path) -> None
                 wanted = model(**tokenizer(question, answer, return_tensors="pt")).logits[0, 0].item()
             got = (await scorer.run([(ids[:-2], [ids[-2:]])])).groups[0].items[0].score
             assert got == pytest.approx(wanted, abs=1e-5)
+        for before in (("user", "assistant"), ("system",)):  # whose texts would be glued to the question
+            asked = Conversation(tuple(Message(role, "Hi") for role in (*before, "user")))
+            with pytest.raises(InvalidRequest, match="one question, and nothing before it"):
+                encoder.encode(ScoreRequest("", "", (PromptGroup("", asked, ("Hello",)),)))
 
 
 def test_pairs_that_are_no_single_text_are_scored_by_ids_only(tmp_path: Path) -> None:

@@ -66,11 +66,15 @@ ARMORM_OBJECTIVES = (
     "code-readability",
 )
 URM_ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")
-# `tokenizer.encode(f"{question} {answer}")` of a tokenizer that begins with a BOS
-QUESTION_AND_ANSWER = (
+# What begins a template of models that were shown a question and its answer, and never more turns
+ONE_QUESTION = (
     "{% if messages[0].role != 'user' or messages | length != (1 if add_generation_prompt else 2) %}"
     "{{ raise_exception('it takes one question, and nothing before it') }}{% endif %}"
-    "{{ bos_token }}{{ messages | map(attribute='content') | join(' ') }}{% if add_generation_prompt %} {% endif %}"
+)
+# `tokenizer.encode(f"{question} {answer}")` of a tokenizer that begins with a BOS
+QUESTION_AND_ANSWER = (
+    f"{ONE_QUESTION}{{{{ bos_token }}}}{{{{ messages | map(attribute='content') | join(' ') }}}}"
+    "{% if add_generation_prompt %} {% endif %}"
 )
 
 

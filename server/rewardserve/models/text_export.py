@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from rewardserve.models.families import ONE_QUESTION
 from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.spec import ModelSpec
 from rewardserve.models.tokenizer import load_tokenizer
@@ -28,8 +29,8 @@ CONVERSATIONS: tuple[tuple[tuple[str, str], ...], ...] = (
 )
 PAIRS = (("What is 2 + 2?", "It is 4."), (" Écris du code: `x = 1`", "ok 👍\n\tdef f():"), ("<b>1 < 2</b>", "no"))
 PAIR_TEMPLATE = (
-    "{{ cls_token }}{% for m in messages %}{% if m.role == 'assistant' and loop.last %}{{ sep_token }}{% endif %}"
-    "{{ m.content }}{% endfor %}{% if not add_generation_prompt %}{{ sep_token }}{% endif %}"
+    f"{ONE_QUESTION}{{{{ cls_token }}}}{{{{ messages[0].content }}}}"
+    "{% if not add_generation_prompt %}{{ sep_token }}{{ messages[1].content }}{{ sep_token }}{% endif %}"
 )
 
 
