@@ -9,6 +9,7 @@ import torch
 from adapters import HIDDEN, RANK, adapter_of, merged_by_hand, save_adapter
 from checkpoints import VOCAB_SIZE, padded_scores, padded_states, save_checkpoint
 from rewardserve.errors import LoadFailed
+from rewardserve.models.loader import load_sharing
 from rewardserve.models.spec import read_spec
 from safetensors.torch import load_file, save_file
 from scoring import joined, native
@@ -71,7 +72,7 @@ def test_versions_tell_adapters_and_bases_apart(base: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"use_dora": True}, "use_dora cannot be merged"),
+        ({"use_dora": True}, "use_dora, and no lora_magnitude_vector of 128 numbers is beside"),
         ({"alpha_pattern": {"(q_proj": 4}}, "alpha_pattern in its adapter_config.json: missing \\)"),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
@@ -90,6 +91,7 @@ def test_what_cannot_be_merged_is_refused_by_name(base: Path, tmp_path: Path, co
     "key",
     [
         "base_model.model.model.embed_tokens.lora_embedding_A",
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector",  # without use_dora
         "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight",
         "base_model.model.model.layers.9.mlp.up_proj.base_layer.bias",
     ],
@@ -219,3 +221,31 @@ async def test_an_adapter_is_scored_as_the_file_beside_its_base_says(base: Path,
     value_head = {"v_head.summary.weight": torch.randn(1, HIDDEN), "v_head.summary.bias": torch.randn(1)}
     save_file(value_head, tmp_path / "adapter" / "value_head.safetensors")
     assert read_spec(str(tmp_path / "adapter")).recipe.family == "scalar head"
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])  # whose layers are stored transposed
+async def test_a_dora_adapter_gives_weights_the_norms_that_were_trained(family: str, tmp_path: Path) -> None:
+    base, stored = tmp_path / "base", family == "gpt2"
+    target = "transformer.h.1.mlp.c_fc" if stored else "model.layers.1.mlp.up_proj"
+    save_checkpoint(base, family)
+    weights = load_file(base / "model.safetensors")
+    weight = weights[f"{target}.weight"].T if stored else weights[f"{target}.weight"]
+    torch.manual_seed(3)
+    down, up = torch.randn(RANK, weight.shape[1]) * 0.1, torch.randn(len(weight), RANK) * 0.1
+    norms = torch.rand(len(weight)) + 0.5
+    merged = weight + 8 / RANK * up @ down
+    merged = norms[:, None] * merged / merged.square().sum(1, keepdim=True).sqrt()
+    by_hand = tmp_path / "by-hand"
+    save_checkpoint(by_hand, family)
+    weights[f"{target}.weight"] = (merged.T if stored else merged).contiguous()
+    save_file(weights, by_hand / "model.safetensors", metadata={"format": "pt"})
+    parts = {"lora_A.weight": down, "lora_B.weight": up, "lora_magnitude_vector": norms}
+    tensors = {f"base_model.model.{target}.{name}": tensor for name, tensor in parts.items()}
+    save_adapter(tmp_path / "adapter", base, tensors, use_dora=True, fan_in_fan_out=stored)
+    wanted = padded_scores(by_hand, joined(GROUPS), torch.float32)
+    async with native(tmp_path / "adapter") as scorer:
+        got = await scorer.scores(GROUPS)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    spec = read_spec(str(tmp_path / "adapter"))
+    with pytest.raises(LoadFailed, match="stored transposed" if stored else "trained with DoRA"):
+        load_sharing([spec, spec], torch.float32, torch.device("cpu"))

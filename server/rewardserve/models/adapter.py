@@ -12,6 +12,7 @@ import torch
 from rewardserve.errors import LoadFailed
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+NORMS = "lora_magnitude_vector"
 
 
 def weights_of(folder: Path) -> Path:
@@ -28,11 +29,14 @@ class Delta:
     down: torch.Tensor  # [rank, in]
     up: torch.Tensor  # [out, rank], scaled
     transposed: bool  # the weight is stored as [in, out]
+    norms: torch.Tensor | None = None  # [out], that the sum's rows are given: DoRA
 
     def merged_into(self, weight: torch.Tensor) -> torch.Tensor:
         """In fp32."""
-        delta = self.up @ self.down
-        return weight.float() + (delta.T if self.transposed else delta)
+        merged = (weight.float().T if self.transposed else weight.float()) + self.up @ self.down
+        if self.norms is not None:
+            merged *= (self.norms / merged.norm(dim=1))[:, None]
+        return merged.T if self.transposed else merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ def changes_of(
     base_shape: Callable[[str], tuple[int, ...]],
 ) -> Changes:
     """W + scale * B A, scale = alpha / r (Hu et al. 2021, arXiv:2106.09685, section 4.1), or alpha / sqrt(r) with
-    rslora (Kalajdzievski 2023, arXiv:2312.03732). `base_keys` are the base's weights. Raises LoadFailed.
+    rslora (Kalajdzievski 2023, arXiv:2312.03732); with DoRA its rows are given the norms that were trained (Liu et al.
+    2024, arXiv:2402.09353, equation 5). `base_keys` are the base's weights. Raises LoadFailed.
     """
     changes = Changes()
     for key, tensor in adapter.items():
@@ -72,9 +77,10 @@ def changes_of(
             shape = (len(other), tensor.shape[1])[:: -1 if transposed else 1]
             if shape != base_shape(target):
                 raise LoadFailed(f"{folder}: '{key}' is for {shape}, '{target}' is {base_shape(target)}")
-            changes.deltas[target] = Delta(tensor.float(), other.float() * scale, transposed)
+            norms = _norms(folder, config, adapter, key, len(other))
+            changes.deltas[target] = Delta(tensor.float(), other.float() * scale, transposed, norms)
         elif ".lora_" in name:
-            if not name.endswith(".lora_B.weight"):
+            if not name.endswith(".lora_B.weight") and not (config.get("use_dora") and name.endswith(f".{NORMS}")):
                 raise LoadFailed(f"{folder}: '{key}' is of a kind that is not merged here; merge it with PEFT first")
         elif "original_module" not in name:  # what was trained whole: modules_to_save, and biases
             name = name.replace(".base_layer.", ".")
@@ -82,6 +88,18 @@ def changes_of(
                 raise LoadFailed(f"{folder}: '{key}' is of no layer that the base model has")
             changes.whole[re.sub(r"\.modules_to_save(\.default)?\.", ".", name)] = tensor
     return changes
+
+
+def _norms(
+    folder: Path, config: dict[str, Any], adapter: dict[str, torch.Tensor], key: str, num_rows: int
+) -> torch.Tensor | None:
+    """Those beside the LoRA matrix `key`, of an adapter that was trained with DoRA."""
+    if not config.get("use_dora"):
+        return None
+    norms = adapter.get(key.replace("lora_A.weight", NORMS))
+    if norms is None or norms.numel() != num_rows:
+        raise LoadFailed(f"{folder}: use_dora, and no {NORMS} of {num_rows} numbers is beside '{key}'")
+    return norms.float().flatten()
 
 
 def _alpha(folder: Path, config: dict[str, Any], layer: str, rank: int) -> float:

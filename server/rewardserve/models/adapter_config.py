@@ -9,7 +9,6 @@ from rewardserve.errors import LoadFailed
 CONFIG = "adapter_config.json"
 # Options of PEFT that change what a layer computes in a way that is not known here
 NOT_KNOWN = (
-    "use_dora",
     "lora_bias",
     "alora_invocation_tokens",
     "trainable_token_indices",

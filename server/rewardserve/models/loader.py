@@ -92,6 +92,8 @@ def _why_not_shared(spec: ModelSpec, first: ModelSpec) -> str | None:
         return f"it has weights of its own besides its head: {', '.join(whole[:5])}"
     if any(delta.transposed for delta in checkpoint.changes.deltas.values()):
         return "its base's layers are stored transposed"
+    if any(delta.norms is not None for delta in checkpoint.changes.deltas.values()):
+        return "it was trained with DoRA, which adds nothing to a product but gives weights other norms"
     if (spec.recipe.reads.at is ReadAt.MEAN) != (first.recipe.reads.at is ReadAt.MEAN):
         return "it is read otherwise than those it would share its backbone with"
     return None if spec.recipe.convert is None else "its base's weights have other names here"
