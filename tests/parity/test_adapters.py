@@ -129,14 +129,16 @@ async def test_an_adapters_own_head_takes_the_place_of_its_bases(base: Path, tmp
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-async def test_a_value_head_beside_an_adapter_is_its_head(base: Path, tmp_path: Path) -> None:
-    """As LLaMA-Factory leaves it, over a language model and over a base that has a head."""
+@pytest.mark.parametrize("file", ["value_head.safetensors", "pytorch_model.bin"])
+async def test_a_value_head_beside_an_adapter_is_its_head(base: Path, tmp_path: Path, file: str) -> None:
+    """As LLaMA-Factory and TRL leave it, over a language model and over a base that has a head."""
     torch.manual_seed(2)
     head = {"v_head.summary.weight": torch.randn(1, HIDDEN), "v_head.summary.bias": torch.randn(1)}
     weights = load_file(base / "model.safetensors")
     tensors = {key: value for key, value in adapter_of(weights).items() if "score" not in key}
     save_adapter(tmp_path / "adapter", base, tensors)
-    save_file(head, tmp_path / "adapter" / "value_head.safetensors")
+    save = torch.save if file.endswith(".bin") else save_file
+    save(head, tmp_path / "adapter" / file)
     versions = set()
     states = padded_states(
         merged_by_hand(base, tensors | {"score": torch.zeros(1, HIDDEN)}, 8 / RANK, tmp_path / "m"), joined(GROUPS)
@@ -151,6 +153,13 @@ async def test_a_value_head_beside_an_adapter_is_its_head(base: Path, tmp_path: 
             versions.add(scorer.info.version)
         assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     assert len(versions) == 2
+
+
+def test_a_whole_model_that_was_left_beside_an_adapter_is_none_of_it(base: Path, tmp_path: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    save_adapter(tmp_path / "adapter", base, adapter_of(weights))
+    torch.save(weights | {"v_head.summary.weight": torch.randn(1, HIDDEN)}, tmp_path / "adapter" / "pytorch_model.bin")
+    assert "v_head.summary.weight" not in read_spec(str(tmp_path / "adapter")).checkpoint.where
 
 
 async def test_biases_that_were_trained_beside_lora_are_taken_over(tmp_path: Path) -> None:

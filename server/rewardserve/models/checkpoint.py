@@ -211,7 +211,7 @@ def _adapted(source: str, folder: Path, foreign_configs: dict[str, str]) -> Chec
     weights = {key: own.tensor(key) for key in own.where}
     changes = adapter.changes_of(folder, config, weights, base.where.keys(), base.shape)
     where = dict.fromkeys(changes.keys, file)
-    for beside in [folder / name for name in VALUE_HEADS if (folder / name).is_file()][:1]:
+    for beside in _heads_beside(folder)[:1]:
         head = Checkpoint(source, folder, {}, base.config, dict.fromkeys(_keys(beside), beside))
         changes.whole.update({key: head.tensor(key) for key in head.where})
         where |= head.where
@@ -219,6 +219,15 @@ def _adapted(source: str, folder: Path, foreign_configs: dict[str, str]) -> Chec
     if any(map(_is_of_head, changes.whole)):  # which takes the place of the base's own
         kept = {key: file for key, file in base.where.items() if not _is_of_head(key)}
     return Checkpoint(source, folder, base.raw_config, _resized(base.config, changes), kept | where, base, changes)
+
+
+def _heads_beside(folder: Path) -> list[Path]:
+    """Files of a value head that lie beside an adapter. TRL calls it as if it were the whole model."""
+    found = [folder / name for name in VALUE_HEADS if (folder / name).is_file()]
+    whole = folder / "pytorch_model.bin"
+    if whole.is_file() and all(key.startswith("v_head.") for key in _keys(whole)):
+        found.append(whole)
+    return found
 
 
 def _resized(config: PreTrainedConfig, changes: Changes) -> PreTrainedConfig:
