@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import HIDDEN, RANK, adapter_of, merged_by_hand, save_adapter
+from adapters import ALPHA, HIDDEN, RANK, adapter_of, merged_by_hand, save_adapter
 from checkpoints import VOCAB_SIZE, padded_scores, padded_states, save_checkpoint
 from rewardserve.errors import LoadFailed
 from rewardserve.models.loader import load_sharing
@@ -160,6 +160,22 @@ def test_a_whole_model_that_was_left_beside_an_adapter_is_none_of_it(base: Path,
     save_adapter(tmp_path / "adapter", base, adapter_of(weights))
     torch.save(weights | {"v_head.summary.weight": torch.randn(1, HIDDEN)}, tmp_path / "adapter" / "pytorch_model.bin")
     assert "v_head.summary.weight" not in read_spec(str(tmp_path / "adapter")).checkpoint.where
+
+
+async def test_lora_of_a_language_models_head_is_added_to_it(base: Path, tmp_path: Path) -> None:
+    """PEFT keeps such a layer's own weight, as it was, beside what LoRA adds to it."""
+    torch.manual_seed(4)
+    weights, rows = load_file(base / "model.safetensors"), torch.randn(VOCAB_SIZE, HIDDEN)
+    save_file(weights | {"lm_head.weight": rows}, base / "model.safetensors", metadata={"format": "pt"})
+    down, up = torch.randn(RANK, HIDDEN) * 0.1, torch.randn(VOCAB_SIZE, RANK) * 0.1
+    parts = {"base_layer.weight": rows, "lora_A.weight": down, "lora_B.weight": up}
+    tensors = {f"base_model.model.lm_head.{name}": tensor for name, tensor in parts.items()}
+    save_adapter(tmp_path / "adapter", base, tensors)
+    (tmp_path / "adapter" / "rewardserve.toml").write_text('[head]\nkind = "lm_rows"\nids = [7]\n')
+    wanted = padded_states(base, joined(GROUPS)) @ (rows + ALPHA / RANK * up @ down)[7]
+    async with native(tmp_path / "adapter") as scorer:
+        got = await scorer.scores(GROUPS)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 async def test_biases_that_were_trained_beside_lora_are_taken_over(tmp_path: Path) -> None:

@@ -118,10 +118,9 @@ class Checkpoint:
 
     def tensor(self, key: str) -> torch.Tensor:
         """As an adapter makes it of its base's, where there is one. Raises LoadFailed for a weight in 8 bits."""
-        if key in self.changes.whole:
-            return self.changes.whole[key]
         if self.base is not None:
-            tensor, delta = self.base.tensor(key), self.changes.deltas.get(key)
+            brought, delta = self.changes.whole.get(key), self.changes.deltas.get(key)
+            tensor = self.base.tensor(key) if brought is None else brought
             return tensor if delta is None else delta.merged_into(tensor)
         file = self.where[key]
         if file.suffix != ".safetensors":
