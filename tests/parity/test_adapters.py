@@ -178,6 +178,22 @@ async def test_lora_of_a_language_models_head_is_added_to_it(base: Path, tmp_pat
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+async def test_a_head_that_is_tied_to_an_embedding_is_not_trained_with_its_copy(tmp_path: Path) -> None:
+    """So it is in PEFT's forward, where modules_to_save names the embedding and not the head."""
+    base, by_hand = tmp_path / "base", tmp_path / "by-hand"
+    save_checkpoint(base, tie_word_embeddings=True)
+    save_checkpoint(by_hand)
+    key, weights = "model.embed_tokens.weight", load_file(base / "model.safetensors")
+    trained = torch.randn(weights[key].shape)
+    save_file(weights | {key: trained}, by_hand / "model.safetensors", metadata={"format": "pt"})
+    save_adapter(tmp_path / "adapter", base, {f"base_model.model.{key}": trained}, modules_to_save=["embed_tokens"])
+    (tmp_path / "adapter" / "rewardserve.toml").write_text('[head]\nkind = "lm_rows"\nids = [7]\n')
+    wanted = padded_states(by_hand, joined(GROUPS)) @ weights[key][7]
+    async with native(tmp_path / "adapter") as scorer:
+        got = await scorer.scores(GROUPS)
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
 async def test_biases_that_were_trained_beside_lora_are_taken_over(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base", "llama", attention_bias=True)
     weights = load_file(tmp_path / "base" / "model.safetensors")

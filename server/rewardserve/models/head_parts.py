@@ -110,7 +110,7 @@ def lm_logits(checkpoint: Checkpoint, ids: Sequence[int]) -> nn.Linear | nn.Sequ
     )
     bias_key = key.removesuffix("weight") + "bias"
     bias = checkpoint.tensor(bias_key)[list(ids)].float() * factor if checkpoint.has(bias_key) else None
-    product = heads.linear(checkpoint.tensor(key)[list(ids)].float() * factor, bias)
+    product = heads.linear(_lm_rows(checkpoint, key)[list(ids)].float() * factor, bias)
     softcap = next((float(cap) for name in SOFTCAPS if (cap := getattr(config, name, None))), None)
     return product if softcap is None else nn.Sequential(product, heads.Softcap(softcap))
 
@@ -139,6 +139,14 @@ def _lm_key(checkpoint: Checkpoint) -> str:
         return found[0]
     names = ", ".join(LM_HEADS + EMBEDDINGS)
     raise LoadFailed(f"{checkpoint.folder}: none of {names}: no language model's head to read")
+
+
+def _lm_rows(checkpoint: Checkpoint, key: str) -> torch.Tensor:
+    """PEFT trains a copy of an embedding; a head that is tied to it stays tied to the embedding as it was."""
+    base, brought = checkpoint.base, checkpoint.changes.whole.get(key)
+    if key in EMBEDDINGS and base is not None and brought is not None and tuple(brought.shape) == base.shape(key):
+        return _lm_rows(base, key)
+    return checkpoint.tensor(key)
 
 
 def _is_tied(config: PreTrainedConfig) -> bool:
