@@ -12,6 +12,7 @@ from rewardserve.models.heads import LinearHead
 from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import export_text
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 HIDDEN = 64
@@ -354,3 +355,35 @@ def test_a_layer_of_a_head_that_is_not_known_is_named(tmp_path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoadFailed, match=r"score\.0\.weight \(64,\): no layer of a head that is known"):
         read_spec(str(tmp_path))
+
+
+def batch_norm() -> nn.BatchNorm1d:
+    norm = nn.BatchNorm1d(16)
+    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(tensor, 0.5, 1.5)
+    return norm
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [
+        lambda: [nn.ReLU()],
+        lambda: [nn.ReLU(), nn.Dropout()],
+        lambda: [batch_norm(), nn.ReLU()],
+        lambda: [batch_norm(), nn.ReLU(), nn.Dropout()],
+        lambda: [nn.ReLU(), batch_norm()],
+        lambda: [nn.ReLU(), batch_norm(), nn.Dropout()],
+    ],
+)
+def test_a_head_of_numbered_layers_is_the_one_that_was_saved(folder, middle) -> None:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Linear(HIDDEN, 16), *middle(), nn.Linear(16, 1)).eval()
+    folder.reweigh(lambda w: [w.pop("score.weight"), w.update({f"score.{k}": t for k, t in head.state_dict().items()})])
+    states = torch.randn(5, HIDDEN)
+    assert torch.allclose(read_spec(str(folder.path)).recipe.head(states), head(states), atol=1e-5)
+
+
+def test_an_activation_whose_place_is_not_told_is_refused(folder) -> None:
+    head = nn.Sequential(nn.Linear(HIDDEN, 16), batch_norm(), nn.Linear(16, 1))
+    folder.reweigh(lambda w: [w.pop("score.weight"), w.update({f"score.{k}": t for k, t in head.state_dict().items()})])
+    assert "score.1 normalises between two products" in refusal(folder.path)

@@ -40,23 +40,36 @@ def keys_below(checkpoint: Checkpoint, *prefixes: str) -> frozenset[str]:
 
 
 def layers_below(checkpoint: Checkpoint, prefix: str, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Numbered layers below `prefix`; where numbers are left out, or products follow one another, an activation is."""
+    """Numbered layers below `prefix`: an activation between each two products, where numbers are left out first.
+
+    Raises LoadFailed for layers that are not known, and where a normalisation stands between products, and no number is
+    left out that says on which side of it the activation is.
+    """
     tensors = checkpoint.tensors(prefix + ".")
     numbers = sorted({int(match[1]) for key in tensors if (match := re.match(r"(\d+)\.", key))})
     layers: list[nn.Module] = []
+    is_active = True  # nothing is to stand before the first product
     for number in numbers:
         own = {k.removeprefix(f"{number}."): t for k, t in tensors.items() if k.startswith(f"{number}.")}
+        left_out = number - 1 not in numbers
         if "running_mean" in own:
-            if number - 1 not in numbers:
+            if left_out and not is_active:
                 layers.append(activation())
+                is_active = True
             layers.append(heads.batch_norm(own))
             continue
         if own.get("weight") is None or own["weight"].dim() != 2:
             keys = ", ".join(f"{prefix}.{number}.{key} {tuple(tensor.shape)}" for key, tensor in sorted(own.items()))
             raise LoadFailed(f"{checkpoint.folder}: {keys}: no layer of a head that is known")
-        if layers and not isinstance(layers[-1], nn.BatchNorm1d):
+        if not is_active:
+            if isinstance(layers[-1], nn.BatchNorm1d) and not left_out:
+                raise LoadFailed(
+                    f"{checkpoint.folder}: {prefix}.{number - 1} normalises between two products, and whether an "
+                    "activation comes before or after it is not told by their numbers"
+                )
             layers.append(activation())
         layers.append(heads.linear(own["weight"], own.get("bias")))
+        is_active = False
     return nn.Sequential(*layers)
 
 
