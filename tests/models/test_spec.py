@@ -78,6 +78,7 @@ def test_a_head_of_another_shape_is_refused_with_both_shapes(folder, shape: tupl
     folder.reweigh(lambda w: w.update({"score.weight": torch.zeros(shape)}))
     message = refusal(folder.path)
     assert "score.weight" in message and str(shape) in message and f"(1, {HIDDEN})" in message
+    assert ("rewardserve.toml" in message) == (shape == (2, HIDDEN))  # as TRL's PRMTrainer and classifiers leave it
 
 
 def test_a_bias_of_another_shape_is_refused(folder) -> None:

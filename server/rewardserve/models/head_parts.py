@@ -101,10 +101,12 @@ def scalar_head(checkpoint: Checkpoint, prefix: str, num_outputs: int = 1, last:
 
 def _check_shape(checkpoint: Checkpoint, key: str, tensor: torch.Tensor, wanted: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != wanted:
+        has_several = wanted[0] == 1 and tensor.dim() == 2 and tensor.shape[0] > 1 and tensor.shape[1:] == wanted[1:]
+        hint = "; how several are scored a rewardserve.toml beside config.json can say (docs/models.md)"
         raise LoadFailed(
             f"{checkpoint.folder}: the head '{key}' has shape {tuple(tensor.shape)}, not {wanted}: "
             f"{'one output' if wanted[0] == 1 else f'{wanted[0]} outputs'} for hidden states of size "
-            f"{checkpoint.hidden_size} is what can be served"
+            f"{checkpoint.hidden_size} is what can be served{hint if has_several else ''}"
         )
 
 
