@@ -1,6 +1,7 @@
 """The generator against senders made up here, which answer as the test wants."""
 
 import asyncio
+import dataclasses
 import itertools
 import statistics
 import time
@@ -23,6 +24,7 @@ from rewardserve.loadtest.loadgen import (
     percentile,
     warm_up,
 )
+from rewardserve.loadtest.report import figures
 from rewardserve.loadtest.workloads import Workload
 
 ANSWER = Reply(OK, "", num_pairs=2, num_tokens=30, num_prompt_tokens=10, num_cached_tokens=4)
@@ -227,3 +229,17 @@ def test_a_percentile_is_a_value_that_was_seen():
     assert [percentile(values, share) for share in (0.5, 0.9, 0.99, 1.0)] == [50, 90, 99, 100]
     assert percentile([7.0], 0.5) == percentile([7.0], 0.99) == 7.0
     assert percentile([1.0, 2.0, 3.0], 0.5) == 2.0
+
+
+@pytest.mark.parametrize("taken_s", [0.25, 0.8])
+async def test_a_server_that_answers_late_and_steadily_has_kept_up(requests: Requests, taken_s: float) -> None:
+    """Also where each request takes a good part of the run, or longer than all of it."""
+
+    async def slowly(groups) -> Reply:
+        await asyncio.sleep(taken_s)
+        return ANSWER
+
+    run = await measure(requests, slowly, OpenLoop(200.0), Bounds(0.5))
+    assert figures(run).requests_per_s < 160 and figures(run).kept_up
+    behind = dataclasses.replace(run, latencies_s=[number / 50 for number in range(run.num_answered)])
+    assert not figures(behind).kept_up
