@@ -70,6 +70,43 @@ while True:
     waiting.clear()
 """
 
+# The engine's own, over a loop that takes its time to begin with other weights, and to read them.
+UPDATES = """
+import sys, threading, time
+from concurrent.futures import Future
+from rewardserve.engine import child
+from rewardserve.engine.base import EngineInfo
+
+child.LOADING_INTERVAL_S = 0.2
+INFO = EngineInfo("v", "A", "packed", "", "float32", "cpu", 1, 100, 1000, 0.0, 0)
+
+
+class Loop:
+    def __init__(self, **listeners):
+        self._is_busy = False
+
+    def start(self):
+        return INFO
+
+    def ping(self, answer):
+        if not self._is_busy:
+            answer()
+
+    def update_weights(self, source):
+        done, self._is_busy = Future(), True
+        threading.Thread(target=self._update, args=(done,)).start()
+        return done
+
+    def _update(self, done):
+        if {mode!r} == "updates long":
+            done.set_running_or_notify_cancel()
+        time.sleep(2.5)
+        done.set_result(INFO)
+
+
+child.Child(sys.argv[1], lambda: Loop).run()
+"""
+
 
 def request(number: int) -> EngineRequest:
     return EngineRequest(str(number), (EncodedGroup(bytes(40), (number.to_bytes(4, "little") + bytes(4),)),))
@@ -81,7 +118,7 @@ def make_engine(tmp_path: Path):
         mode: str, stall_timeout_s: float = 600.0, beside_others: bool = False, resubmit: bool = True
     ) -> EngineProcess:
         script = tmp_path / "child.py"
-        script.write_text(CHILD.format(mode=mode))
+        script.write_text((UPDATES if "updates" in mode else CHILD).format(mode=mode))
         launcher = Program(engine_environment("native", beside_others, os.environ), (sys.executable, str(script)))
         return EngineProcess(NativeOptions("nowhere"), "toy", launcher, stall_timeout_s, resubmit=resubmit)
 
@@ -154,6 +191,21 @@ async def test_a_child_that_takes_its_time_to_load_but_says_so_is_waited_for(mak
         assert await scored(engine, range(3)) == [0, 1, 2]
     finally:
         await engine.stop()
+
+
+async def test_a_child_that_reads_other_weights_for_longer_than_a_stall_is_not_ended(make_engine) -> None:
+    """But for one that never comes to it, a forward before hangs."""
+    engine = make_engine("updates long", stall_timeout_s=1.0)
+    await engine.start(EngineListener())
+    stalled = make_engine("waits with updates", stall_timeout_s=1.0)
+    await stalled.start(EngineListener())
+    try:
+        async with asyncio.timeout(60):
+            assert (await engine.update_weights("elsewhere")).version == "v"
+            with pytest.raises(EngineDied, match="while it took over other weights"):
+                await stalled.update_weights("elsewhere")
+    finally:
+        await asyncio.gather(engine.stop(), stalled.stop())
 
 
 @pytest.mark.parametrize("overlapping", [True, False])

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -139,11 +139,19 @@ class Child:
             else:
                 self._send(Updated(None, str(error)))
 
-        loop.update_weights(source).add_done_callback(tell)
+        update = loop.update_weights(source)
+        update.add_done_callback(tell)
+        threading.Thread(target=self._say_updating, args=(update,), daemon=True).start()
 
     def _say_loading(self, loaded: threading.Event) -> None:
         while not loaded.wait(LOADING_INTERVAL_S):
             self._send(Loading())
+
+    def _say_updating(self, update: Future[EngineInfo]) -> None:
+        """Weights are read for minutes, as at load, and no forward comes by that would answer pings."""
+        while not wait([update], LOADING_INTERVAL_S).done:
+            if update.running():
+                self._send(Pong())
 
     def _send(self, message: ToParent) -> None:
         with self._encoder_lock:

@@ -152,7 +152,7 @@ class EngineLoop:
             self._pings.popleft()()
 
     def update_weights(self, source: str) -> Future[EngineInfo]:
-        """What is loaded then, or LoadFailed, and nothing has changed.
+        """What is loaded then, or LoadFailed, and nothing has changed. It is running once its turn has come.
 
         No request may be in flight: it must not be scored by old weights and new ones. What was cached is forgotten.
         """
@@ -166,6 +166,7 @@ class EngineLoop:
                 refresh.done.set_exception(LoadFailed("requests are in flight; weights are changed between them"))
                 return
             self._rollback()  # forwards for callers who have left
+        refresh.done.set_running_or_notify_cancel()
         try:
             loaded = self._loaded.refreshed(refresh.source)
         except LoadFailed as error:
