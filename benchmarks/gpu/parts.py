@@ -19,6 +19,7 @@ from kernel_figures import kernels
 from machine import machine
 from model_figures import model
 from part import Part
+from rewardserve.engine.native.gpu import find_place_for_kernels
 from tuning_sweep import tunings
 
 PARTS: dict[str, Callable[[Part], None]] = {
@@ -40,5 +41,6 @@ PARTS: dict[str, Callable[[Part], None]] = {
 
 if __name__ == "__main__":
     name, folder, device, size = sys.argv[1:]
+    find_place_for_kernels()
     if seconds := sys.stdin.readline():
         PARTS[name](Part(name, Path(folder), device, size == "tiny", float(seconds)))
