@@ -20,6 +20,7 @@ from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine
 from rewardserve.engine.choice import Wish, choose, reason_for_vllm
 from rewardserve.engine.environment import engine_environment
+from rewardserve.engine.groups import num_cores
 from rewardserve.engine.launch import Launcher, Program
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.nursery_process import Nursery, is_on_cpu
@@ -111,7 +112,7 @@ def threads_of(config: ServeConfig, name: str, shared: Sequence[tuple[str, ...]]
     )
     if config.threads or num_members == 1:
         return config.threads
-    return max(1, len(os.sched_getaffinity(0)) // num_members)
+    return max(1, num_cores() // num_members)
 
 
 class App:
@@ -267,7 +268,7 @@ class App:
             if len(names) == 1:  # not over a shared backbone, or not any more
                 together = [members for members in together if name not in members]
             return self._engine_process(replace(options, num_threads=threads_of(config, names[0], together)), name)
-        threads = config.threads or max(1, len(os.sched_getaffinity(0)) // len(devices))
+        threads = config.threads or max(1, num_cores() // len(devices))
         return Replicas(
             [
                 self._engine_process(

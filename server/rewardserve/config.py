@@ -111,7 +111,7 @@ class ServeConfig(Options):
         default=0,
         ge=0,
         le=MAX_THREADS,
-        description="torch threads of one engine on a CPU; 0: all cores, shared by devices and by an ensemble",
+        description="torch threads of an engine on a CPU; 0: all cores (of a quota), shared by devices and an ensemble",
     )
     tokenizer_threads: int = Field(default=2, ge=1, le=MAX_THREADS, description="threads that tokenize text")
 

@@ -1,6 +1,5 @@
 """Adapters of one base in one server: one engine for all; each is served, swapped and unloaded by itself."""
 
-import os
 import shutil
 import signal
 import urllib.request
@@ -14,6 +13,7 @@ from rewardserve.app import threads_of
 from rewardserve.client import Group, RewardClient, TokenIds
 from rewardserve.client.errors import RewardClientError
 from rewardserve.config import load_config
+from rewardserve.engine.groups import num_cores
 from rewardserve.engine.shared import sharing
 from rewardserve.v1 import models_pb2, scoring_pb2
 from safetensors.torch import load_file
@@ -191,7 +191,6 @@ def test_a_folder_that_is_written_anew_is_read_anew_at_every_swap(start, home, w
 def test_threads_are_for_engines_of_which_a_shared_one_is_one(home) -> None:
     models = [flag for name in NAMES for flag in ("--model", f"{name}={home / name}")]
     config = load_config([*models, "--ensemble", "all=mean(a+b+c)"])
-    num_cores = len(os.sched_getaffinity(0))
     assert threads_of(config, "a", [NAMES]) == 0
-    assert threads_of(config, "a", [("a", "b")]) == max(1, num_cores // 2)
-    assert threads_of(config, "a") == max(1, num_cores // 3)
+    assert threads_of(config, "a", [("a", "b")]) == max(1, num_cores() // 2)
+    assert threads_of(config, "a") == max(1, num_cores() // 3)

@@ -1,7 +1,6 @@
 """An ensemble over the wire: every member's score, their spread, and the aggregate that was configured."""
 
 import math
-import os
 import re
 import statistics
 import subprocess
@@ -17,6 +16,7 @@ from rewardserve.app import threads_of
 from rewardserve.client import Group, RewardClient, StepOptions, Steps, TokenIds
 from rewardserve.client.errors import ModelNotFound
 from rewardserve.config import load_config
+from rewardserve.engine.groups import num_cores
 from rewardserve.evaluation import calibration_file
 from rewardserve.evaluation.calibration_file import Isotonic, Origin, Temperature
 
@@ -162,9 +162,8 @@ def test_a_server_with_an_ensemble_wants_a_name(client) -> None:
 
 def test_members_share_the_cores_of_the_machine(members) -> None:
     models = [flag for name, folder in members.items() for flag in ("--model", f"{name}={folder}")]
-    num_cores = len(os.sched_getaffinity(0))
     config = load_config([*models, "--ensemble", "two=mean(a+b)"])
-    shared = max(1, num_cores // 2)
+    shared = max(1, num_cores() // 2)
     assert [threads_of(config, name) for name in NAMES] == [shared, shared, 0]
     config = load_config([*models, "--ensemble", "two=mean(a+b)", "--threads", "3"])
     assert [threads_of(config, name) for name in NAMES] == [3, 3, 3]

@@ -20,6 +20,7 @@ from rich.text import Text
 from rewardserve.cli.running import complain, counted, guarded
 from rewardserve.cli.table import TABLE, make_console
 from rewardserve.config import MAX_THREADS
+from rewardserve.engine.groups import num_cores
 from rewardserve.errors import LoadFailed
 from rewardserve.options import ConfigError, Options, Repeated, load_options
 from rewardserve.training import run_folder, split
@@ -193,8 +194,7 @@ def _prepare(options: TrainOptions, rows: list[Row], measured: list[Row]) -> "tu
     from rewardserve.training import base, data
     from rewardserve.training.member import Material
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or min(torch.get_num_threads(), num_cores()))
     folder = resolve_folder(options.base)
     config = base.read_config(folder)
     longest = base.max_length_of(config)

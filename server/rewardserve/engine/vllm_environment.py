@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
+from rewardserve.engine.groups import num_cores
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.engine.vllm_plugin import OWNER
 from rewardserve.errors import LoadFailed
@@ -45,9 +46,9 @@ def _visible_gpu(number: int) -> str:
 def _binding(options: VllmOptions) -> str:
     """Cores for each rank, where the engine has them all; some of them are not bound, or two engines would share."""
     cores = sorted(os.sched_getaffinity(0))
-    ranks = options.tensor_parallel
-    if options.num_threads not in (0, len(cores)) or len(cores) < ranks:
-        os.environ["OMP_NUM_THREADS"] = str(max(1, (options.num_threads or len(cores)) // ranks))
+    ranks, num_threads = options.tensor_parallel, options.num_threads or num_cores()
+    if num_threads != len(cores) or len(cores) < ranks:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, num_threads // ranks))
         return "nobind"
     size = len(cores) // ranks
     return "|".join(",".join(map(str, cores[rank * size : (rank + 1) * size])) for rank in range(ranks))

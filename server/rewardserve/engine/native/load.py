@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 from rewardserve.engine.base import ADAPTED, EngineInfo
+from rewardserve.engine.groups import num_cores
 from rewardserve.engine.native.canary import Canary
 from rewardserve.engine.native.gpu import find_place_for_kernels, make_batch_invariant, use_device
 from rewardserve.engine.native.graphs import capture
@@ -104,7 +104,7 @@ def _load_runner(options: NativeOptions) -> Loaded:
         raise LoadFailed(f"quantize = {options.quantize} runs in bfloat16, not {options.dtype}; leave one of them out")
     dtype = torch.bfloat16 if options.quantize else loader.choose_dtype(options.dtype, specs[0], device)
     if device.type == "cpu":
-        torch.set_num_threads(options.num_threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(options.num_threads or num_cores())
         keep_freed_memory()
     else:
         find_place_for_kernels()

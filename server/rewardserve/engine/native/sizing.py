@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from rewardserve_kernels.ragged import Segment
 
+from rewardserve.engine.groups import groups_with
 from rewardserve.engine.native.batch import PackRows, build_pack
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.errors import OptionsDoNotFit
@@ -14,8 +15,11 @@ from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
 
 MAX_AUTO_CACHE_BYTES = 4 << 30
-# Groups of processes whose memory is limited together: those of this one, and where all of them are.
-OWN_GROUPS, ALL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# By the version of cgroups: files, and how names in memory.stat begin that count groups within a group too.
+LIMITS_OF_MEMORY = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    2: ("memory.max", "memory.current", ""),
+}
 PAGES_OF_FILES = ("active_file", "inactive_file")
 GRAPHS_OF_A_STEP = (
     0.5  # what CUDA graphs take, of a step's memory: theirs have a quarter of its rows, and it is their own
@@ -116,24 +120,13 @@ def free_bytes() -> int:
 
 
 def _left_by_groups() -> list[int]:
-    """Bytes that each of the groups of this process, and each group that those are in, may still take.
-
-    In a container its own group is at the top, whatever its path is said to be.
-    """
+    """Bytes that each of the groups of this process, and each group that those are in, may still take."""
     found: list[int] = []
-    for line in OWN_GROUPS.read_text().splitlines() if OWN_GROUPS.exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:  # cgroup v2
-            top, limit, used, of_all = ALL_GROUPS, "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):
-            top, limit, used, of_all = ALL_GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-        else:
-            continue
-        group = top / path.lstrip("/")
-        for each in (group, *group.parents[: len(group.parts) - len(top.parts)]):
-            with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                allowed, taken = (int((each / name).read_text()) for name in (limit, used))
-                found.append(allowed - taken + _pages_of_files(each / "memory.stat", of_all))
+    for version, group in groups_with("memory"):
+        limit, used, of_all = LIMITS_OF_MEMORY[version]
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            allowed, taken = (int((group / name).read_text()) for name in (limit, used))
+            found.append(allowed - taken + _pages_of_files(group / "memory.stat", of_all))
     return found
 
 
