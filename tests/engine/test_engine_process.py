@@ -297,6 +297,20 @@ async def test_one_that_dies_while_no_file_can_be_opened_is_restarted_when_some_
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
+async def test_a_folder_for_temporary_files_may_have_a_longer_name_than_a_socket(make_engine, tmp_path, monkeypatch):
+    """A batch job's may; nothing is left there, nor where the sockets are instead."""
+    (long := tmp_path / ("x" * 100)).mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    engine = make_engine("answers")
+    await engine.start(EngineListener())
+    try:
+        assert await engine.score(request(1))
+        (folder,) = [word for word in psutil.Process(engine.pid).cmdline() if word.startswith("/tmp/rewardserve-")]
+    finally:
+        await engine.stop()
+    assert not os.path.exists(folder) and not any(long.iterdir())
+
+
 async def test_a_supervisor_that_fails_leaves_nobody_waiting(make_engine) -> None:
     """Whatever it may be that fails: here, what it tells of a death to."""
     engine, failed = make_engine("computes nothing"), []

@@ -50,7 +50,7 @@ class ChildProcess:
         log_options: Sequence[str],
     ) -> "ChildProcess":
         """Raises EngineDied or OSError when none can be started."""
-        folder = tempfile.mkdtemp(prefix="rewardserve-")
+        folder = _folder_for_sockets()
         sockets: list[zmq.Socket[bytes]] = []
         try:
             for kind, name in ((zmq.PUSH, "in"), (zmq.PULL, "out")):
@@ -150,6 +150,15 @@ class ChildProcess:
         self._to_child.close()
         self._from_child.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _folder_for_sockets() -> str:
+    """In /tmp where TMPDIR, as a batch job's may be, is longer than the path of a socket."""
+    folder = tempfile.mkdtemp(prefix="rewardserve-")
+    if len(os.fsencode(f"{folder}/out")) <= zmq.IPC_PATH_MAX_LEN:
+        return folder
+    os.rmdir(folder)
+    return tempfile.mkdtemp(prefix="rewardserve-", dir="/tmp")
 
 
 async def _end_session(leader: int) -> None:
