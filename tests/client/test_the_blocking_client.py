@@ -16,6 +16,15 @@ from rewardserve.client import DeadlineExceeded, Group, RewardClient, RewardClie
 GROUPS = [Group(f"prompt {n}", ["a", "b"], id=str(n)) for n in range(50)]
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "ipv4:127.0.0.1"])
+def test_a_proxy_is_not_asked_for_a_server_on_this_machine(server, monkeypatch, host):
+    """A container's probe would fail for ever where it was told of a proxy."""
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with RewardClient(server.target.replace("127.0.0.1", host)) as client:
+        client.wait_ready(10)
+
+
 def test_every_method_answers(server, expected):
     with RewardClient(server.target) as client:
         client.wait_ready(10)

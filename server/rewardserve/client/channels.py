@@ -31,6 +31,7 @@ ChannelOptions: TypeAlias = Sequence[tuple[str, Any]]
 CONNECT_TIMEOUT_S = 5.0
 _INITIAL_RECONNECT_MS = 200
 _MAX_RECONNECT_MS = 3_000
+_THIS_MACHINE = re.compile(r"((dns|ipv4|ipv6):/*)?(localhost|127(\.\d+){3}|\[?::1\]?)(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,13 @@ class Channels:
             await _close(wire.channel)
 
     def _open(self, endpoint: str) -> Wire:
+        options = self._options
+        if _THIS_MACHINE.fullmatch(endpoint):  # a proxy, as http_proxy may name one, has a 127.0.0.1 of its own
+            options = (("grpc.enable_http_proxy", 0), *options)
         if self._credentials is None:
-            channel = grpc.aio.insecure_channel(endpoint, options=self._options)
+            channel = grpc.aio.insecure_channel(endpoint, options=options)
         else:
-            channel = grpc.aio.secure_channel(endpoint, self._credentials, options=self._options)
+            channel = grpc.aio.secure_channel(endpoint, self._credentials, options=options)
         _open_channels.add(channel)
         check = channel.unary_unary(
             health.CHECK,
