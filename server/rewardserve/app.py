@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler
 
 import grpc
 import prometheus_client
@@ -41,6 +42,7 @@ from rewardserve.transport.health import Health
 log = logging.getLogger(__name__)
 
 MAX_BACKLOG_S = 5.0  # of calls that are yet to hear that the server shuts down
+METRICS_TIMEOUT_S = 20.0  # for a scrape to be asked and to be read
 NO_LIMIT = 1 << 30  # for gRPC, which has no word for it
 
 MakeEngine = Callable[[str, str, str], Engine]  # name, source, dtype
@@ -209,6 +211,7 @@ class App:
             raise OSError(
                 f"cannot serve metrics on {_address(host, port)} ({error}); choose another with --metrics-port"
             ) from error
+        self._metrics_server.RequestHandlerClass = _Scrape
         self.metrics_port = self._metrics_server.server_port
 
     @property
@@ -304,6 +307,19 @@ class App:
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ]
+
+
+class _Scrape(WSGIRequestHandler):
+    """Each has a thread, which one that is never asked for, as of a scraper whose host is gone, would keep for ever."""
+
+    timeout = METRICS_TIMEOUT_S
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # it came to nothing, and the log is not for that
+            super().handle()
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        """Nor for each of those that did come."""
 
 
 def _address(host: str, port: int) -> str:

@@ -1,10 +1,12 @@
 """Addresses of both kinds, and what is said of those where nobody can listen."""
 
+import asyncio
 import socket
 import urllib.request
 
 import grpc
 import pytest
+from rewardserve import app
 
 
 def ipv6_works() -> bool:
@@ -29,6 +31,19 @@ async def test_one_host_is_right_for_grpc_and_for_the_metrics(serve, kit, host: 
         url = f"http://{shown}:{served.app.metrics_port}/metrics"
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         assert direct.open(url, timeout=20).status == 200
+
+
+async def test_a_scrape_that_is_not_asked_for_ends(serve, monkeypatch: pytest.MonkeyPatch, capfd) -> None:
+    """Each holds a thread and a file; nor is there a line of log that could be forged, or read as a failure."""
+    monkeypatch.setattr(app._Scrape, "timeout", 0.1)
+    async with serve(metrics_port=0) as served:
+        for begun in (b"", b"GET /metrics HTTP/1.1\r\n"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", served.app.metrics_port)
+            writer.write(begun)
+            async with asyncio.timeout(20):
+                assert await reader.read() == b""
+            writer.close()
+    assert capfd.readouterr().err == ""
 
 
 async def refusal(serve, **options) -> str:
