@@ -1,10 +1,12 @@
 """However many calls come at once, each is answered by us: scored, or told when to come again."""
 
 import asyncio
+import resource
 import time
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rewardserve.cli.serve import MAX_FILES, allow_many_files
 from rewardserve.v1 import scoring_pb2_grpc
 
 
@@ -28,3 +30,14 @@ async def test_calls_that_a_server_shutting_down_has_not_read_hear_that_a_retry_
         await served.app.drain()
         await asyncio.to_thread(lambda: [call.exception() for call in calls])
         assert {call.code() for call in calls} <= {grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE}
+
+
+def test_a_server_has_as_many_connections_as_the_system_lets_it_have():
+    """Not the 1,024 that a service begins with, beyond which callers would wait in vain to be connected."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limits[0] - 1, limits[1]))
+        allow_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] >= min(limits[1], MAX_FILES)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)

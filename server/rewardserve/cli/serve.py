@@ -1,8 +1,10 @@
 """`rewardserve serve`: a server until SIGTERM, which drains it, or a second signal, which ends it at once."""
 
 import asyncio
+import contextlib
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Coroutine, Sequence
@@ -16,6 +18,8 @@ from rewardserve.options import ConfigError
 
 log = logging.getLogger(__name__)
 
+MAX_FILES = 1 << 20
+
 
 def run(arguments: Sequence[str]) -> int:
     try:
@@ -25,7 +29,19 @@ def run(arguments: Sequence[str]) -> int:
         print(f"rewardserve serve: {error}", file=sys.stderr)
         return 2
     set_up_logging(config.log_format, config.log_level)
+    allow_many_files()
     return _with_fastest_loop(_serve(config))
+
+
+def allow_many_files() -> None:
+    """A file to each connection. At first a process has 1,024, for the sake of programs that call select(); more are
+    had for the asking, as a service or a shell has set it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):  # above what the system allows
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _with_fastest_loop(main: Coroutine[Any, Any, int]) -> int:
