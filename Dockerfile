@@ -2,6 +2,7 @@
 # Two targets:  docker build .                     the server for CPUs
 #               docker build --target cuda .       the server for NVIDIA GPUs
 # Run:          docker run -p 50051:50051 -p 9090:9090 -v /path/to/checkpoint:/model:ro IMAGE --model rm=/model
+# Another port: -e REWARDSERVE_PORT=6000, which the health check goes by too; it cannot see a --port among the flags.
 
 FROM python:3.12-slim AS wheel
 WORKDIR /src

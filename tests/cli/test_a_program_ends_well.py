@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from rewardserve.cli import health
 from rewardserve.cli.main import VERBS
 from rewardserve.options import PREFIX
 
@@ -109,11 +110,27 @@ def test_every_verb_checks_the_whole_config_file(verb: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("port", "default"), [("tcp://10.0.0.1:50051", "127.0.0.1:50051"), ("7", "127.0.0.1:7")], ids=["service", "ours"]
+    ("said", "endpoint"),
+    [
+        ({"PORT": "tcp://10.0.0.1:50051", "HOST": "0.0.0.0"}, "127.0.0.1:50051"),  # Kubernetes', of a service
+        ({"PORT": "7"}, "127.0.0.1:7"),
+        ({"HOST": "10.0.0.5"}, "10.0.0.5:50051"),
+        ({"HOST": "::", "CONFIG": "server.toml"}, "[::1]:9"),
+        ({"PORT": "7", "CONFIG": "server.toml"}, "[fd00::5]:7"),
+        ({"PORT": "none"}, "127.0.0.1:50051"),
+    ],
 )
-def test_a_probe_asks_the_server_beside_it(port: str, default: str) -> None:
-    ran = run("health", "--help", REWARDSERVE_PORT=port, COLUMNS="200")
-    assert ran.returncode == 0 and f"(default: {default})" in ran.stdout
+def test_a_probe_asks_the_server_beside_it(said, endpoint: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("server.toml").write_text('port = 9\nhost = "[fd00::5]"\n[health]\ntimeout = 1\n')
+    for name, value in said.items():
+        monkeypatch.setenv(f"REWARDSERVE_{name}", value)
+    assert health.beside() == endpoint
+
+
+def test_a_probes_help_says_whom_it_asks() -> None:
+    ran = run("health", "--help", REWARDSERVE_PORT="7", COLUMNS="200")
+    assert ran.returncode == 0 and "(default: 127.0.0.1:7)" in ran.stdout
 
 
 def test_scores_may_be_written_to_a_device_or_a_pipe(cli, server, rows_file, tmp_path: Path) -> None:

@@ -6,16 +6,27 @@ from pydantic import Field
 
 from rewardserve.cli.running import MAX_TIMEOUT_S, guarded
 from rewardserve.client import RewardClient
-from rewardserve.config import ServeConfig
-from rewardserve.options import PREFIX, ConfigError, Options, load_options, own_variables
+from rewardserve.config import ServeConfig, load_config
+from rewardserve.options import ConfigError, Options, load_options
 
-PORT = own_variables().get(f"{PREFIX}PORT", ServeConfig.model_fields["port"].default)  # of the server beside the probe
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # and one of this machine
+
+
+def beside() -> str:
+    """The server of this container, as its environment, and the file that is named there, say it. Not flags of its."""
+    try:
+        config = load_config([])
+    except ConfigError:  # that is for the server to say
+        config = ServeConfig.model_construct()
+    host = config.host.removeprefix("[").removesuffix("]")
+    host = EVERY_ADDRESS.get(host, host)
+    return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
 
 
 class HealthOptions(Options):
     """Asks a server whether it serves."""
 
-    endpoint: str = Field(default=f"127.0.0.1:{PORT}", description="server to ask; host:port")
+    endpoint: str = Field(default=beside(), description="server to ask; host:port")
     name: str = Field(default="", description="one model, by the name it is served by; the whole server if empty")
     timeout: float = Field(default=5.0, gt=0, le=MAX_TIMEOUT_S, description="seconds to wait for it to serve")
 
