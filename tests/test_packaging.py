@@ -92,6 +92,8 @@ def test_the_plain_install_is_a_client_without_torch_and_numpy(client_python: Pa
     code = (
         "import rewardserve.client, sys; "
         "assert not {'torch', 'numpy', 'pydantic'} & set(sys.modules); "
+        "import importlib.resources; "
+        "assert (importlib.resources.files('rewardserve') / 'py.typed').is_file(); "  # or no checker reads its types
         "print(rewardserve.client.RewardClient.__name__)"
     )
     assert run(client_python, "-W", "error", "-c", code).strip() == "RewardClient"
