@@ -113,9 +113,11 @@ def test_a_second_signal_ends_it_at_once(start, bf16_checkpoint, kit):
 
 def test_an_engine_whose_front_is_killed_goes_away_by_itself(start, bf16_checkpoint, kit):
     server = start("--model", f"tiny={bf16_checkpoint}").ready()
-    engine = server.engine()
+    processes = [server.engine(), server.nursery()]
     server.process.kill()
-    assert gone([engine], kit)
+    assert gone(processes, kit)
+    kit.until(lambda: not server._reader.is_alive())
+    assert server.log[-1].endswith("ready"), "nor has it a last word that is no line of the log"
 
 
 def test_an_engine_that_is_loading_when_its_front_is_killed_goes_away_too(start, bf16_checkpoint, kit):
