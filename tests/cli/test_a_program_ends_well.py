@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 from rewardserve.cli import health
 from rewardserve.cli.main import VERBS
@@ -97,6 +98,35 @@ def test_an_interrupt_is_one_line(verb: list[str]) -> None:
         finally:
             program.kill()
     assert program.returncode == 130 and err == f"rewardserve {verb[0]}: interrupted\n"
+
+
+UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
+
+
+def may_unshare() -> bool:
+    try:
+        return subprocess.run([*UNSHARE, "true"], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not may_unshare(), reason="no namespaces for this user")
+def test_the_first_process_of_a_container_ends_when_it_is_asked_to() -> None:
+    """Not when it is killed, half a minute later."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        port = silent.getsockname()[1]
+        container = [*UNSHARE, *command("health", "--timeout=100", f"--endpoint=127.0.0.1:{port}")]
+        program = subprocess.Popen(container, env=environment())
+        try:
+            connection, _ = silent.accept()
+            (first,) = psutil.Process(program.pid).children()
+            first.terminate()
+            assert program.wait(30) == 128 + signal.SIGTERM
+            connection.close()
+        finally:
+            program.kill()
+            program.wait()
 
 
 @pytest.mark.parametrize("verb", VERBS)

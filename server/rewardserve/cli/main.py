@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 
 VERBS = {
@@ -19,6 +20,7 @@ USAGE = "usage: rewardserve VERB [OPTIONS]\n\n" + "".join(f"  {verb:8} {text}\n"
 
 
 def main() -> None:
+    _heed_sigterm()
     _stand_in_for_closed_streams()
     code: int | str | None
     try:
@@ -36,6 +38,15 @@ def main() -> None:
         print("rewardserve: interrupted", file=sys.stderr)
         code = 130
     raise SystemExit(code)
+
+
+def _heed_sigterm() -> None:
+    """Of a container's first process the system does not end what has set nothing up: it would be killed in the end.
+
+    The server drains, once it has anything to drain.
+    """
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
 
 
 def _stand_in_for_closed_streams() -> None:
