@@ -113,6 +113,15 @@ def test_right_truncation_keeps_the_whole_prompt(encoder, tools) -> None:
     assert only(encoder, tools, list(range(20, 29)), [8, 7, 6], RIGHT)[1] == [*range(20, 29), 8]
 
 
+@pytest.mark.parametrize("response", [[8, 7], [8, 7, 5], [8, 7, 6, 5]])
+def test_right_truncation_leaves_of_the_response_more_than_what_is_appended(tools, response: list[int]) -> None:
+    encoder = Encoder(None, VOCAB_SIZE, MAX, appended=5)
+    assert only(encoder, tools, list(range(20, 28)), response, RIGHT)[1] == [*range(20, 28), 8, 5]
+    item, _ = only(encoder, tools, list(range(20, 29)), response, RIGHT)
+    assert item.failure is not None and item.failure.code is ItemCode.OUT_OF_RANGE
+    assert "prompt alone is 9, before token 5" in item.failure.message
+
+
 def test_a_template_that_emits_bos_keeps_it_when_its_prompt_is_cut(styles, tools) -> None:
     text = styles["llama3"]
     encoded = text.encoder(12).encode(tools.request((PlainText("the answer " * 9), ["x", "yy"]), overflow=LEFT))

@@ -131,15 +131,18 @@ class Placer:
                 return self._add(prompt, _bytes(whole.tail), border - excess, True, steps)
             message += f", and the response alone is {len(whole.tail)}"
         if self._overflow is Overflow.TRUNCATE_RESPONSE_RIGHT:
-            if border < self._max_length:
-                tail = whole.tail[: self._max_length - border]
+            # What is appended says nothing of a response of which nothing is left: all to this prompt would be equal.
+            room = self._max_length - border - (self._appended is not None)
+            if room > 0:
+                tail = whole.tail[:room]
                 if self._appended is not None:
-                    tail = np.append(tail[:-1], np.int32(self._appended))
+                    tail = np.append(tail, np.int32(self._appended))
                 steps = tuple(position for position in whole.steps if position < self._max_length)
                 if whole.steps and not steps:
                     return _failed(ItemCode.OUT_OF_RANGE, message + ", and no step ends in what is left", whole)
                 return self._add(self._piece(0, 0, border), _bytes(tail), border, True, steps)
             message += f", and the prompt alone is {border}"
+            message += "" if self._appended is None else f", before token {self._appended}, which is appended"
         return _failed(ItemCode.OUT_OF_RANGE, message, whole)
 
     def _piece(self, kept: int, start: int, end: int) -> bytes:
