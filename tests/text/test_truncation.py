@@ -1,12 +1,14 @@
 """What happens to prompt + response longer than max_length, and where the pieces go."""
 
+import itertools
+
 import numpy as np
 import pytest
 from checkpoints import VOCAB_SIZE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rewardserve.text.encoder import Encoder
-from rewardserve.types import ItemCode, Overflow, PlainText, Rendered
+from rewardserve.types import ItemCode, Overflow, PlainText, Rendered, StepFormat, StepStyle
 
 examples = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -120,6 +122,18 @@ def test_right_truncation_leaves_of_the_response_more_than_what_is_appended(tool
     item, _ = only(encoder, tools, list(range(20, 29)), response, RIGHT)
     assert item.failure is not None and item.failure.code is ItemCode.OUT_OF_RANGE
     assert "prompt alone is 9, before token 5" in item.failure.message
+
+
+@pytest.mark.parametrize(("overflow", "prompt"), [(LEFT, "the answer " * 40), (RIGHT, "the answer")])
+def test_steps_shown_apart_are_cut_as_was_asked_for(plain, tools, overflow: Overflow, prompt: str) -> None:
+    how = StepFormat(StepStyle.APART, separator="\n", tag="\n")
+    steps = ["x", "so " * 200] if overflow is RIGHT else ["x", "yy"]
+    encoder = Encoder(plain.tokenizer, VOCAB_SIZE, 20, steps=how)
+    ids = plain.ids(f"{prompt}\n"), *(plain.ids(f"{step}\n") for step in steps)
+    whole = [*([] if ids[0][0] == plain.hf.bos_token_id else [plain.hf.bos_token_id]), *itertools.chain(*ids)]
+    encoded = encoder.encode(tools.request((PlainText(prompt), ["\n".join(steps)]), overflow=overflow))
+    assert encoded.items[0][0].truncated
+    assert tools.whole_ids(encoded, 0, 0) == (whole[:20] if overflow is RIGHT else [whole[0], *whole[-19:]])
 
 
 def test_a_template_that_emits_bos_keeps_it_when_its_prompt_is_cut(styles, tools) -> None:

@@ -240,7 +240,7 @@ class Encoder:
             if isinstance(response, str | Steps):
                 _check_wanted(job.abandoned)
                 text = response if isinstance(response, str) else how.tag.join(response.texts)
-                if refusal := self._text_refusal(text, len(ids), Overflow.ERROR):
+                if refusal := self._text_refusal(text, len(ids), job.overflow):
                     wholes[i] = refusal
                     continue
                 # As their authors do: an empty step between two separators is a step.
