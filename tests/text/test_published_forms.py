@@ -1,6 +1,7 @@
 """Prompts and responses become the ids that a model's published script makes of them, also without a chat template."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rewardserve.models.text_export import text_of
 from rewardserve.models.tokenizer import load_tokenizer
 from rewardserve.text.encoder import Encoder
 from rewardserve.text.tokenizer import Tokenizer
-from rewardserve.types import Conversation, Message, PlainText, Rendered, StepFormat, Steps, StepStyle
+from rewardserve.types import Conversation, Message, Overflow, PlainText, Rendered, StepFormat, Steps, StepStyle
 from zoo import ZOO, write
 
 QUESTION, FIRST, SECOND = "hello world?", "he: 1", "world"
@@ -70,3 +71,21 @@ def test_steps_as_turns_are_only_those_of_the_response(styles, tools) -> None:
     asked_before = Conversation((Message("user", "un"), Message("assistant", "happy"), Message("user", "is")))
     with pytest.raises(InvalidRequest, match="would take an assistant's turn for one"):
         encoder.encode(tools.request((asked_before, ["42"])))
+
+
+@pytest.mark.parametrize("style", ["thinking", "chatml"])
+def test_a_response_may_open_what_its_prompt_opens_too_and_its_steps_are_found(styles, tools, style: str) -> None:
+    """A template's prompt ends in the beginning of a thought, and a response that was kept whole has it as well."""
+    text, steps = styles[style], ("<think>\n\n</think>", "un happy", "is 42", "un happy")
+    request = replace(tools.request((PlainText("un"), ["\n\n".join(steps), Steps(steps)])), by_step=True)
+    encoder = text.encoder()
+    encoded = encoder.encode(replace(request, step_separator="\n\n"))
+    pieces = ("<think>", "</think>", *steps[1:])
+    for item, ends in ((0, pieces), (1, steps)):
+        ids = tools.whole_ids(encoded, 0, item)
+        found = encoded.groups[0].steps[item]
+        assert len(found) == len(ends)
+        assert all(text.hf.decode(ids[: place + 1]).endswith(end) for place, end in zip(found, ends, strict=True))
+    room = encoded.items[0][1].num_response_tokens
+    cut = text.encoder(room).encode(replace(request, overflow=Overflow.TRUNCATE_PROMPT_LEFT)).items[0][1]
+    assert (cut.failure is None) == (style == "chatml")  # a step that the cut would take is not read elsewhere

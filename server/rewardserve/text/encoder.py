@@ -193,8 +193,9 @@ class Encoder:
             nothing = ItemFailure(ItemCode.INVALID_ARGUMENT, EMPTY)
             wholes = {i: nothing for i, response in responses if not steps_of(response, job.separator)}
         if by_end:
+            placed = whole_text(PLACE)
             for i, response in responses:
-                found = self._ends(response, whole_text, len(prompt.text), job)
+                found = self._ends(response, whole_text, placed, job)
                 if isinstance(found, ItemFailure):
                     wholes[i] = found
                 else:
@@ -211,13 +212,14 @@ class Encoder:
         return _NO_IDS if prompt.ids is None else prompt.ids, wholes
 
     def _ends(
-        self, response: str | Steps, whole_text: Callable[[str | Steps | None], str], num_prompt: int, job: _Job
+        self, response: str | Steps, whole_text: Callable[[str | Steps | None], str], placed: str, job: _Job
     ) -> tuple[int, ...] | ItemFailure:
-        """Where its steps end in the whole text, in characters."""
+        """Where its steps end in the whole text, in characters. `placed` is that of PLACE: it differs from where a
+        response begins, which may be before the prompt's end, where that opens what a response opens too (<think>).
+        """
         whole, steps = whole_text(response), steps_of(response, job.separator)
-        prompt_text = whole_text(None)
-        begin = next((n for n, (a, b) in enumerate(zip(prompt_text, whole, strict=False)) if a != b), num_prompt)
-        found = find_ends(whole, min(begin, num_prompt), steps)
+        begin = next((n for n, (a, b) in enumerate(zip(placed, whole, strict=False)) if a != b), 0)
+        found = find_ends(whole, begin, steps)
         if not steps:
             return ItemFailure(ItemCode.INVALID_ARGUMENT, EMPTY)
         if empty := [number for number, step in enumerate(steps) if not step.strip()]:

@@ -125,7 +125,7 @@ class Placer:
         border, kept, excess = whole.border, self._num_bos, len(whole) - self._max_length
         message = too_long(str(len(whole)), excess, self._max_length)
         if self._overflow is Overflow.TRUNCATE_PROMPT_LEFT:
-            if border - kept >= excess:
+            if border - kept >= excess and all(position >= kept + excess for position in whole.steps):
                 prompt = self._piece(kept, kept + excess, border)
                 steps = tuple(position - excess for position in whole.steps)
                 return self._add(prompt, _bytes(whole.tail), border - excess, True, steps)
