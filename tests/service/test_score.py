@@ -16,7 +16,7 @@ from rewardserve.errors import DeadlineExceeded, InvalidRequest, ItemFailed
 from rewardserve.evaluation.calibration_file import sigmoid
 from rewardserve.service.rank import compare, rank
 from rewardserve.text.encoder import Abandoned
-from rewardserve.types import ItemFailure, Overflow, PromptGroup, ScoreRequest, TokenIds
+from rewardserve.types import ItemCode, ItemFailure, Overflow, PromptGroup, ScoreRequest, TokenIds
 
 examples = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -92,6 +92,20 @@ async def test_an_engines_failure_of_one_item_reaches_the_reply(house, tools) ->
     assert [item.score for item in items] == [1.0, None, 2.0]
     assert items[1].failure == tools.failure("not finite")
     assert house.sample("item_failures_total", code="OUT_OF_RANGE") == 1
+
+
+async def test_what_truncation_left_nothing_to_read_of_was_too_long(house, tools) -> None:
+    await house.serve()
+    nothing = ItemFailure(ItemCode.INVALID_ARGUMENT, "no step tag: nothing to read")
+    house.engines["m"].scores = [nothing, nothing]
+    request = tools.request(tools.pack(4), tools.pack(*range(1, 200)))
+    request = replace(request, overflow=Overflow.TRUNCATE_RESPONSE_RIGHT)
+    items = (await house.service.score(request)).groups[0].items
+    assert [(item.truncated, item.failure.code.name) for item in items] == [
+        (False, "INVALID_ARGUMENT"),
+        (True, "OUT_OF_RANGE"),
+    ]
+    assert items[1].failure.message == "truncated to max_length: no step tag: nothing to read"
 
 
 async def test_a_final_score_that_fp32_cannot_hold_fails_its_item_and_is_in_no_sum(make_house, tools) -> None:

@@ -14,7 +14,7 @@ from rewardserve.service.finish import Finish, check_steps, not_finite
 from rewardserve.service.live_model import LiveModel, ModelState
 from rewardserve.service.registry import Registry
 from rewardserve.text.encoder import EncodedItem, EncodedRequest
-from rewardserve.types import GroupScore, ItemScore, ScoreRequest, ScoreResult, Timings
+from rewardserve.types import GroupScore, ItemCode, ItemFailure, ItemScore, ScoreRequest, ScoreResult, Timings
 
 _numbers = itertools.count()
 
@@ -109,7 +109,11 @@ def _item(item: EncodedItem, scored: EngineResult, finish: Finish) -> ItemScore:
     result = group.items[item.index]
     counts = (item.num_prompt_tokens, item.num_response_tokens, group.num_cached_tokens, item.truncated)
     if result.score is None:
-        return ItemScore(None, result.failure, *counts)
+        failure = result.failure
+        if item.truncated and failure is not None and failure.code is ItemCode.INVALID_ARGUMENT:
+            # It may have been there: what the model reads, the last step's tag for one, was cut off.
+            failure = ItemFailure(ItemCode.OUT_OF_RANGE, f"truncated to max_length: {failure.message}")
+        return ItemScore(None, failure, *counts)
     raw, score = finish(result, item.num_response_tokens)
     if failure := not_finite(score):
         return ItemScore(None, failure, *counts)
