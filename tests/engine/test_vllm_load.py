@@ -61,6 +61,16 @@ async def test_where_the_native_engine_has_refused_it_is_not_recommended(pretend
     assert "leave out" not in await refusal(tmp_path, "the native engine cannot load it: weights of kind x")
 
 
+async def test_short_inputs_are_not_computed_with_the_positions_of_long_ones(pretended: None, tmp_path: Path) -> None:
+    """vLLM takes one kind for all, by the longest that is allowed; with that, no input may need the other."""
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 160}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    save_checkpoint(tmp_path, "phi3", rope_parameters=rope, original_max_position_embeddings=160)
+    message = await refusal(tmp_path)
+    assert "beyond 160 tokens" in message and "--max-length 160" in message and "--engine vllm" in message
+    vllm_load._check_rope(VllmOptions(str(tmp_path), max_length=160), read_spec(str(tmp_path)))
+
+
 async def test_an_adapter_is_refused_with_what_to_do(pretended: None, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base")
     adapter = adapter_of(load_file(tmp_path / "base" / "model.safetensors"))

@@ -25,6 +25,7 @@ from rewardserve.engine.vllm_environment import overheard, set_environment
 from rewardserve.engine.vllm_models import Classifier, VllmModel, WritingJudge
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL, VllmOptions
 from rewardserve.errors import LoadFailed
+from rewardserve.models.backbone import rope_switch
 from rewardserve.models.checkpoint import first_line
 from rewardserve.models.heads import LinearHead
 from rewardserve.models.loader import choose_dtype, count_parameters
@@ -45,6 +46,7 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
         raise LoadFailed(f"{options.source}: engine = vllm, but vLLM is not installed; {HOW_TO_INSTALL}")
     spec = read_spec(options.source, any_quantization=True)
     _check_head(options, spec)
+    _check_rope(options, spec)
     num_parameters = _check_weights(spec)
     set_environment(options)
     with overheard() as reasons:
@@ -81,6 +83,17 @@ def _check_head(options: VllmOptions, spec: ModelSpec) -> None:
     if not is_read_so or not _is_its_own_head(spec):
         raise LoadFailed(
             f"{options.source}: vLLM serves a linear head 'score' at the last token, and this is {recipe.family}"
+            f"{_way_out(options)}"
+        )
+
+
+def _check_rope(options: VllmOptions, spec: ModelSpec) -> None:
+    """What is for the longest input that is allowed vLLM takes for all: the score of a short one would be another."""
+    switch, max_length = rope_switch(spec.config.get_text_config()), max_length_of(spec, options.max_length)
+    if switch is not None and max_length > switch and _verdict(spec) is None:
+        raise LoadFailed(
+            f"{options.source}: its rotary embedding is another one for inputs beyond {switch} tokens, and with "
+            f"max_length = {max_length} vLLM computes the shorter ones with it, too; give --max-length {switch}"
             f"{_way_out(options)}"
         )
 
