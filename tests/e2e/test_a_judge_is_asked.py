@@ -88,6 +88,7 @@ def test_a_judge_is_asked_in_words(client) -> None:
     [
         ("{response}", "", "judge.template must have"),
         ("'Y', 'N'", "'Y', 'Never ever'", "judge.labels 'Never ever' is"),
+        ("'Y', 'N'", "'Y', 'Y'", "judge.labels 'Y' is the same token as 'Y'"),
         ("1.0, 0.0", "1.0", "judge.values must be as many"),
         ("[judge]", '[head]\nkind = "lm_rows"\nids = [1]\n[judge]', "head or judge: give one"),
     ],

@@ -8,6 +8,7 @@ from rewardserve.engine.native.options import NativeOptions
 from rewardserve.errors import LoadFailed
 from rewardserve.models.spec import read_spec
 from rewardserve.types import JudgeFormat, VerdictFormat
+from tokenizers import Tokenizer
 from writing_judge import END, save_writing_judge
 
 TOLD = """
@@ -65,6 +66,15 @@ def test_labels_and_a_verdict_are_two_ways_to_judge(told) -> None:
         read_spec(told(TOLD.replace("[judge.verdict]", 'labels = ["Y", "N"]\nvalues = [1, 0]\n[judge.verdict]')))
     with pytest.raises(LoadFailed, match=r"judge\.values are of labels"):
         read_spec(told(TOLD.replace("[judge.verdict]", "values = [1, 0]\n[judge.verdict]")))
+
+
+def test_labels_are_looked_up_whatever_padding_the_tokenizer_was_saved_with(told, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.enable_padding(length=8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    asked = TOLD.partition("[judge.verdict]")[0]
+    recipe = read_spec(told(f'{asked}labels = ["good", "fine."]\nvalues = [1, 0]\n')).recipe
+    assert recipe.attributes == ("good", "fine.")
 
 
 def test_the_native_engine_says_which_engine_it_needs(told) -> None:

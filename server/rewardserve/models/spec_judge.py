@@ -41,11 +41,14 @@ def judge_recipe(checkpoint: Checkpoint, told: JudgeKeys, refuse: Refuse) -> Rec
     if not file.is_file():
         raise refuse("judge.labels", f"cannot be looked up: there is no {file.name}")
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
-    ids = []
+    tokenizer.no_padding()  # which a tokenizer is saved with, if it was used so
+    ids: list[int] = []
     for label in told.labels:
         found = tokenizer.encode(label, add_special_tokens=False).ids
         if len(found) != 1:
             raise refuse("judge.labels", f"'{label}' is {len(found)} tokens and must be one")
+        if found[0] in ids:  # its probability would count twice
+            raise refuse("judge.labels", f"'{label}' is the same token as '{told.labels[ids.index(found[0])]}'")
         ids += found
     head = nn.Sequential(lm_logits(checkpoint, ids), _Expected(told.values))
     return Recipe(
