@@ -1,9 +1,12 @@
 """A judge that writes before it decides: its verdict is the score, and what is no verdict fails its own item."""
 
+import json
+
 import grpc
 import pytest
 from rewardserve.client import Group, RewardClient
 from rewardserve.v1 import models_pb2
+from tokenizers import Tokenizer
 from writing_judge import END, save_writing_judge
 
 TOLD = """
@@ -16,11 +19,13 @@ lowest = 1
 highest = 10
 max_tokens = 20
 """
+STOP = "<|stop|>"  # ends a turn, too, by generation_config.json alone; to the tokenizer it is text like any other
 SAID = {
     "good": ["Let me think. ", "It is right.\n", '{"correct": 9, "clear": 5}', END],
     "poor": ["Hm. ", '{"correct": 2, "clear": 3}', "\n", END],
     "mute": ["I cannot say.", END],
     "loud": ["More! ", '{"correct": 11, "clear": 5}', END],
+    "other": ['{"correct": 4, "clear": 4}', STOP],
     "endless": ["and ", "on ", "and "],
 }
 INTERNAL = grpc.StatusCode.INTERNAL
@@ -30,6 +35,9 @@ INTERNAL = grpc.StatusCode.INTERNAL
 def server(start, tmp_path_factory):
     folder = tmp_path_factory.mktemp("writing")
     save_writing_judge(folder, SAID, TOLD)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ends = [tokenizer.token_to_id(token) for token in (END, STOP)]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     return start("--model", f"judge={folder}", "--prefix-cache-mb", "8").ready()
 
 
@@ -55,6 +63,11 @@ def test_what_is_no_verdict_fails_its_own_item_and_says_what_was_written(client)
     assert "it ends in no JSON object; what it wrote ends in 'I cannot say.'" in said[0]
     assert "correct is 11, not from 1 to 10" in said[1]
     assert "it came to no end within max_tokens = 20" in said[2]
+
+
+def test_what_ends_a_turn_is_no_part_of_what_was_written(client) -> None:
+    (item,) = client.score([Group("What?", ["It is other"])]).groups[0].items
+    assert item.score == 4
 
 
 def test_rank_goes_by_the_verdict(client) -> None:

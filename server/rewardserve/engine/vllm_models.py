@@ -105,7 +105,8 @@ class WritingJudge(VllmModel):
                 raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"vLLM ended it: {written.finish_reason}"))
             if written.finish_reason == "length":
                 raise Unreadable(f"it came to no end within max_tokens = {self._verdict.max_tokens}")
-            verdict = read_verdict(self._tokenizer.decode(list(written.token_ids)), self._verdict)
+            said = list(written.token_ids)[:-1]  # the last one ended it: not every tokenizer knows it to be no text
+            verdict = read_verdict(self._tokenizer.decode(said), self._verdict)
         except Unreadable as error:
             message = f"the judge's verdict cannot be read: {error}"
             raise ItemFailed(ItemFailure(ItemCode.INTERNAL, message, is_of_the_score=True)) from error
