@@ -167,6 +167,7 @@ def _arguments(options: VllmOptions, spec: ModelSpec, num_parameters: int, max_l
         # By word, always: a file of another library's beside the checkpoint may say otherwise.
         last = PoolerConfig(task="classify", seq_pooling_type="LAST", use_activation=False)
         head = {"num_labels": 1, "head_dtype": "float32"}
+        head |= dict.fromkeys(("classifier_from_token", "method"))  # or a head is made of the language model's
         kind = {"runner": "pooling", "pooler_config": last, "hf_overrides": head}
     return AsyncEngineArgs(
         model=str(spec.folder),
