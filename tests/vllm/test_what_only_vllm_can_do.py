@@ -5,7 +5,7 @@ import json
 import checkpoints
 import pytest
 import torch
-from rewardserve.engine.vllm_load import quantization_of
+from rewardserve.engine.vllm_load import _arguments, quantization_of
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.models.spec import read_spec
 from rewardserve.v1 import models_pb2
@@ -122,3 +122,33 @@ def test_quantizing_as_it_loads_leaves_the_head_alone(tmp_path, method):
     quantized = arguments.create_engine_config().quant_config.resolve_quant_method_cls
     assert quantized(ReplicatedLinear, "model.layers.0.mlp.down_proj") is not None
     assert quantized(ReplicatedLinear, "score") is None
+
+
+WEIGHTS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+STORED = {
+    "by transformers": {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": None},
+    "by llm-compressor": {
+        "quant_method": "compressed-tensors",
+        "format": "naive-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"all": {"targets": ["Linear"], "weights": WEIGHTS}},
+    },
+}
+
+
+@pytest.mark.parametrize("told", STORED.values(), ids=STORED)
+def test_the_head_of_a_checkpoint_in_eight_bits_is_read_as_it_is_stored(tmp_path, told):
+    """In full, though the config does not say so: transformers quantizes no head."""
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.linear import ReplicatedLinear, UnquantizedLinearMethod
+
+    checkpoints.save_checkpoint(tmp_path, dtype=torch.bfloat16)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": told}))
+    spec = read_spec(str(tmp_path))
+    config = _arguments(VllmOptions(str(tmp_path)), spec, 1, spec.max_length).create_engine_config()
+    layer = ReplicatedLinear.__new__(ReplicatedLinear)
+    names = ["model.layers.0.mlp.down_proj", "score"]
+    with set_current_vllm_config(config):
+        methods = [config.quant_config.get_quant_method(layer, name) for name in names]
+    assert [isinstance(method, UnquantizedLinearMethod) for method in methods] == [False, True]

@@ -168,6 +168,7 @@ def _arguments(options: VllmOptions, spec: ModelSpec, num_parameters: int, max_l
         last = PoolerConfig(task="classify", seq_pooling_type="LAST", use_activation=False)
         head = {"num_labels": 1, "head_dtype": "float32"}
         head |= dict.fromkeys(("classifier_from_token", "method"))  # or a head is made of the language model's
+        head |= _head_as_it_is_stored(spec)
         kind = {"runner": "pooling", "pooler_config": last, "hf_overrides": head}
     return AsyncEngineArgs(
         model=str(spec.folder),
@@ -208,6 +209,16 @@ def quantization_of(options: VllmOptions, spec: ModelSpec) -> dict[str, Any]:
     is_at_load = options.quantization in ("fp8", *ONLINE_QUANT_SHORTHAND_NAMES) and not spec.is_quantized
     ignored = {"quantization_config": {"ignore": ["score"]}} if is_at_load else {}
     return {"quantization": options.quantization or None, **ignored}
+
+
+def _head_as_it_is_stored(spec: ModelSpec) -> dict[str, Any]:
+    """The config's own word on its quantization, with the head left out: transformers leaves it out untold, and vLLM
+    would read its numbers as fp8 without a scale. The other methods look into the files.
+    """
+    told = spec.checkpoint.raw_config.get("quantization_config") or {}
+    of_fp8 = "ignored_layers" if told.get("ignored_layers") else "modules_to_not_convert"
+    key = {"fp8": of_fp8, "compressed-tensors": "ignore"}.get(told.get("quant_method"))
+    return {} if key is None else {"quantization_config": told | {key: [*(told.get(key) or []), "score"]}}
 
 
 def _check_room(spec: ModelSpec, max_length: int) -> None:
