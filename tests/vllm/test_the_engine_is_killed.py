@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import psutil
 import pytest
+from rewardserve.engine.vllm_engine import ModelGone
+from rewardserve.engine.vllm_models import Classifier
 from rewardserve.v1 import models_pb2
 
 Code = grpc.StatusCode
@@ -182,3 +184,18 @@ def test_a_core_that_hangs_is_noticed_though_no_caller_waits_long_for_it(start, 
     assert all(end.code() in (Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE) for end in ends)
     kit.until(lambda: server.model().state == models_pb2.MODEL_STATE_SERVING)
     assert kit.scores_of(send(server, load[0])) == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+
+
+async def test_a_request_is_not_blamed_for_the_death_of_what_hands_out_answers():
+    """vLLM tells each that is in flight of a failure, as if it were its own; a new engine is to have them."""
+    from vllm.v1.engine.exceptions import EngineGenerateError
+
+    class Front:
+        errored = True
+
+        async def encode(self, *_, **__):
+            raise EngineGenerateError from RuntimeError("of the output handler")
+            yield
+
+    with pytest.raises(ModelGone, match="of the output handler"):
+        await Classifier(Front(), None, 1, 1).score("1", [5], 0)

@@ -40,6 +40,8 @@ class VllmModel(abc.ABC):
             raise ModelGone("vLLM's engine core has died; its log says why") from error
         except EngineGenerateError as error:
             reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
+            if self.is_gone:  # what hands out vLLM's answers has died: all that is there would fail, whatever it is
+                raise ModelGone(f"vLLM can hand out no answers any more: {reason}") from error
             raise ItemFailed(ItemFailure(ItemCode.INTERNAL, f"the forward failed: {reason}")) from error
         flaw = None if output is None else getattr(output, "error", None)
         if output is None or flaw is not None:
