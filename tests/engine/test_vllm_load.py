@@ -71,6 +71,23 @@ async def test_short_inputs_are_not_computed_with_the_positions_of_long_ones(pre
     vllm_load._check_rope(VllmOptions(str(tmp_path), max_length=160), read_spec(str(tmp_path)))
 
 
+@pytest.mark.parametrize("has_index", [False, True])
+async def test_a_file_of_other_weights_beside_a_models_is_not_read_for_it(
+    pretended: None, tmp_path: Path, has_index: bool
+) -> None:
+    """vLLM would: all of a folder, unless an index says which."""
+    save_checkpoint(tmp_path, max_shard_size="200KB" if has_index else "5GB")
+    save_file({"score.weight": torch.ones(1, 64)}, tmp_path / "model_old.safetensors", {"format": "pt"})
+    torch.save({}, tmp_path / "training_args.bin")
+    spec = read_spec(str(tmp_path))
+    if has_index:
+        vllm_load._check_files(spec)
+        return
+    assert "model_old.safetensors" in await refusal(tmp_path)
+    (tmp_path / "model_old.safetensors").unlink()
+    vllm_load._check_files(spec)
+
+
 async def test_an_adapter_is_refused_with_what_to_do(pretended: None, tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "base")
     adapter = adapter_of(load_file(tmp_path / "base" / "model.safetensors"))

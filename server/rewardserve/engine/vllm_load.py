@@ -26,7 +26,7 @@ from rewardserve.engine.vllm_models import Classifier, VllmModel, WritingJudge
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL, VllmOptions
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import rope_switch
-from rewardserve.models.checkpoint import first_line
+from rewardserve.models.checkpoint import first_line, read_index
 from rewardserve.models.heads import LinearHead
 from rewardserve.models.loader import choose_dtype, count_parameters
 from rewardserve.models.reads import ReadPlan
@@ -37,6 +37,7 @@ from rewardserve.types import VerdictFormat
 log = logging.getLogger(__name__)
 
 COMPILE_FROM_PARAMETERS = 50_000_000
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin")  # which vLLM leaves out
 PIPE_S = 0.5  # what a process said last may be on its way here when its death is known
 
 
@@ -47,6 +48,7 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
     spec = read_spec(options.source, any_quantization=True)
     _check_head(options, spec)
     _check_rope(options, spec)
+    _check_files(spec)
     num_parameters = _check_weights(spec)
     set_environment(options)
     with overheard() as reasons:
@@ -111,6 +113,20 @@ def _way_out(options: VllmOptions) -> str:
     flags = {"asked for": "engine vllm", "tensor_parallel": "tensor-parallel", "vllm_quantization": "vllm-quantization"}
     flag = next((flag for reason, flag in flags.items() if options.reason.startswith(reason)), None)
     return f"; the native engine knows it: leave out --{flag}" if flag else ""
+
+
+def _check_files(spec: ModelSpec) -> None:
+    """vLLM reads every file of weights in a folder without an index; of weights that are in two, the last one's."""
+    found = set(spec.folder.glob("*.safetensors"))
+    index = spec.folder / "model.safetensors.index.json"
+    if found and index.is_file():
+        found &= {spec.folder / name for name in read_index(index)}
+    found = found or {file for file in spec.folder.glob("*.bin") if not file.name.endswith(NO_WEIGHTS)}
+    if surplus := sorted(file.name for file in found - set(spec.weight_files)):
+        raise LoadFailed(
+            f"{spec.folder}: vLLM would take the weights of {', '.join(surplus[:5])} as well, in place of those in "
+            f"{', '.join(file.name for file in spec.weight_files[:5])}; move what is not of the model elsewhere"
+        )
 
 
 def _check_weights(spec: ModelSpec) -> int:

@@ -294,7 +294,7 @@ def as_trained(config: PreTrainedConfig) -> PreTrainedConfig:
 def _weight_files(folder: Path) -> list[Path]:
     """Safetensors if there are any, else torch's own; and a value head that lies beside them."""
     first = next((name for name in WEIGHT_FILES if (folder / name).is_file()), WEIGHT_FILES[0])
-    names = _read_index(folder / first) if first.endswith(".json") else [first]
+    names = read_index(folder / first) if first.endswith(".json") else [first]
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         others = ", ".join(sorted(p.name for p in folder.iterdir())[:20])
@@ -305,7 +305,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_index(index: Path) -> list[str]:
+def read_index(index: Path) -> list[str]:
     try:
         names = json.loads(index.read_text())["weight_map"].values()
         if not names or not all(isinstance(name, str) for name in names):
