@@ -16,6 +16,7 @@ from typing import Any
 
 import tokenizers
 import torch
+from pydantic import ValidationError
 
 from rewardserve.engine.base import EngineInfo
 from rewardserve.engine.native.load import DTYPE_NAMES, first_id, max_length_of
@@ -63,9 +64,16 @@ async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmMod
                 raise LoadFailed(f"{options.source}: vLLM cannot serve it: {error}") from error
         except Exception as error:
             await asyncio.sleep(PIPE_S)
-            reason = next(iter(reasons), first_line(error))
+            reason = next(iter(reasons), _said(error))
             raise LoadFailed(f"{options.source}: vLLM cannot serve it: {reason}{_in_our_words(reason)}") from error
     return model
+
+
+def _said(error: Exception) -> str:
+    """Where vLLM checks its arguments, the first line tells only how many are wrong."""
+    if not isinstance(error, ValidationError):
+        return first_line(error)
+    return error.errors()[0]["msg"].partition("\n")[0][:500]  # it may list every model that there is
 
 
 def _in_our_words(reason: str) -> str:
