@@ -151,14 +151,14 @@ def test_steps_are_scored_as_by_the_native_engine(native, vllm, kit, checkpoint)
 def test_what_other_libraries_say_beside_a_checkpoint_changes_nothing(native, vllm, kit, groups, tmp_path):
     """sentence-transformers' files say how a text is embedded; a config may leave out how many labels there are.
 
-    Or it tells how vLLM is to make a head of a language model's.
+    Or it calls a reward model a language model, and tells how vLLM is to make a head of that one's.
     """
     checkpoints.save_checkpoint(tmp_path)
     file = tmp_path / "config.json"
     config = json.loads(file.read_text())
     del config["id2label"], config["label2id"]
     config |= {"head_dtype": "model", "method": "from_2_way_softmax", "classifier_from_token": ["no", "yes"]}
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(config | {"architectures": ["Qwen3ForCausalLM"]}))
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
     modules = [
         {"idx": i, "path": path, "type": f"sentence_transformers.models.{k}"} for i, (path, k) in enumerate(kinds)

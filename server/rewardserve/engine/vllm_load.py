@@ -193,7 +193,8 @@ def _arguments(options: VllmOptions, spec: ModelSpec, num_parameters: int, max_l
         head = {"num_labels": 1, "head_dtype": "float32"}
         head |= dict.fromkeys(("classifier_from_token", "method"))  # or a head is made of the language model's
         head |= _head_as_it_is_stored(spec)
-        kind = {"runner": "pooling", "pooler_config": last, "hf_overrides": head}
+        # What it is is told by its weights: config.json may call it a language model.
+        kind = {"runner": "pooling", "convert": "classify", "pooler_config": last, "hf_overrides": head}
     return AsyncEngineArgs(
         model=str(spec.folder),
         config_format="hf",
