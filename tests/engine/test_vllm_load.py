@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from adapters import adapter_of, save_adapter
 from checkpoints import save_checkpoint
 from rewardserve.engine import vllm_load
+from rewardserve.engine.vllm_environment import set_environment
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.errors import LoadFailed
 from rewardserve.models.spec import read_spec
@@ -108,3 +110,10 @@ def test_numbers_are_counted_of_a_quantized_checkpoint_in_files_of_any_kind(
         torch.save(weights, tmp_path / "pytorch_model.bin")
     spec = read_spec(str(tmp_path), any_quantization=True)
     assert vllm_load._check_weights(spec) == sum(tensor.numel() for tensor in weights.values())
+
+
+def test_vllm_calls_our_plugin_though_it_is_told_which_it_may_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it one score that is not a number makes others so, and its processes outlive ours."""
+    monkeypatch.setattr(os, "environ", {"VLLM_PLUGINS": "of_mine"})
+    set_environment(VllmOptions("x"))
+    assert os.environ["VLLM_PLUGINS"].split(",") == ["of_mine", "rewardserve"]

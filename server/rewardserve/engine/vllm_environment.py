@@ -24,6 +24,8 @@ def set_environment(options: VllmOptions) -> None:
     os.environ[OWNER] = str(os.getpid())
     if not any(plugin.name == "rewardserve" for plugin in entry_points(group="vllm.general_plugins")):
         log.warning("rewardserve is not installed but on the path: a score that is not a number may spread to others")
+    if "VLLM_PLUGINS" in os.environ:  # those that it names are all that are called
+        os.environ["VLLM_PLUGINS"] += ",rewardserve"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # its log lines are ours, then
     os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # this process has threads, which a fork would cut off
