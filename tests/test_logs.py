@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from rewardserve.logs import set_up_logging
+from rewardserve.logs import as_log_line, set_up_logging
 
 FORGED = "r1\n2026-01-01 00:00:00,000 CRITICAL fake line"
 UNSAFE = [
@@ -89,6 +89,14 @@ def test_json_gives_back_what_was_logged(log) -> None:
 
 def test_json_takes_any_field(log) -> None:
     assert json.loads(log("json", "x", **fields(error=ValueError("y"))))["error"] == "y"
+
+
+def test_what_other_processes_say_is_json_where_the_log_is(log) -> None:
+    line = log("json", "of ours").rstrip()
+    assert as_log_line(line) == line
+    assert json.loads(as_log_line("{Loading: 50%|\r"))["message"] == "{Loading: 50%|\r"
+    log("text", "of ours")
+    assert as_log_line("Loading: 50%") == "Loading: 50%"
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

@@ -53,6 +53,15 @@ def _shown(value: Any) -> str:
     return escape(json.dumps(text, ensure_ascii=False) if re.search(r'[\s="]', text) or not text else text)
 
 
+def as_log_line(said: str) -> str:
+    """What a process that is not ours said on stderr: where the log is in JSON, who reads it expects nothing else."""
+    handlers = logging.getLogger().handlers
+    formatter = handlers[0].formatter if handlers else None
+    if not isinstance(formatter, _JsonFormatter) or said.startswith('{"time": "'):  # or it is one of ours
+        return said
+    return formatter.format(logging.LogRecord("stderr", logging.WARNING, "", 0, said, None, None))
+
+
 def set_up_logging(form: str, level: str, process: str = "") -> None:
     """`form` is text or json; `process` names an engine's lines. Fields go in as `extra={"fields": {...}}`."""
     handler = logging.StreamHandler()

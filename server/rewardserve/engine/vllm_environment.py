@@ -12,6 +12,7 @@ from rewardserve.engine.groups import num_cores
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.engine.vllm_plugin import OWNER
 from rewardserve.errors import LoadFailed
+from rewardserve.logs import as_log_line
 
 log = logging.getLogger(__name__)
 
@@ -73,8 +74,9 @@ def overheard() -> Iterator[list[str]]:
     def pass_on() -> None:
         with os.fdopen(reader, "rb") as lines:
             for line in lines:
-                os.write(stderr, line)
-                if loading.is_set() and (match := EXCEPTION.match(line.decode(errors="replace").rstrip())):
+                said = line.decode(errors="replace").rstrip()
+                os.write(stderr, f"{as_log_line(said)}\n".encode())
+                if loading.is_set() and (match := EXCEPTION.match(said)):
                     reasons.append(f"{match[1]}: {match[2][:500]}")
 
     threading.Thread(target=pass_on, name="stderr of vLLM", daemon=True).start()
