@@ -1,4 +1,10 @@
+import io
 import json
+
+import pytest
+from rewardserve.cli.models import _show_list
+from rewardserve.client import ModelInfo
+from rich.console import Console
 
 
 def test_the_list_is_one_plain_line_for_each_model(cli, server):
@@ -50,3 +56,16 @@ def test_of_several_servers_each_line_says_which(cli, server, controlled_server)
     endpoints = {each.endpoint.removeprefix("--endpoint=") for each in (server, controlled_server)}
     lines = [line for line in ran.out.splitlines() if line.startswith("toy")]
     assert {line.split()[-1] for line in lines} == endpoints
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(130, ""), (80, "device, dtype, architecture"), (20, "restarts")])
+def test_a_narrow_terminal_leaves_out_columns_and_never_a_name_or_a_state(width, left_out):
+    model = ModelInfo("seed-0", "c1ad5c9c5c1a-bf16-adapted", "serving", "a:1", path="packed")
+    ensemble = ModelInfo("rm", "", "restarting", "a:1", members=("seed-0", "seed-1", "seed-2"))
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    _show_list(console, [model, ensemble])
+    header, _, first, second, *rest = console.file.getvalue().splitlines()
+    assert header.split()[:2] == ["name", "state"]
+    assert first.split()[:2] == ["seed-0", "serving"] and second.split()[:2] == ["rm", "restarting"]
+    assert all(len(line) <= width for line in (header, first, second))
+    assert bool(rest) == bool(left_out) and left_out in " ".join(rest)

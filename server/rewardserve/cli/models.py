@@ -37,6 +37,8 @@ ACTIONS = {
     "rollback": ("NAME",),
     "update": ("NAME", "SOURCE"),
 }
+COLUMNS = ("name", "state", "version", "architecture", "path", "dtype", "device", "max_length", "restarts")
+LEFT_OUT_FIRST = ("device", "dtype", "architecture", "max_length", "path", "version", "endpoint", "restarts")
 STYLES = {"serving": "green", "failed": "bold red"}  # of a state; any other is passing
 MEANT_FOR = {  # options that do something for these actions alone
     "dtype": ("load", "swap"),
@@ -204,19 +206,36 @@ def _show_tables(options: ModelsOptions, models: Sequence[ModelInfo]) -> None:
 def _show_list(console: Console, models: Sequence[ModelInfo]) -> None:
     """A line for each model, and below what a model has to say."""
     several = len({model.endpoint for model in models}) > 1
-    table = Table(**TABLE)
-    columns = ("name", "state", "version", "architecture", "path", "dtype", "device", "max_length", "restarts")
-    for column in (*columns, *(("endpoint",) if several else ())):
-        justify = "right" if column in ("max_length", "restarts") else "left"
-        table.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis")
-    for model in models:
-        table.add_row(*_cells(model), *((model.endpoint,) if several else ()))
-    if not console.is_terminal:  # a pipe is as wide as it needs to be: one line is one model, whole
-        console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    columns = [*COLUMNS, *(("endpoint",) if several else ())]
+    left_out = []
+    while True:
+        table = _list(models, columns)
+        width = console.measure(table, options=console.options.update(width=1000)).maximum
+        if not console.is_terminal:  # a pipe is as wide as it needs to be: one line is one model, whole
+            console.width = max(console.width, width)
+        least = next((column for column in LEFT_OUT_FIRST if column in columns), None)
+        if width <= console.width or least is None:
+            break
+        columns.remove(least)  # or every column would shrink, the names to nothing
+        left_out.append(least)
     console.print(table)
+    if left_out:
+        note = f" no room for {', '.join(left_out)}: `rewardserve models get NAME` shows all"
+        console.print(Text(note), soft_wrap=True)
     for model in models:
         for text in _remarks(model):
             console.print(Text(f" {model.name}: {one_line(text)}"), soft_wrap=True)
+
+
+def _list(models: Sequence[ModelInfo], columns: Sequence[str]) -> Table:
+    table = Table(**TABLE)
+    for column in columns:
+        justify: Literal["left", "right"] = "right" if column in ("max_length", "restarts") else "left"
+        table.add_column(column, justify=justify, no_wrap=True, overflow="ellipsis")
+    for model in models:
+        cells = dict(zip((*COLUMNS, "endpoint"), (*_cells(model), Text(model.endpoint)), strict=True))
+        table.add_row(*(cells[column] for column in columns))
+    return table
 
 
 def _cells(model: ModelInfo) -> list[Text]:
