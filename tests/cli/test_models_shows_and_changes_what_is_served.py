@@ -51,6 +51,11 @@ def test_what_is_loaded_is_listed_and_what_is_unloaded_is_not(cli, controlled_se
     assert empty.code == 0 and empty.out == "" and "no model is served" in empty.err
 
 
+def test_a_caller_who_does_not_wait_is_told_that_the_change_goes_on(cli, controlled_server):
+    ran = cli("models", "load", "new", "somewhere", "--timeout=1e-6", controlled_server.endpoint)
+    assert ran.code == 1 and "DEADLINE_EXCEEDED" in ran.err and "goes on" in ran.err
+
+
 def test_of_several_servers_each_line_says_which(cli, server, controlled_server):
     ran = cli("models", server.endpoint, controlled_server.endpoint)
     endpoints = {each.endpoint.removeprefix("--endpoint=") for each in (server, controlled_server)}

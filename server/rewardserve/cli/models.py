@@ -77,7 +77,7 @@ class ModelsOptions(Options):
     )
     keep_previous: bool = Field(default=False, description="swap: keep the old version loaded, for a fast rollback")
     timeout: float = Field(
-        default=600.0, gt=0, le=MAX_TIMEOUT_S, description="seconds a server may take; loading takes long"
+        default=600.0, gt=0, le=MAX_TIMEOUT_S, description="seconds to wait; a change that has begun goes on"
     )
     json_output: bool = Field(default=False, description="print JSON instead of a table")
 

@@ -74,6 +74,8 @@ def _advice(verb: str, error: RewardClientError) -> str:
             )
         case ModelNotFound() if verb != "models":
             return "; choose with --name"
+        case DeadlineExceeded() if verb == "models":
+            return "; --timeout waits longer; a change that has begun goes on, see `rewardserve models`"
         case DeadlineExceeded():
             return "; give it longer with --timeout"
         case Overloaded():

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ModelsStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """A change that has begun is carried to its end, also when its caller has left or the deadline has passed.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -72,7 +73,8 @@ class ModelsStub(object):
 
 
 class ModelsServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """A change that has begun is carried to its end, also when its caller has left or the deadline has passed.
+    """
 
     def List(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -174,7 +176,8 @@ def add_ModelsServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Models(object):
-    """Missing associated documentation comment in .proto file."""
+    """A change that has begun is carried to its end, also when its caller has left or the deadline has passed.
+    """
 
     @staticmethod
     def List(request,
