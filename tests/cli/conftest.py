@@ -124,6 +124,14 @@ def controlled_server(toy_info: EngineInfo) -> Iterator[Server]:
 
 
 @pytest.fixture
+def ensemble_server(toy_info: EngineInfo) -> Iterator[Server]:
+    """Serves `e`, an ensemble of `a` and `b`, and lets clients load and unload."""
+    options = {"model": ["a=anywhere", "b=anywhere"], "ensemble": ["e=mean(a+b)"], "allow_model_control": True}
+    with _serving(lambda *_: FakeEngine(toy_info), **options) as running:
+        yield running
+
+
+@pytest.fixture
 def small_server(toy_info: EngineInfo) -> Iterator[Server]:
     """Serves `toy`, and takes messages of up to a megabyte."""
     with _serving(lambda *_: FakeEngine(toy_info), model=["toy=anywhere"], max_message_mb=1) as running:

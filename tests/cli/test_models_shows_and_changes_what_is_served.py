@@ -56,6 +56,14 @@ def test_a_caller_who_does_not_wait_is_told_that_the_change_goes_on(cli, control
     assert ran.code == 1 and "DEADLINE_EXCEEDED" in ran.err and "goes on" in ran.err
 
 
+def test_a_server_that_answers_is_not_looked_for(cli, ensemble_server):
+    endpoint = ensemble_server.endpoint
+    assert cli("models", "unload", "b", endpoint).code == 0
+    ran = cli("rank", "--name=e", "--prompt=x", "--response=y", "--timeout=0.3", endpoint)
+    assert ran.code == 1 and "member 'b'" in ran.err
+    assert "`rewardserve models` says" in ran.err and "is a server there?" not in ran.err
+
+
 def test_of_several_servers_each_line_says_which(cli, server, controlled_server):
     ran = cli("models", server.endpoint, controlled_server.endpoint)
     endpoints = {each.endpoint.removeprefix("--endpoint=") for each in (server, controlled_server)}

@@ -68,6 +68,8 @@ def counted(number: int, noun: str) -> str:
 
 def _advice(verb: str, error: RewardClientError) -> str:
     match error:
+        case Unavailable() if error.is_reply:
+            return "; `rewardserve models` says how it is doing"
         case Unavailable():
             return (
                 "; is a server there? `rewardserve serve --model FOLDER` starts one, --endpoint HOST:PORT names another"
