@@ -141,7 +141,7 @@ def load_options(cls: type[O], verb: str, arguments: Sequence[str], file: Path |
         )
         return cls(_cli_settings_source=flags, _env_prefix=prefix, **values)  # type: ignore[call-arg]
     except pydantic.ValidationError as error:
-        raise ConfigError("; ".join(_explain(detail, prefix) for detail in error.errors())) from None
+        raise ConfigError("; ".join(_explain(cls, detail, prefix) for detail in error.errors())) from None
     except SettingsError as error:
         shortcuts = (cls.model_config.get("cli_shortcuts") or {}).values()
         known = [_flag(str(name)) for name in (*cls.model_fields, *shortcuts)]
@@ -237,13 +237,18 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else "; see --help"
 
 
-def _explain(detail: Any, prefix: str) -> str:
+def _explain(cls: type[Options], detail: Any, prefix: str) -> str:
     name = str(detail["loc"][0])
-    return f"{_flag(name)} (or {prefix}{name.upper()}): {detail['msg']} (got {detail['input']!r})"
+    what = detail["msg"]
+    if detail["type"] == "string_pattern_mismatch":  # which would be told as a regular expression
+        what = f"give {str(cls.model_fields[name].description).removeprefix('offline: ')}"
+    return f"{_flag(name)} (or {prefix}{name.upper()}): {what} (got {detail['input']!r})"
 
 
 def _explain_flags(message: str, known: Sequence[str]) -> str:
     message = message.removeprefix("error parsing CLI: ")
+    if message.endswith(": expected one argument"):
+        return f"{message}; one that begins with - is given as --flag=VALUE"
     if not message.startswith("unrecognized arguments: "):
         return f"{message}; see --help"
     words = message.removeprefix("unrecognized arguments: ").split()
