@@ -34,7 +34,10 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_without_vllm_a_model_is_refused_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "vLLM is not installed; install it with pip install" in await refusal("/nowhere")
+    asked = {"asked for": "engine = vllm", "tensor_parallel = 2": "tensor_parallel = 2"}
+    for reason, option in asked.items():
+        told = await refusal("/nowhere", reason)
+        assert f"{option}, but vLLM is not installed; install it with pip install" in told
 
 
 @pytest.mark.parametrize(

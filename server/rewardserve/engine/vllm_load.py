@@ -45,7 +45,8 @@ PIPE_S = 0.5  # what a process said last may be on its way here when its death i
 async def load(options: VllmOptions, on_step: Callable[[Step], None]) -> VllmModel:
     """Loads, tries and sizes everything. Raises LoadFailed with what to do about it."""
     if importlib.util.find_spec("vllm") is None:
-        raise LoadFailed(f"{options.source}: engine = vllm, but vLLM is not installed; {HOW_TO_INSTALL}")
+        asked = "engine = vllm" if options.reason == "asked for" else options.reason
+        raise LoadFailed(f"{options.source}: {asked}, but vLLM is not installed; {HOW_TO_INSTALL}")
     spec = read_spec(options.source, any_quantization=True)
     _check_head(options, spec)
     _check_rope(options, spec)
