@@ -10,7 +10,7 @@ VERBS = {
     "score": "score a JSONL file of prompts and responses, against a server or offline",
     "rank": "rank responses to one prompt, best first",
     "eval": "judge a reward model by pairs or rated responses: accuracy, calibration, bias, best-of-N",
-    "models": "list what a server serves; load and unload",
+    "models": "list what a server serves; load, swap, update, unload",
     "bench": "measure a server: latency against load, as a picture",
     "train": "train a reward model, or an ensemble, on pairs or ratings",
     "health": "exit code 0 if a server is ready to score; for container probes",
