@@ -344,6 +344,16 @@ def test_the_folders_that_a_language_model_lies_in_do_not_make_it_a_reward_model
         read_spec(str(folder))
 
 
+@pytest.mark.parametrize("save", [save_checkpoint, save_language_model])
+def test_a_head_of_any_name_is_among_the_keys_that_could_be_one(tmp_path, save) -> None:
+    save(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["critic.weight"] = weights.pop("score.weight", weights["model.norm.weight"][None].clone())
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    told = refusal(tmp_path)
+    assert "critic.weight" in told and "layers." not in told
+
+
 def test_a_layer_of_a_head_that_is_not_known_is_named(tmp_path) -> None:
     save_checkpoint(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

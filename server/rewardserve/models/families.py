@@ -5,6 +5,7 @@ a head that is guessed wrong gives scores all the same. Facts are from the model
 only assumed says so in `assumes`.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from rewardserve.types import JudgeFormat, StepFormat, StepStyle
 FOREIGN_CONFIGS = {"internlm2": "llama", "gpt_neox_reward_model": "gpt_neox"}
 
 HEAD_LIKE = (*HEAD_NAMES, "regression_layer", "gating", "lm_head")
+OF_BACKBONE = re.compile(r"\b(layers?|h|blocks?)\.\d+\.|embed|norm|\b(wte|wpe|ln_f)\.")  # in the names of most
 # ids of the published Llama 3 vocabulary: <|eot_id|>, <|start_header_id|>, "assistant", <|end_header_id|>, "\n\n"
 LLAMA3_ASSISTANT = (128009, 128006, 78191, 128007, 271)
 GEMMA2_ASSISTANT = (
@@ -129,10 +131,12 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
             "rewardserve.toml beside config.json (docs/models.md)"
         )
     keys = checkpoint.where
-    found = [key for key in keys if any(part in key for part in HEAD_LIKE)] or list(keys)[-5:]
+    known = [key for key in keys if any(part in key for part in HEAD_LIKE)]
+    other = [key for key in keys if key not in known and not OF_BACKBONE.search(key)]
+    found = [*sorted(known), *sorted(other)] or sorted(keys)[-5:]
     raise LoadFailed(
         f"{checkpoint.folder}: no scalar head ('score.weight' or another name that is known) is among the weights, so "
-        f"scores would be random. Keys that could be a head: {', '.join(sorted(found)[:10])}. "
+        f"scores would be random. Keys that could be a head: {', '.join(found[:10])}. "
         "Say what they are in rewardserve.toml beside config.json (docs/models.md)"
     )
 
