@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from rewardserve.cli.running import MAX_TIMEOUT_S, guarded
+from rewardserve.cli.running import MAX_TIMEOUT_S, check_port, guarded
 from rewardserve.client import RewardClient
 from rewardserve.config import ServeConfig, load_config
 from rewardserve.options import ConfigError, Options, load_options
@@ -36,6 +36,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _health(options: HealthOptions) -> int:
+    check_port(options.endpoint)
     try:
         client = RewardClient(options.endpoint, timeout=options.timeout)
     except ValueError as error:

@@ -88,7 +88,15 @@ def _advice(verb: str, error: RewardClientError) -> str:
 
 def connect(endpoints: Sequence[str], timeout_s: float) -> AsyncRewardClient:
     """Raises ConfigError for what is no endpoint."""
+    for endpoint in endpoints:
+        check_port(endpoint)
     try:
         return AsyncRewardClient(endpoints or DEFAULT_ENDPOINT, timeout=timeout_s)
     except ValueError as error:
         raise ConfigError(f"--endpoint: {error}") from None
+
+
+def check_port(endpoint: str) -> None:
+    """gRPC would try 443, where no server of ours is."""
+    if endpoint and not set(":/") & set(endpoint):
+        raise ConfigError(f"--endpoint: {endpoint!r} has no port; give HOST:PORT")
