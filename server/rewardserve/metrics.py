@@ -94,7 +94,7 @@ class Metrics:
         self.in_flight_tokens = gauge("in_flight_tokens", "Their tokens, prompts counted once per group.")
         self.queued_requests = gauge("queued_requests", "Requests waiting in the scheduler after the last batch.")
         self.queued_tokens = gauge("queued_tokens", "Their tokens.")
-        self.up = gauge("model_up", "1 if the model can score, else 0.")
+        self.up = gauge("model_up", "1 if the model can score, else 0; nothing of one that was unloaded.")
         self.info = gauge(
             "model_info", "1, with the version that is served.", "version", "architecture", "path", "dtype"
         )
@@ -160,9 +160,10 @@ class ModelMetrics:
         self.queued_tokens.set(0)
 
     def forget(self) -> None:
-        """The model is gone: it is not up, nothing waits for it, and it has no version."""
-        self.up.set(0)
-        self.nothing_queued()
+        """The model is gone: what it did stays counted, and it is not one that is down and should be up."""
+        of_now = (self._metrics.up, self._metrics.in_flight, self._metrics.in_flight_tokens)
+        for gauge in (*of_now, self._metrics.queued_requests, self._metrics.queued_tokens):
+            gauge.remove(self._model)
         if self._info_labels is not None:
             self._metrics.info.remove(*self._info_labels)
             self._info_labels = None
