@@ -118,11 +118,12 @@ async def test_int8_is_near_enough_says_so_and_gives_a_pair_the_same_bits_in_any
     assert 1e-5 < (together - wanted).abs().max() < 0.2 * wanted.std()
 
 
-async def test_fp8_is_near_enough_and_leaves_the_first_and_the_last_layer_as_they_are(tmp_path: Path) -> None:
+async def test_fp8_is_near_enough_and_leaves_the_first_and_the_last_layer_as_they_are(tmp_path: Path, caplog) -> None:
     save_checkpoint(tmp_path, num_hidden_layers=4)
     wanted = padded_scores(tmp_path, joined(GROUPS), torch.float32)
     async with native(tmp_path, quantize="fp8") as scorer:
         assert scorer.info.dtype == "fp8" and scorer.info.version.endswith("-fp8")
+        assert "fp8 on a CPU is slower" in caplog.text
         layers = scorer.engine._loop._loaded.model.backbone.decoder_layers
         assert [any(isinstance(m, Fp8Linear) for m in layer.modules()) for layer in layers] == [
             False,

@@ -136,6 +136,8 @@ def _quantize(subject: Subject, kind: str) -> None:
     else:
         if not layers or not _has_fp8(subject.model.backbone.device):
             raise LoadFailed("quantize = fp8 is for decoders on GPUs of compute capability 8.9 and later; leave it out")
+        if subject.on_cpu:
+            log.warning("fp8 on a CPU is slower than what it takes the place of: for trying out what it does to scores")
         # The first layer reads embeddings and the last one is what is scored: they stay as they are.
         count = sum(len(replace_linears(layer, _fp8_or_none)) for layer in layers[1:-1])
     if not count:
