@@ -143,6 +143,13 @@ def test_what_is_judged_offline_is_what_the_model_gives_whatever_calibration_lie
     assert (tmp_path / "c.json").read_text() == (judged.folder / "c.json").read_text()
 
 
+def test_a_calibration_of_pairs_that_are_the_wrong_way_round_is_doubted(tmp_path, capsys):
+    pairs = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in demo_rows() if "chosen" in row]
+    source, files = write(tmp_path / "in.jsonl", pairs[:4]), [f"--output={tmp_path}", f"--fit-calibration={tmp_path}/c"]
+    assert eval_.run([str(source), f"--model={DEMO_MODEL}", "--no-suites", *ARGUMENTS[:1], *files]) == 0
+    assert "0.0% of the pairs are ranked right: are chosen and rejected" in capsys.readouterr().err
+
+
 def test_a_server_gives_the_figures_of_the_checkpoint(judged, tmp_path):
     with ServerProcess(f"demo={DEMO_MODEL}") as server:
         arguments = [f"--endpoint={server.endpoint}", "--in-domain=answers", "--seed=1", "--min-gap=0.3"]

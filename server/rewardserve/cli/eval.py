@@ -225,5 +225,11 @@ def _write_calibration(options: EvalOptions, report: "Report", prompts: "Sequenc
     pairs = pairs_of(prompts, options.min_gap)
     fitted = calibration.fit(options.calibration_kind, pairs.margin, mean_score(prompts))
     about, accuracy = report.about, report.ranking.accuracy
+    if accuracy.value <= 0.5:  # of which no fit makes anything but that it does not know
+        complain(
+            "eval",
+            f"--fit-calibration: {accuracy.value:.1%} of the pairs are ranked right: are chosen and rejected, "
+            "or the ratings, the right way round? What was fitted says that the model knows nothing",
+        )
     origin = calibration_file.Origin(about.model, about.version, about.input, accuracy.num_pairs, accuracy.num_prompts)
     calibration_file.write(Path(options.fit_calibration), fitted, origin)
