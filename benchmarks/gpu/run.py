@@ -115,7 +115,7 @@ class _Running:
     """A part's process, and all that it starts. It imports what it needs, and waits to be told to go."""
 
     def __init__(self, part: Planned, scratch: Path, dry_run: bool) -> None:
-        self.name = part.name
+        self.name, self._seconds, self._started = part.name, 0.0, 0.0
         self._written, self._errors = scratch / f"{part.name}.json", (scratch / f"{part.name}.errors").open("w+")
         path = os.pathsep.join([*(str(ROOT / source) for source in SOURCES), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"}

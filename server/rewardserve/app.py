@@ -19,9 +19,9 @@ from grpc_reflection.v1alpha import reflection
 
 from rewardserve.config import ServeConfig
 from rewardserve.engine.base import Engine
+from rewardserve.engine.cgroups import num_cores
 from rewardserve.engine.choice import Wish, choose, reason_for_vllm
 from rewardserve.engine.environment import engine_environment
-from rewardserve.engine.groups import num_cores
 from rewardserve.engine.launch import Launcher, Program
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.nursery_process import Nursery, is_on_cpu

@@ -23,6 +23,7 @@ def test_a_proxy_is_not_asked_for_a_server_on_this_machine(server, monkeypatch, 
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     with RewardClient(server.target.replace("127.0.0.1", host)) as client:
         client.wait_ready(10)
+        assert len(client.score(GROUPS[:1]).groups[0].items) == 2
 
 
 def test_every_method_answers(server, expected):

@@ -13,7 +13,7 @@ from rewardserve.app import threads_of
 from rewardserve.client import Group, RewardClient, TokenIds
 from rewardserve.client.errors import RewardClientError
 from rewardserve.config import load_config
-from rewardserve.engine.groups import num_cores
+from rewardserve.engine.cgroups import num_cores
 from rewardserve.engine.shared import sharing
 from rewardserve.v1 import models_pb2, scoring_pb2
 from safetensors.torch import load_file

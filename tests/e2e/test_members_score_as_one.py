@@ -16,7 +16,7 @@ from rewardserve.app import threads_of
 from rewardserve.client import Group, RewardClient, StepOptions, Steps, TokenIds
 from rewardserve.client.errors import ModelNotFound
 from rewardserve.config import load_config
-from rewardserve.engine.groups import num_cores
+from rewardserve.engine.cgroups import num_cores
 from rewardserve.evaluation import calibration_file
 from rewardserve.evaluation.calibration_file import Isotonic, Origin, Temperature
 

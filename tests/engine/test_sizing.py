@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import save_checkpoint
-from rewardserve.engine import groups
+from rewardserve.engine import cgroups
 from rewardserve.engine.native import sizing
 from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
@@ -33,8 +33,8 @@ def test_pages_of_files_that_a_group_of_processes_has_read_are_memory_it_can_sti
     limited.mkdir(parents=True, exist_ok=True)
     own = "/docker/of/another/view" if depth == "a container's" else "/slurm/job_7"
     (tmp_path / "own").write_text(f"5:cpu,cpuacct:/\n4:memory:{own}\n0::/\n" if version == 1 else f"0::{own}\n")
-    monkeypatch.setattr(groups, "OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(groups, "ALL_GROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "ALL_GROUPS", tmp_path)
     of_all = "total_" if version == 1 else ""
     stat = {"anon": in_use, f"{of_all}active_file": GB // 10, f"{of_all}inactive_file": in_files - GB // 10}
     if version == 1:  # of the group itself, without those within it
@@ -51,9 +51,9 @@ def test_groups_without_a_limit_leave_all_that_the_machine_has(tmp_path: Path, m
     (tmp_path / "user.slice").mkdir()
     (tmp_path / "user.slice" / "memory.max").write_text("max\n")
     (tmp_path / "user.slice" / "memory.current").write_text("5\n")
-    monkeypatch.setattr(groups, "ALL_GROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "ALL_GROUPS", tmp_path)
     for own in ("own", "not there"):
-        monkeypatch.setattr(groups, "OWN_GROUPS", tmp_path / own)
+        monkeypatch.setattr(cgroups, "OWN_GROUPS", tmp_path / own)
         assert sizing.auto_cache_bytes() > 0
 
 
@@ -65,8 +65,8 @@ def test_threads_are_no_more_than_the_cores_that_a_group_of_processes_has_the_ti
 ) -> None:
     """Of a container with a quota of CPUs on a machine of eight cores, each of which it may be on."""
     (tmp_path / "own").write_text("7:cpu,cpuacct:/slurm/job_7\n0::/\n" if version == 1 else "0::/slurm/job_7\n")
-    monkeypatch.setattr(groups, "OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(groups, "ALL_GROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "ALL_GROUPS", tmp_path)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     group = (tmp_path / "cpu" if version == 1 else tmp_path) / limited
     group.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def test_threads_are_no_more_than_the_cores_that_a_group_of_processes_has_the_ti
         (group / "cpu.cfs_period_us").write_text("100000\n")
     else:
         (group / "cpu.max").write_text(f"{'max' if quota is None else quota * 1000} 100000\n")
-    assert groups.num_cores() == cores
+    assert cgroups.num_cores() == cores
 
 
 def test_a_prefix_cache_that_memory_does_not_hold_is_refused_before_it_is_made_resident() -> None:
@@ -91,8 +91,8 @@ def test_a_host_cache_that_memory_does_not_hold_is_refused_before_it_is_pinned(
     """Of a job that may take 1 GB: what it asks for the system gives, until it is used."""
     for name, text in {"own": "0::/\n", "memory.max": f"{GB}\n", "memory.current": "0\n"}.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(groups, "OWN_GROUPS", tmp_path / "own")
-    monkeypatch.setattr(groups, "ALL_GROUPS", tmp_path)
+    monkeypatch.setattr(cgroups, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(cgroups, "ALL_GROUPS", tmp_path)
     save_checkpoint(tmp_path)
     options = {"compile": "off", "num_threads": 1, "prefix_cache_bytes": 16 << 20, "device": "cpu"}
     with pytest.raises(OptionsDoNotFit, match="a host cache of 2048 MB does not fit: 1024 MB of memory are free"):

@@ -134,7 +134,7 @@ def test_a_dated_template_loaded_around_midnight_is_served(styles, monkeypatch: 
             return datetime.now(tz) + timedelta(days=1)
 
     monkeypatch.setattr(chat_template, "datetime", Tomorrow)
-    Tokenizer(styles["dated"].spec)
+    assert Tokenizer(styles["dated"].spec).template is not None
 
 
 def test_truncation_and_padding_saved_with_a_tokenizer_are_not_applied(plain) -> None:

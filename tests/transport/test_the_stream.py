@@ -196,6 +196,7 @@ async def test_cancelling_the_stream_drops_its_work(served, kit):
     stream.cancel()
     await kit.eventually(lambda: served.engine.num_cancelled == 10)
     await kit.eventually(lambda: served.app.registry.get("m").admission.num_requests == 0)
+    assert served.engine.num_in_flight == 0
     served.engine.release()
     await served.good()
 
@@ -208,6 +209,7 @@ async def test_a_client_that_vanishes_has_its_work_dropped(served, kit):
     await kit.eventually(lambda: served.engine.num_in_flight == 1)
     await channel.close()
     await kit.eventually(lambda: served.engine.num_cancelled == 1)
+    assert served.engine.num_in_flight == 0
     served.engine.release()
 
 

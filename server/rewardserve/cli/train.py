@@ -20,7 +20,7 @@ from rich.text import Text
 from rewardserve.cli.running import complain, counted, guarded
 from rewardserve.cli.table import TABLE, make_console
 from rewardserve.config import MAX_THREADS
-from rewardserve.engine.groups import num_cores
+from rewardserve.engine.cgroups import num_cores
 from rewardserve.errors import LoadFailed
 from rewardserve.options import ConfigError, Options, Repeated, load_options
 from rewardserve.training import run_folder, split

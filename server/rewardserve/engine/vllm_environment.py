@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 
-from rewardserve.engine.groups import num_cores
+from rewardserve.engine.cgroups import num_cores
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.engine.vllm_plugin import OWNER
 from rewardserve.errors import LoadFailed

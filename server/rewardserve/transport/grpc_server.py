@@ -148,6 +148,7 @@ class GrpcDoor:
     async def _score_stream(
         self, messages: AsyncIterator[Any], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[scoring_pb2.ScoreResponse]:
+        self._num_read += 1
         stream = _Stream(self, context, self._options.max_stream_requests)
         async for reply in stream.replies(messages, self._closing):
             yield reply

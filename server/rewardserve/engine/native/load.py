@@ -9,7 +9,7 @@ import torch
 from rewardserve_kernels.ragged import BLOCK_TOKENS
 
 from rewardserve.engine.base import ADAPTED, EngineInfo
-from rewardserve.engine.groups import num_cores
+from rewardserve.engine.cgroups import num_cores
 from rewardserve.engine.native.canary import Canary
 from rewardserve.engine.native.gpu import find_place_for_kernels, make_batch_invariant, use_device
 from rewardserve.engine.native.graphs import capture

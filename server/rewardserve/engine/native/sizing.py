@@ -1,13 +1,10 @@
 """How much memory is for what: stored prompts, and a step beside them."""
 
-import contextlib
-from pathlib import Path
-
 import numpy as np
 import torch
 from rewardserve_kernels.ragged import Segment
 
-from rewardserve.engine.groups import groups_with
+from rewardserve.engine.cgroups import bytes_left
 from rewardserve.engine.native.batch import PackRows, build_pack
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.errors import OptionsDoNotFit
@@ -15,12 +12,6 @@ from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.reward_model import RewardModel
 
 MAX_AUTO_CACHE_BYTES = 4 << 30
-# By the version of cgroups: files, and how names in memory.stat begin that count groups within a group too.
-LIMITS_OF_MEMORY = {
-    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
-    2: ("memory.max", "memory.current", ""),
-}
-PAGES_OF_FILES = ("active_file", "inactive_file")
 GRAPHS_OF_A_STEP = (
     0.5  # what CUDA graphs take, of a step's memory: theirs have a quarter of its rows, and it is their own
 )
@@ -116,24 +107,4 @@ def free_bytes() -> int:
     """Memory that this process can still take: the machine's or, if that is less, its container's or its job's."""
     import psutil  # here: without a host cache, an engine on a GPU needs nothing beyond torch, transformers and numpy
 
-    return max(0, min([psutil.virtual_memory().available, *_left_by_groups()]))
-
-
-def _left_by_groups() -> list[int]:
-    """Bytes that each of the groups of this process, and each group that those are in, may still take."""
-    found: list[int] = []
-    for version, group in groups_with("memory"):
-        limit, used, of_all = LIMITS_OF_MEMORY[version]
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            allowed, taken = (int((group / name).read_text()) for name in (limit, used))
-            found.append(allowed - taken + _pages_of_files(group / "memory.stat", of_all))
-    return found
-
-
-def _pages_of_files(stat: Path, of_all: str) -> int:
-    """Bytes that a group's use counts and that give way to whoever needs memory: where a checkpoint was read they fill
-    all that the group may have. `of_all` comes before names that count groups within it too.
-    """
-    names = {of_all + name for name in PAGES_OF_FILES}
-    lines = map(str.split, stat.read_text().splitlines() if stat.exists() else [])
-    return sum(int(number) for name, number in lines if name in names)
+    return max(0, min([psutil.virtual_memory().available, *bytes_left()]))
