@@ -43,6 +43,7 @@ async def scored(folder, device, options):
             torch.cuda.set_sync_debug_mode("error")
         found = {"path": loaded.info.path, "device": loaded.info.device}
         found["triton"] = loaded.model.backbone.attention is triton
+        found["sums in one order"] = bool(loaded.model.backbone.compile_options)
         scores = [await scorer.scores(groups)]  # cold and at once, which no graph holds
         replays = pretend_gpu.launches["graph"]
         scores += [await scorer.scores([group]) for group in groups]  # warm and one by one
@@ -112,6 +113,7 @@ def test_scores_are_those_of_a_cpu_and_no_step_waits(run: Run, tmp_path: Path) -
     for (folder, device, _), found in zip(cases, run(SCORES, json.dumps(cases)), strict=True):
         assert found["error"] < 1e-5, folder
         assert (found["path"], found["device"], found["triton"]) == ("packed", device, True), folder
+        assert found["sums in one order"], folder  # test_layers_compile_for_a_gpu.py
         assert found["replays"] >= 3 and found["copies"] == [1, 1], folder
         if folder != str(tmp_path / "qwen3"):  # the inputs, the graph, norm and head, the features
             assert found["launches"] == {"copy_": 2, "graph": 1, "score_last_rows": 1}, folder

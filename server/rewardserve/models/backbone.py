@@ -342,6 +342,7 @@ class Backbone:
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
         self._pruned = False
         self.attention: TreeAttention = chunked
+        self.compile_options: dict[str, Any] = {}  # torch.compile's
         self.store_rows: StoreRows = store_rows
         # Of the layers, by the key of their plans, as forwards met them.
         self.attention_shapes: dict[tuple[int, bool], AttentionShape] = {}
@@ -388,7 +389,7 @@ class Backbone:
             if isinstance(layer, _PrunedLayer):
                 layer = layer.layer
             if compiled:
-                layer.compile(dynamic=True, fullgraph=True)
+                layer.compile(dynamic=True, fullgraph=True, options=self.compile_options or None)
             else:
                 layer._compiled_call_impl = None  # torch has no public way back
 

@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._inductor.config as inductor
@@ -28,8 +29,6 @@ def make_batch_invariant() -> None:
     up in another order. It needs a workspace for that and is given none, as vLLM does it (its batch_invariant.py). That
     it costs nothing from some 2,000 rows on is a prediction (benchmarks/NOTES.md); of other GPUs nothing is known. That
     norms see rows enough is seen to in batch.py.
-
-    Nor shall a compiled sum depend on what was faster when it was compiled: another process would find another order.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     os.environ.setdefault("CUBLASLT_WORKSPACE_SIZE", "1")
@@ -37,8 +36,16 @@ def make_batch_invariant() -> None:
     matmul = torch.backends.cuda.matmul
     matmul.allow_bf16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]  # nor split-K
     matmul.allow_fp16_reduced_precision_reduction = (False, False)  # type: ignore[assignment]
-    if hasattr(inductor, "deterministic"):  # from torch 2.10 on
-        inductor.deterministic = True
+
+
+def compile_options() -> dict[str, Any]:
+    """Of torch.compile, for what it compiles not to depend on what was faster when it was compiled: another process
+    would add up in another order.
+
+    Not by the module's own `deterministic`: every trace of torch.compile ends in a use_deterministic_algorithms(False),
+    as it found it, and that switches it off for all that is compiled after it (seen in 2.11 and 2.13).
+    """
+    return {"deterministic": True} if hasattr(inductor, "deterministic") else {}  # from torch 2.10 on
 
 
 def find_place_for_kernels() -> None:

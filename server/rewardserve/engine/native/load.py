@@ -11,7 +11,7 @@ from rewardserve_kernels.ragged import BLOCK_TOKENS
 from rewardserve.engine.base import ADAPTED, EngineInfo
 from rewardserve.engine.cgroups import num_cores
 from rewardserve.engine.native.canary import Canary
-from rewardserve.engine.native.gpu import find_place_for_kernels, make_batch_invariant, use_device
+from rewardserve.engine.native.gpu import compile_options, find_place_for_kernels, make_batch_invariant, use_device
 from rewardserve.engine.native.graphs import capture
 from rewardserve.engine.native.host_tier import compare_host_tier, host_blocks
 from rewardserve.engine.native.options import NativeOptions
@@ -114,6 +114,8 @@ def _load_runner(options: NativeOptions) -> Loaded:
     log.info("loading %s (%s) as %s on %s", names, specs[0].architecture, dtype, device)
     shared = len(specs) > 1
     model = loader.load_sharing(specs, dtype, device) if shared else loader.load(specs[0], dtype, device)
+    if device.type != "cpu" and options.batch_invariant:
+        model.backbone.compile_options = compile_options()
     max_batch_tokens = options.max_batch_tokens or default_batch_tokens(device.type == "cpu")
     beside_deltas = shared and any(spec.checkpoint.changes.deltas for spec in specs)
     infos = [_info(spec, options, model, dtype, device, beside_deltas) for spec in specs]
