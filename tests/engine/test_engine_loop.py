@@ -14,7 +14,8 @@ from rewardserve.engine.native.engine import NativeEngine
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner
 from rewardserve.errors import DeadlineExceeded, Unavailable
-from rewardserve.models.backbone import Backbone, NotPackable
+from rewardserve.models.backbone import Backbone
+from rewardserve.models.packing import NotPackable
 from rewardserve.types import EncodedGroup, ItemCode
 from scoring import IdGroup, joined, native, pack
 

@@ -14,7 +14,8 @@ from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.loop import EngineLoop
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.runner import PackedRunner
-from rewardserve.models.backbone import Backbone, NotPackable
+from rewardserve.models.backbone import Backbone
+from rewardserve.models.packing import NotPackable
 from rewardserve.types import EncodedGroup
 from scoring import pack
 

@@ -156,9 +156,9 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
 
 @functools.cache
 def _own_operators() -> dict[str, Callable[..., torch.Tensor]]:
-    from rewardserve.models import backbone
+    from rewardserve.models import packed_attention
 
-    return {"rewardserve.attend": backbone._attend}
+    return {"rewardserve.attend": packed_attention._attend}
 
 
 def _launched(name: str, func: Any, args: Any, kwargs: Any, result: Any) -> None:

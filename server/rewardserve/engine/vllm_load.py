@@ -26,10 +26,10 @@ from rewardserve.engine.vllm_environment import overheard, set_environment
 from rewardserve.engine.vllm_models import Classifier, VllmModel, WritingJudge
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL, VllmOptions
 from rewardserve.errors import LoadFailed
-from rewardserve.models.backbone import rope_switch
 from rewardserve.models.checkpoint import first_line, read_index
 from rewardserve.models.heads import LinearHead
 from rewardserve.models.loader import choose_dtype, count_parameters
+from rewardserve.models.packing import rope_switch
 from rewardserve.models.reads import ReadPlan
 from rewardserve.models.spec import ModelSpec, read_spec
 from rewardserve.models.text_export import text_of

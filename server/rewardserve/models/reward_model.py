@@ -8,9 +8,10 @@ from rewardserve_kernels.pooling.running_mean import MeanRows, SumPieces, plan_m
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.upload import Upload
 
-from rewardserve.models.backbone import Backbone, Pack
+from rewardserve.models.backbone import Backbone
 from rewardserve.models.heads import Head, LinearHead
 from rewardserve.models.kv_pool import KVPool
+from rewardserve.models.packed_attention import Pack
 
 # hidden [rows, hidden_size], spans [spans, 2], weight, bias, norm -> scores [spans, heads]
 DIFFERENT_SCORES = "it gives other scores"

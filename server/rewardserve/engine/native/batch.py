@@ -15,7 +15,8 @@ from rewardserve_kernels.ragged import Segment
 from rewardserve_kernels.upload import Upload
 
 from rewardserve.engine.native.sequence import BatchPlan
-from rewardserve.models.backbone import Backbone, Pack
+from rewardserve.models.backbone import Backbone
+from rewardserve.models.packed_attention import Pack
 
 # Of fewer rows, products and norms take other paths, to other bits: on a CPU products of a single one; on a GPU torch's
 # own norms, which share a row among more threads where there are fewer rows than a block holds.

@@ -7,8 +7,8 @@ import torch
 from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, ceil_block
 
-from rewardserve.models.backbone import Pack
 from rewardserve.models.kv_pool import KVPool
+from rewardserve.models.packed_attention import Pack
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec
 

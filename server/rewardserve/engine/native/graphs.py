@@ -21,9 +21,9 @@ from rewardserve_kernels.upload import Upload
 
 from rewardserve.engine.native.batch import PackRows, build_pack
 from rewardserve.errors import OptionsDoNotFit
-from rewardserve.models.backbone import Pack
 from rewardserve.models.checkpoint import first_line
 from rewardserve.models.kv_pool import KVPool
+from rewardserve.models.packed_attention import Pack
 from rewardserve.models.reward_model import RewardModel
 
 log = logging.getLogger(__name__)

@@ -26,9 +26,9 @@ from rewardserve.engine.native.speed_up import Subject, keep_freed_memory, speed
 from rewardserve.engine.vllm_options import HOW_TO_INSTALL
 from rewardserve.errors import LoadFailed, OptionsDoNotFit
 from rewardserve.models import loader
-from rewardserve.models.backbone import NotPackable, check_packable
 from rewardserve.models.checkpoint import first_line
 from rewardserve.models.kv_pool import KVPool
+from rewardserve.models.packing import NotPackable, check_packable
 from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.refresh import check_refresh, refresh
 from rewardserve.models.reward_model import RewardModel

@@ -23,7 +23,7 @@ from rewardserve.engine.native.runner import Launched, Runner
 from rewardserve.engine.native.scheduler import Outcome, Scheduler
 from rewardserve.engine.native.sequence import BatchPlan
 from rewardserve.errors import LoadFailed, Unavailable
-from rewardserve.models.backbone import NotPackable
+from rewardserve.models.packing import NotPackable
 from rewardserve.models.reads import Reader
 from rewardserve.types import ItemCode, ItemFailure
 

@@ -10,8 +10,9 @@ from rewardserve.engine.native.batch import build_pack, build_rows, lay_end_to_e
 from rewardserve.engine.native.gpu import use_device
 from rewardserve.engine.native.graphs import Graphs, Replay
 from rewardserve.engine.native.sequence import BatchPlan, Move
-from rewardserve.models.backbone import Pack, rope_switch
 from rewardserve.models.kv_pool import HostBlocks, KVPool
+from rewardserve.models.packed_attention import Pack
+from rewardserve.models.packing import rope_switch
 from rewardserve.models.reward_model import RewardModel
 
 

@@ -29,8 +29,8 @@ from torch import nn
 
 from rewardserve.engine.native.canary import Canary
 from rewardserve.errors import LoadFailed, OptionsDoNotFit
-from rewardserve.models.backbone import Pack
 from rewardserve.models.kv_pool import KVPool
+from rewardserve.models.packed_attention import Pack
 from rewardserve.models.reward_model import RewardModel
 
 log = logging.getLogger(__name__)
