@@ -18,9 +18,9 @@ def family_checks(part: Part) -> None:
 
 
 def families(part: Part) -> list[str]:
-    from checkpoints import FAMILIES
+    from checkpoints import FAMILIES, MORE_FAMILIES
 
-    return list(FAMILIES)[: 2 if part.tiny else None]
+    return [*FAMILIES, *MORE_FAMILIES][: 2 if part.tiny else None]
 
 
 def family_is_right(part: Part, family: str) -> tuple[bool, str]:

@@ -18,10 +18,10 @@ class Planned:
 # Stages, in the order of what is most worth knowing; the parts of one run at the same time.
 STAGES: tuple[tuple[Planned, ...], ...] = (
     (Planned("machine", 15, 60),),
-    (Planned("compile", 27, 90),),
+    (Planned("compile", 33, 90),),
     (
         Planned("gate kernels", 12, 120),
-        Planned("gate families", 27, 120),
+        Planned("gate families", 45, 120),
         Planned("gate engine", 82, 160, as_served=True),
     ),
     (Planned("kernels", 17, 60),),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import FAMILIES, NOT_PACKABLE, make_tokenizer, padded_scores, save_checkpoint
+from checkpoints import FAMILIES, MORE_FAMILIES, NOT_PACKABLE, make_tokenizer, padded_scores, save_checkpoint
 from rewardserve.engine.native.load import load_runner
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.models.heads import LinearHead
@@ -54,6 +54,20 @@ async def test_fp32_scores_equal_padded_hugging_face(family: str, tmp_path: Path
     wanted = padded_scores(tmp_path, joined(id_groups), torch.float32)
     for way, got in (await all_ways(tmp_path, id_groups)).items():
         assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max(), way
+
+
+@pytest.mark.parametrize("family", MORE_FAMILIES)
+async def test_other_families_are_packed_too_and_score_the_same(
+    family: str, tmp_path: Path, id_groups: list[IdGroup]
+) -> None:
+    few = id_groups[:2]
+    save_checkpoint(tmp_path, family)
+    wanted = padded_scores(tmp_path, joined(few), torch.float32)
+    async with native(tmp_path, max_batch_tokens=300) as scorer:
+        assert scorer.info.path == "packed", scorer.info.path_reason
+        for way in ("cold", "warm"):
+            got = await scorer.scores(few)
+            assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max(), way
 
 
 @pytest.mark.parametrize("family", FAMILIES)

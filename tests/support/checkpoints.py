@@ -32,7 +32,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 2048},
 }
-OTHERS: dict[str, dict[str, Any]] = {"stablelm": {}}
+MORE_FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "gemma": {"head_dim": 32},
+    "olmo2": {},
+    "olmo3": {"sliding_window": WINDOW},
+    "smollm3": {},
+    "mixtral": {"num_local_experts": 4, "sliding_window": None},
+    "starcoder2": {},
+    "stablelm": {},
+    "phi": {},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,  # a query's is 32
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+    "glm4": {"head_dim": 32},
+    "exaone4": {"sliding_window": WINDOW},
+    "nemotron": {},
+    "seed_oss": {"head_dim": 16},
+}
 NOT_PACKABLE: dict[str, dict[str, Any]] = {"falcon": {}, "bloom": {"n_layer": 3, "n_head": 4}}
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -42,7 +71,7 @@ TEMPLATE = (
 
 def make_model(family: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
     """Weights large enough that attention and every nonlinearity matter. `overrides` are of the config."""
-    options = {**COMMON, **(FAMILIES | OTHERS | NOT_PACKABLE)[family], **overrides}
+    options = {**COMMON, **(FAMILIES | MORE_FAMILIES | NOT_PACKABLE)[family], **overrides}
     config = AutoConfig.for_model(family, **options)
     config.num_labels, config.pad_token_id = 1, 0
     torch.manual_seed(0)
