@@ -63,19 +63,31 @@ async def test_memory_exhaustion_is_met_with_smaller_forwards(
     assert max(sizes) <= 130
 
 
-async def test_only_the_item_that_cannot_be_computed_fails(
-    checkpoint: Path, wanted: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("message", "code"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory", ItemCode.RESOURCE_EXHAUSTED),
+        ("index 99 is out of bounds", ItemCode.INTERNAL),
+    ],
+)
+async def test_only_the_item_that_cannot_be_computed_fails_and_the_log_says_where(
+    message: str,
+    code: ItemCode,
+    checkpoint: Path,
+    wanted: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Token 99 stands in the 90-token response of the first group only."""
+    """Token 99 stands in the 90-token response of the first group only. Of memory there is nothing to be traced."""
     async with native(checkpoint) as scorer:
-        refuse(monkeypatch, RuntimeError, "DefaultCPUAllocator: can't allocate memory", above=10_000, only=99)
+        refuse(monkeypatch, RuntimeError, message, above=10_000, only=99)
         groups = [(GROUPS[0][0][:90], GROUPS[0][1]), GROUPS[1]]
         result = await scorer.run(groups)
         items = [item for group in result.groups for item in group.items]
-        assert [item.failure.code if item.failure else None for item in items] == (
-            [None, None, None, ItemCode.RESOURCE_EXHAUSTED, None, None]
-        )
+        assert [item.failure.code if item.failure else None for item in items] == ([None, None, None, code, None, None])
         assert torch.allclose(torch.tensor([item.score for item in items[4:]]), wanted[4:], rtol=1e-5, atol=1e-6)
+    assert f"one item cannot be computed: RuntimeError: {message}" in caplog.text
+    assert ("in failing" in caplog.text) == (code is ItemCode.INTERNAL)  # the traceback's last line
 
 
 async def test_a_backbone_found_unfit_while_serving_is_served_padded_from_then_on(

@@ -353,7 +353,7 @@ class EngineLoop:
             if self._scheduler.split(plan, out_of_memory):
                 log.warning("a forward of %d tokens failed, trying smaller ones: %s", plan.num_tokens, message)
                 return
-            log.error("one item cannot be computed: %s", message, exc_info=not out_of_memory)
+            log.error("one item cannot be computed: %s", message, exc_info=None if out_of_memory else error)
             code = ItemCode.RESOURCE_EXHAUSTED if out_of_memory else ItemCode.INTERNAL
             self._scheduler.fail(plan, ItemFailure(code, f"the forward failed: {message}"))
             self._deliver()
