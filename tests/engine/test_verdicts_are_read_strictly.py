@@ -73,6 +73,15 @@ def test_a_pattern_must_end_what_was_written() -> None:
             read_verdict(text, SINGLE)
 
 
+def test_a_pattern_that_tries_ever_more_ways_is_stopped() -> None:
+    """Meanwhile nothing else is judged. Python's own takes a minute for thirty letters, and each doubles the time."""
+    how = replace(SINGLE, pattern=r"(\w+\s?)+= (?P<score>\d+)")
+    assert read_verdict("The verdict = 7", how).score == 7.0
+    assert read_verdict("a" * 30 + " = x\n a = 7", how).score == 7.0
+    with pytest.raises(Unreadable, match=r"the pattern came to no end within .* what it wrote ends in 'a{76} = x'"):
+        read_verdict("a" * 3900 + " = x", how)
+
+
 def test_words_that_stand_for_numbers_are_those_that_were_told() -> None:
     assert [read_verdict(f"Hm.\nVerdict: {word}", WORDS).score for word in ("Yes.", "No")] == [1.0, 0.0]
     with pytest.raises(Unreadable, match="score is 'yes', not a number"):

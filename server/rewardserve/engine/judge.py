@@ -5,15 +5,17 @@ The verdict is the last thing that the judge writes. Whatever came before is its
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
+
+import regex
 
 from rewardserve.types import VerdictFormat, at_the_end
 
 VERDICT_CHARACTERS = 4000  # at the end of what was written; a verdict is looked for there
 SHOWN_CHARACTERS = 80
+PATTERN_S = 0.5  # for a pattern to find it: meanwhile nothing else is judged
 FENCE = "```"
 
 
@@ -70,7 +72,10 @@ def _no_number(name: str) -> NoReturn:
 
 
 def _by_pattern(end: str, pattern: str) -> Mapping[str, Any]:
-    match = re.search(at_the_end(pattern), end)
+    try:
+        match = regex.search(at_the_end(pattern), end, timeout=PATTERN_S)
+    except TimeoutError:
+        raise Unreadable(f"the pattern came to no end within {PATTERN_S:g} s") from None
     if match is None:
         raise Unreadable("it does not end as the pattern says")
     return {name: value for name, value in match.groupdict().items() if value is not None}

@@ -2,6 +2,7 @@
 
 import re
 
+import regex
 import tokenizers
 import torch
 from torch import nn
@@ -77,7 +78,8 @@ def _writing_judge(checkpoint: Checkpoint, told: JudgeKeys, verdict: VerdictKeys
     if verdict.pattern:
         try:
             groups = re.compile(at_the_end(verdict.pattern)).groupindex
-        except re.error as error:
+            regex.compile(at_the_end(verdict.pattern))  # what searches: it can be told when to stop
+        except (re.error, regex.error) as error:
             raise refuse("judge.verdict.pattern", f"is no regular expression: {error}") from error
         if set(groups) != set(names):
             raise refuse("judge.verdict.pattern", f"must have a group by each criterion's name, (?P<{names[0]}>...)")
