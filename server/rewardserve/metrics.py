@@ -32,13 +32,15 @@ class Observations:
             self._sum += value
 
     def add_to(self, family: Metric, name: str, labels: dict[str, str]) -> None:
-        """The samples prometheus-client's own histogram gives: it, too, has no sum where values may be negative."""
+        """The samples prometheus-client's own histogram gives. Where values may be negative there is no sum, and then,
+        which it overlooks, OpenMetrics wants no count either: it is that of the last bucket.
+        """
         total = 0
         for bound, count in zip((*self._bounds, float("inf")), tuple(self._counts), strict=True):
             total += count
             family.add_sample(f"{name}_bucket", {**labels, "le": floatToGoString(bound)}, total)
-        family.add_sample(f"{name}_count", labels, total)
         if self._bounds[0] >= 0:
+            family.add_sample(f"{name}_count", labels, total)
             family.add_sample(f"{name}_sum", labels, self._sum)
 
 

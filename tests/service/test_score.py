@@ -66,7 +66,7 @@ def test_failed_cut_and_fitting_responses_together_keep_their_scores_and_the_met
                 assert item.score == number, "scores are where they belong"
                 assert item.truncated == (30 + length > 100)
         scored = [item for item in items if item.score is not None]
-        assert house.sample("pairs_total") == len(scored) == house.sample("score_count")
+        assert house.sample("pairs_total") == len(scored)
         for bound in ("-20.0", "0.0", "1.0", "5.0", "40.0", "+Inf"):
             assert house.sample("score_bucket", le=bound) == sum(item.score <= float(bound) for item in scored)
         tokens = sum(item.num_prompt_tokens + item.num_response_tokens for item in scored)
