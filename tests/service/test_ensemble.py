@@ -15,6 +15,7 @@ from rewardserve.types import (
     GroupScore,
     How,
     ItemCode,
+    ItemFailure,
     ItemScore,
     ScoreKind,
     ScoreRequest,
@@ -46,6 +47,19 @@ def combined(items: Sequence[ItemScore], ensemble: Ensemble, **options) -> tuple
     ]
     result = combine(ensemble, replace(REQUEST, **options), results)
     return result.groups[0].items[0], result
+
+
+@pytest.mark.parametrize("failed", [0, 1])
+def test_a_failed_item_tells_the_tokens_that_a_scored_one_would(failed: int) -> None:
+    counts = {"num_prompt_tokens": 7, "num_response_tokens": 40, "num_cached_tokens": 3, "truncated": True}
+    parts = [item(1.0, num_cached_tokens=5), item(2.0, **counts)]
+    scored, _ = combined(parts, both())
+    failure = ItemFailure(ItemCode.OUT_OF_RANGE, "too long")
+    parts[failed] = replace(parts[failed], score=None, raw=None, failure=failure)
+    found, _ = combined(parts, both())
+    assert found == replace(scored, score=None, raw=None, failure=found.failure, std=None, members=None)
+    assert found.failure.message == f"member '{'ab'[failed]}': too long"
+    assert all(getattr(found, name) == value for name, value in counts.items())
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ What they come to may be calibrated once more, and pays its own length penalty.
 import hashlib
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from rewardserve.engine.base import ADAPTED
 from rewardserve.metrics import ModelMetrics
@@ -96,33 +96,31 @@ def _item(parts: Sequence[ItemScore], ensemble: Ensemble, finishing: Finishing, 
     """One failed member fails the item: a mean over fewer is another score."""
     for name, part in zip(ensemble.members, parts, strict=True):
         if part.failure is not None:
-            return _failed(parts[0], part.failure.code, f"member '{name}': {part.failure.message}")
+            return _failed(parts, part.failure.code, f"member '{name}': {part.failure.message}")
     steps_agree = len({len(part.steps) for part in parts}) == 1  # not, where a member scores steps unasked
     if by_step and not steps_agree:
         seen = ", ".join(f"'{name}' {len(part.steps)}" for name, part in zip(ensemble.members, parts, strict=True))
         advice = "give the response as steps, or options.step_separator"
         return _failed(
-            parts[0], ItemCode.INVALID_ARGUMENT, f"its members see different numbers of steps: {seen}; {advice}"
+            parts, ItemCode.INVALID_ARGUMENT, f"its members see different numbers of steps: {seen}; {advice}"
         )
     scores = tuple(part.score for part in parts if part.score is not None)
     raw_scores = tuple(part.raw for part in parts if part.raw is not None)
     assert len(scores) == len(raw_scores) == len(parts), "what has not failed has both"
     folded = fold_members(scores, ensemble.aggregate)
-    kind, num_response_tokens = _kind(parts, ensemble.aggregate), max(part.num_response_tokens for part in parts)
+    kind, counts = _kind(parts, ensemble.aggregate), _counts(parts)
+    num_response_tokens = counts[1]
 
     def finished(score: float) -> float:
         return finishing.finished(score, kind is ScoreKind.PROBABILITY, num_response_tokens)
 
     final, each = finished(folded.score), [finished(score) for score in scores]
     if failure := next(filter(None, map(not_finite, (final, *each))), None):
-        return _failed(parts[0], failure.code, failure.message)
+        return _failed(parts, failure.code, failure.message)
     return ItemScore(
         final,
         None,
-        max(part.num_prompt_tokens for part in parts),
-        num_response_tokens,
-        min(part.num_cached_tokens for part in parts),
-        any(part.truncated for part in parts),
+        *counts,
         raw=fold_members(raw_scores, ensemble.aggregate).score,
         kind=ScoreKind.NORMALIZED if finishing.is_changing else kind,
         steps=_steps(parts, ensemble.aggregate) if steps_agree else (),
@@ -144,6 +142,15 @@ def _steps(parts: Sequence[ItemScore], aggregate: Aggregate) -> tuple[float, ...
     return tuple(fold_members(step, aggregate).score for step in zip(*(part.steps for part in parts), strict=True))
 
 
-def _failed(item: ItemScore, code: ItemCode, message: str) -> ItemScore:
-    failure = ItemFailure(code, message)
-    return replace(item, score=None, raw=None, failure=failure, steps=(), attributes=(), std=None)
+def _counts(parts: Sequence[ItemScore]) -> tuple[int, int, int, bool]:
+    """Tokens of prompt, response and cache, and whether it was truncated, whichever members did the most."""
+    return (
+        max(part.num_prompt_tokens for part in parts),
+        max(part.num_response_tokens for part in parts),
+        min(part.num_cached_tokens for part in parts),
+        any(part.truncated for part in parts),
+    )
+
+
+def _failed(parts: Sequence[ItemScore], code: ItemCode, message: str) -> ItemScore:
+    return ItemScore(None, ItemFailure(code, message), *_counts(parts))
