@@ -45,6 +45,15 @@ class Server:
         self._run(self._app.start())
         self.endpoint = f"--endpoint=127.0.0.1:{self._app.port}"
 
+    def goes_down(self, name: str, reason: str, for_good: bool = False) -> None:
+        """As a model's engine tells the server of itself."""
+        listener = self._app.registry.get(name).engine._listener
+
+        async def tell() -> None:
+            (listener.on_failed if for_good else listener.on_down)(reason)
+
+        self._run(tell())
+
     def stop(self) -> None:
         self._run(self._app.stop())
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -51,6 +51,19 @@ def test_what_is_loaded_is_listed_and_what_is_unloaded_is_not(cli, controlled_se
     assert empty.code == 0 and empty.out == "" and "no model is served" in empty.err
 
 
+def test_a_probe_is_told_why_a_model_has_failed_and_not_to_wait_longer(cli, ensemble_server):
+    ensemble_server.goes_down("a", "it was killed")
+    ran = cli("health", "--timeout=0.3", "--name=a", ensemble_server.endpoint)
+    assert ran.code == 1 and "not serving" in ran.err and "give it longer" in ran.err
+    ensemble_server.goes_down("a", "it died too often", for_good=True)
+    for named in ([], ["--name=a"]):
+        ran = cli("health", "--timeout=0.3", *named, ensemble_server.endpoint)
+        assert ran.code == 1 and ran.err == "rewardserve health: 'a' has failed: it died too often\n"
+    ran = cli("health", "--timeout=0.3", "--name=e", ensemble_server.endpoint)
+    assert ran.code == 1 and ran.err == "rewardserve health: 'e' has failed: member 'a': it died too often\n"
+    assert cli("health", "--timeout=0.3", "--name=b", ensemble_server.endpoint).code == 0
+
+
 def test_a_caller_who_does_not_wait_is_told_that_the_change_goes_on(cli, controlled_server):
     ran = cli("models", "load", "new", "somewhere", "--timeout=1e-6", controlled_server.endpoint)
     assert ran.code == 1 and "DEADLINE_EXCEEDED" in ran.err and "goes on" in ran.err

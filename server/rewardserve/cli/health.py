@@ -1,15 +1,17 @@
 """`rewardserve health`: exit code 0 if a server, or one model of it, serves (grpc.health.v1); for container probes."""
 
+import contextlib
 from collections.abc import Sequence
 
 from pydantic import Field
 
 from rewardserve.cli.running import MAX_TIMEOUT_S, check_port, guarded
-from rewardserve.client import RewardClient
+from rewardserve.client import DeadlineExceeded, RewardClient, RewardClientError
 from rewardserve.config import ServeConfig, load_config
 from rewardserve.options import ConfigError, Options, load_options
 
 EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # and one of this machine
+DESCRIBE_TIMEOUT_S = 1.0  # to say why
 
 
 def beside() -> str:
@@ -42,6 +44,20 @@ def _health(options: HealthOptions) -> int:
     except ValueError as error:
         raise ConfigError(f"--endpoint: {error}") from None
     with client:
-        client.wait_ready(options.timeout, options.name)
+        try:
+            client.wait_ready(options.timeout, options.name)
+        except DeadlineExceeded as error:
+            if failed := _failed(client, options.name):
+                raise RewardClientError(failed) from error
+            raise
     print("serving")
     return 0
+
+
+def _failed(client: RewardClient, name: str) -> str:
+    """What is known of a model that will not serve however long it is waited for; empty if there is none."""
+    with contextlib.suppress(RewardClientError):
+        for model in client.list_models(timeout=DESCRIBE_TIMEOUT_S):
+            if model.state == "failed" and name in ("", model.name):
+                return f"'{model.name}' has failed: {model.message}"
+    return ""
