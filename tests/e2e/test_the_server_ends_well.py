@@ -140,6 +140,38 @@ def test_a_signal_while_loading_ends_cleanly(start, bf16_checkpoint, kit, number
     assert not any("Traceback" in line for line in server.log), "\n".join(server.log)
 
 
+@pytest.fixture
+def start_with_hangups(start):
+    """A server to which SIGHUP is what it is to its parent: `nohup` ignores it, a shell does not."""
+
+    def start_one(handler):
+        before = signal.signal(signal.SIGHUP, handler)
+        try:
+            return start("--allow-model-control").ready()
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    return start_one
+
+
+def test_a_terminal_that_is_closed_drains_the_server(start_with_hangups):
+    """The terminal and the shell in it may send a signal each."""
+    server = start_with_hangups(signal.SIG_DFL)
+    for _ in range(2):
+        server.process.send_signal(signal.SIGHUP)
+    assert server.wait(20) == 0
+    assert any("draining: " in line for line in server.log)
+
+
+def test_under_nohup_a_terminal_that_is_closed_is_nothing_to_the_server(start_with_hangups):
+    server = start_with_hangups(signal.SIG_IGN)
+    server.process.send_signal(signal.SIGHUP)
+    server.scrape()
+    assert not any("draining: " in line for line in server.log)
+    server.terminate()
+    assert server.wait(20) == 0
+
+
 def test_a_checkpoint_that_is_not_there_ends_the_server_with_one_clear_line(start, tmp_path):
     server = start("--model", f"tiny={tmp_path}/nowhere")
     assert server.wait(30) == 1

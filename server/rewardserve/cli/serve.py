@@ -1,4 +1,4 @@
-"""`rewardserve serve`: a server until SIGTERM, which drains it, or a second signal, which ends it at once."""
+"""`rewardserve serve`: a server until SIGTERM or SIGHUP, which drain it; one more SIGTERM ends it at once."""
 
 import asyncio
 import contextlib
@@ -62,6 +62,8 @@ async def _serve(config: ServeConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _on_signal, stopping)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup does
+        loop.add_signal_handler(signal.SIGHUP, stopping.set)  # a terminal that is closed may send it twice
     starting = asyncio.create_task(app.start())
     stop = asyncio.create_task(stopping.wait())
     try:
