@@ -100,6 +100,20 @@ def test_an_interrupt_is_one_line(verb: list[str]) -> None:
     assert program.returncode == 130 and err == f"rewardserve {verb[0]}: interrupted\n"
 
 
+def test_a_server_that_may_open_too_few_files_says_so() -> None:
+    """Before it fails at whatever it opens last, in the words of that."""
+    few = 'ulimit -n 30; exec "$@"'
+    ran = subprocess.run(
+        ["sh", "-c", few, "sh", *command("serve", "--model=rm=x", "--port=0", "--metrics-port=0")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(),
+    )
+    assert ran.returncode == 1 and ran.stderr.count("\n") == 1
+    assert "no more than 30 files may be open" in ran.stderr
+
+
 UNSHARE = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child"]
 
 

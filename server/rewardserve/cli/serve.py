@@ -19,6 +19,7 @@ from rewardserve.options import ConfigError
 log = logging.getLogger(__name__)
 
 MAX_FILES = 1 << 20
+LEAST_FILES = 64  # some forty are open before the first connection
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -29,19 +30,23 @@ def run(arguments: Sequence[str]) -> int:
         print(f"rewardserve serve: {error}", file=sys.stderr)
         return 2
     set_up_logging(config.log_format, config.log_level)
-    allow_many_files()
+    if (num_files := allow_many_files()) < LEAST_FILES:
+        log.critical("no more than %d files may be open here; raise that, as by `ulimit -n 1024`", num_files)
+        return 1
     return _with_fastest_loop(_serve(config))
 
 
-def allow_many_files() -> None:
+def allow_many_files() -> int:
     """A file to each connection. At first a process has 1,024, for the sake of programs that call select(); more are
-    had for the asking, as a service or a shell has set it.
+    had for the asking, as a service or a shell has set it. Returns how many there are now.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):  # above what the system allows
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return MAX_FILES if now == resource.RLIM_INFINITY else now
 
 
 def _with_fastest_loop(main: Coroutine[Any, Any, int]) -> int:
