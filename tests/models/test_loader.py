@@ -10,7 +10,7 @@ from checkpoints import COMMON, padded_scores
 from rewardserve.errors import LoadFailed
 from rewardserve.models.loader import choose_device, choose_dtype, load
 from rewardserve.models.spec import read_spec
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scoring import native
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -155,6 +155,17 @@ def test_surplus_weights_are_said_and_change_nothing(folder, pristine: Path, cap
     folder.reweigh(lambda w: w.update({"value_head.weight": torch.ones(3)}))
     assert torch.equal(scores(folder.path), scores(pristine))
     assert "value_head.weight" in caplog.text and "score.weight" not in caplog.text
+
+
+def test_of_a_head_and_a_value_head_beside_the_model_it_is_said_which_is_read(folder, pristine: Path, caplog) -> None:
+    file = folder.path / "value_head.safetensors"
+    save_file({"v_head.summary.weight": torch.ones(1, 64), "v_head.summary.bias": torch.zeros(1)}, file)
+    assert torch.equal(scores(folder.path), scores(pristine))
+    assert "its head is score.weight, and the one in value_head.safetensors is not used" in caplog.text
+    caplog.clear()
+    folder.reweigh(lambda w: w.pop("score.weight"))
+    scores(folder.path)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("prefix", ["model.", "transformer."])

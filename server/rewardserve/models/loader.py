@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
-from rewardserve.models.checkpoint import HEAD_NAMES, attention_of, first_line
+from rewardserve.models.checkpoint import HEAD_NAMES, VALUE_HEADS, attention_of, first_line
 from rewardserve.models.head_parts import LM_HEADS
 from rewardserve.models.heads import Head
 from rewardserve.models.reads import ReadAt
@@ -176,6 +176,7 @@ def _read_backbone(spec: ModelSpec, **options: Any) -> PreTrainedModel:
         raise LoadFailed(f"{spec.folder}: weights missing or of the wrong shape: {', '.join(keys[:10])}")
     if not spec.is_quantized:  # or there are scales of many names
         _check_surplus(spec, module, sorted(set(info["unexpected_keys"]) - spec.recipe.head_keys))
+    _say_which_head(spec)
     return module
 
 
@@ -198,6 +199,15 @@ def _check_surplus(spec: ModelSpec, module: PreTrainedModel, surplus: Sequence[s
         )
     if surplus:
         log.warning("%d weights of the checkpoint are not used: %s", len(surplus), _listed(surplus))
+
+
+def _say_which_head(spec: ModelSpec) -> None:
+    """Where a value head lies beside a model that has another: which of the two was trained only its author knows."""
+    where, used = spec.checkpoint.where, spec.recipe.head_keys
+    unused = {file.name for file in where.values()} - {where[key].name for key in used if key in where}
+    for name in sorted(unused.intersection(VALUE_HEADS)):
+        taken = _listed(sorted(used.difference(LM_HEADS) or used))
+        log.warning("%s: its head is %s, and the one in %s is not used", spec.folder, taken, name)
 
 
 def _listed(keys: Sequence[str]) -> str:
