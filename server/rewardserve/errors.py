@@ -21,6 +21,7 @@ What concerns one of many responses is no exception: it is an `ItemFailure` amon
 """
 
 BACK_SOON_S = 1.0  # to ask again after, where an engine or a server starts anew
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # as torch says it of GPUs and of CPUs
 
 
 class RewardServeError(Exception):
@@ -103,3 +104,7 @@ class EngineDied(Unavailable):
 
 class Draining(Unavailable):
     pass
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)

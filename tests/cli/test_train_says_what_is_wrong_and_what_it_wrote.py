@@ -178,6 +178,24 @@ def test_what_the_base_refuses_leaves_the_folder_to_what_it_takes(ran, tmp_path)
     assert not (tmp_path / "out" / "unfinished.json").exists()
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_first_step_without_memory_is_one_line_and_leaves_the_folder_to_a_smaller_one(
+    ran, tmp_path, monkeypatch, seeds
+):
+    from rewardserve.training.trainer import RewardModelTrainer
+
+    def run_out(*_, **__):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 3.00 GiB.\nSee its documentation.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RewardModelTrainer, "compute_loss", run_out)
+        code, _, err = ran(f"--seeds={seeds}")
+    assert code == 1 and err.count("\n") == 1
+    assert "Tried to allocate 3.00 GiB.; a smaller --micro-batch-size" in err
+    assert list((tmp_path / "out").iterdir()) == []
+    assert ran(f"--seeds={seeds}", "--micro-batch-size=2", "--max-steps=1")[0] == 0
+
+
 @pytest.fixture
 def interrupted(ran, tmp_path, monkeypatch):
     """An ensemble of two whose second member was interrupted; and the same, whole."""

@@ -21,7 +21,7 @@ from rewardserve.cli.running import complain, counted, guarded
 from rewardserve.cli.table import TABLE, make_console
 from rewardserve.config import MAX_THREADS
 from rewardserve.engine.cgroups import num_cores
-from rewardserve.errors import LoadFailed
+from rewardserve.errors import is_out_of_memory
 from rewardserve.options import ConfigError, Options, Repeated, load_options
 from rewardserve.training import run_folder, split
 from rewardserve.training.recipe import ALL_LAYERS, Head, Loss, Recipe, Schedule
@@ -144,7 +144,8 @@ def run(arguments: Sequence[str]) -> int:
 def _train(options: TrainOptions) -> int:
     options.check()
     rows, measured = _read(options)
-    from rewardserve.training import ensemble  # loads torch and TRL, which takes seconds
+    from rewardserve.models.checkpoint import first_line
+    from rewardserve.training import ensemble, member  # loads torch and TRL, which takes seconds
 
     material, recipe, about = _prepare(options, rows, measured)
     output = Path(options.output)
@@ -155,8 +156,13 @@ def _train(options: TrainOptions) -> int:
         members, together = ensemble.train_members(
             material, recipe, seeds, output, about, options.resume, show_progress=sys.stderr.isatty()
         )
-    except LoadFailed:
+    except BaseException as error:
         run_folder.give_up(output)
+        if is_out_of_memory(error):
+            raise member.OutOfMemory(
+                f"{first_line(error)}; a smaller --micro-batch-size takes less memory, and so do "
+                "--gradient-checkpointing, a lower --max-length and --lora-rank"
+            ) from error
         raise
     run_folder.complete(output)
     _show(members, together)

@@ -50,6 +50,12 @@ class Diverged(RewardServeError):
     grpc = "FAILED_PRECONDITION"
 
 
+class OutOfMemory(RewardServeError):
+    """A step does not fit."""
+
+    grpc = "RESOURCE_EXHAUSTED"
+
+
 @dataclass(frozen=True, slots=True)
 class Trained:
     num_steps: int

@@ -1,6 +1,7 @@
 """The folder that a run writes to: whether it may begin there, go on there, or is complete."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,10 @@ def _check_same(before: Mapping[str, Any], asked: Mapping[str, Any], folder: Pat
 
 
 def give_up(folder: Path) -> None:
-    """Of a run that was refused before anything came of it: the folder is free for one that goes by other options."""
-    if [path.name for path in folder.iterdir()] == [UNFINISHED]:
+    """Of a run that ended before anything came of it: the folder is free for one that goes by other options."""
+    if all(path.is_dir() or path.name == UNFINISHED for path in folder.rglob("*")):
+        for made in filter(Path.is_dir, folder.iterdir()):  # where checkpoints were to go
+            shutil.rmtree(made)
         complete(folder)
 
 

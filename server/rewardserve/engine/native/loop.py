@@ -22,7 +22,7 @@ from rewardserve.engine.native.prefix_cache import PrefixCache
 from rewardserve.engine.native.runner import Launched, Runner
 from rewardserve.engine.native.scheduler import Outcome, Scheduler
 from rewardserve.engine.native.sequence import BatchPlan
-from rewardserve.errors import LoadFailed, Unavailable
+from rewardserve.errors import LoadFailed, Unavailable, is_out_of_memory
 from rewardserve.models.packing import NotPackable
 from rewardserve.models.reads import Reader
 from rewardserve.types import ItemCode, ItemFailure
@@ -32,7 +32,6 @@ log = logging.getLogger(__name__)
 POISONED = ("CUDA error", "device-side assert", "CUBLAS_STATUS", "an illegal memory access")
 CHECK_INTERVAL_S = 10.0
 POLL_S = 0.0003  # between looks at a forward under way, when there is nothing to launch
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
 
 
 class DevicePoisoned(RuntimeError):
@@ -345,7 +344,7 @@ class EngineLoop:
     def _recover(self, plan: BatchPlan, error: Exception) -> None:
         """Splits what failed; fails it if it is down to one item."""
         message = f"{type(error).__name__}: {error}".splitlines()[0]
-        out_of_memory = isinstance(error, MemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+        out_of_memory = is_out_of_memory(error)
         if not out_of_memory and any(text in str(error) for text in POISONED):
             raise DevicePoisoned(message) from error
         with self._lock:
