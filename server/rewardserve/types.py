@@ -2,6 +2,7 @@
 
 import enum
 import re
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -260,6 +261,11 @@ class VerdictFormat:
     max_tokens: int  # that it may write, the verdict among them
     pattern: str = ""  # regular expression with a group by each criterion's name; empty: a JSON object
     words: tuple[tuple[str, float], ...] = ()  # that may stand for numbers
+
+
+def as_answered(score: float) -> float:
+    """In fp32, as the reply holds it: what is equal there is equal here, however it was finished or averaged."""
+    return float(struct.unpack("f", struct.pack("f", score))[0])
 
 
 def at_the_end(pattern: str) -> str:

@@ -110,12 +110,12 @@ def test_offline_scores_are_those_of_a_server(cli, real_server, checkpoint, rows
 
 
 @pytest.fixture
-def calibration(checkpoint) -> Iterator[None]:
+def calibration(request, checkpoint) -> Iterator[None]:
     """Beside the checkpoint."""
     from rewardserve.models.spec import read_spec  # loads torch
 
-    version = read_spec(str(checkpoint)).version + "-fp32"
-    calibration_file.write(checkpoint / BESIDE, Affine(2.0, 100.0), Origin("tiny", version, "pairs.jsonl", 10, 5))
+    version, curve = read_spec(str(checkpoint)).version + "-fp32", getattr(request, "param", Affine(2.0, 100.0))
+    calibration_file.write(checkpoint / BESIDE, curve, Origin("tiny", version, "pairs.jsonl", 10, 5))
     yield
     (checkpoint / BESIDE).unlink()
 
@@ -133,6 +133,17 @@ def test_offline_the_calibration_beside_a_checkpoint_is_applied_as_a_server_does
     ranked = json.loads(cli("rank", "--input", source, "--model", checkpoint, "--json").out)
     assert ranked["version"] == served["version"]
     assert min(each["score"] for each in ranked["groups"][0]["ranked"]) > 50
+
+
+@pytest.mark.parametrize("calibration", [Affine(1e-7, 100.0)], indirect=True)
+def test_what_is_equal_in_a_servers_reply_is_equal_offline_and_ranked_as_sent(
+    cli, calibration, real_server, checkpoint, rows_file
+):
+    source = rows_file({"prompt": "What is two plus two?", "responses": ["four", "It is", "word by word", "is It"]})
+    for where in ([f"--model={checkpoint}"], [real_server.endpoint]):
+        (group,) = json.loads(cli("rank", "--input", source, "--json", *where).out)["groups"]
+        assert [each["index"] for each in group["ranked"]] == [0, 1, 2, 3]
+        assert {each["score"] for each in group["ranked"]} == {100.0}
 
 
 def test_offline_a_calibration_that_is_none_is_said_in_one_line(cli, calibration, checkpoint, rows_file, out):

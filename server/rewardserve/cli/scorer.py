@@ -234,7 +234,7 @@ def _item(item: types.ItemScore, attributes: tuple[str, ...]) -> ItemScore:
     status = Status(STATUS_CODES[failure.code], failure.message) if failure else Status(grpc.StatusCode.OK)
     return ItemScore(
         status,
-        item.score,
+        None if item.score is None else types.as_answered(item.score),
         item.kind.name.lower(),
         item.num_prompt_tokens,
         item.num_response_tokens,

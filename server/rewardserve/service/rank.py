@@ -1,14 +1,13 @@
 """Best-of-N and pairwise comparison on top of Score."""
 
 import contextlib
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rewardserve.errors import InvalidRequest, ItemFailed
 from rewardserve.evaluation.calibration_file import log_odds, sigmoid
 from rewardserve.service.score import ScoringService
-from rewardserve.types import ItemScore, ScoreKind, ScoreRequest, ScoreResult
+from rewardserve.types import ItemScore, ScoreKind, ScoreRequest, ScoreResult, as_answered
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +34,7 @@ async def rank(service: ScoringService, request: ScoreRequest, top_k: int) -> Ra
     with _fields_of_one_group({"groups[0].": "", "groups": "responses"}):
         result = await service.score(request)
     items = result.groups[0].items
-    scores = {index: _as_answered(item.score) for index, item in enumerate(items) if item.score is not None}
+    scores = {index: as_answered(item.score) for index, item in enumerate(items) if item.score is not None}
     order = sorted(scores, key=lambda index: -scores[index])
     failed = tuple(index for index in range(len(items)) if index not in scores)
     return Ranking(tuple(order[: top_k or None]), failed, items, result)
@@ -59,11 +58,6 @@ async def compare(service: ScoringService, request: ScoreRequest) -> Comparison:
     # Bradley and Terry (1952), whose margin is one of log-odds, or what was fitted to such margins.
     probability_a = (result.curve or sigmoid)(_strength(a.score, a.kind) - _strength(b.score, b.kind))
     return Comparison(a, b, a.score - b.score, probability_a, result)
-
-
-def _as_answered(score: float) -> float:
-    """In fp32, as the reply holds it: what is equal there is equal here, however it was finished or averaged."""
-    return float(struct.unpack("f", struct.pack("f", score))[0])
 
 
 def _strength(score: float, kind: ScoreKind) -> float:
