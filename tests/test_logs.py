@@ -2,6 +2,7 @@
 
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -41,6 +42,7 @@ def log(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[..., str]]:
         return capfd.readouterr().err
 
     yield write
+    logging.captureWarnings(False)
     root.handlers[:] = handlers
     root.setLevel(level)
 
@@ -97,6 +99,15 @@ def test_what_other_processes_say_is_json_where_the_log_is(log) -> None:
     assert json.loads(as_log_line("{Loading: 50%|\r"))["message"] == "{Loading: 50%|\r"
     log("text", "of ours")
     assert as_log_line("Loading: 50%") == "Loading: 50%"
+
+
+def test_a_librarys_warning_is_json_where_the_log_is(log, capfd) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        log("json", "of ours")
+        warnings.warn("this is\ndeprecated", FutureWarning, stacklevel=1)
+    entry = json.loads(capfd.readouterr().err)
+    assert entry["level"] == "warning" and "FutureWarning: this is\ndeprecated" in entry["message"]
 
 
 @pytest.mark.parametrize("form", ["text", "json"])

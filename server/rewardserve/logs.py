@@ -68,3 +68,4 @@ def set_up_logging(form: str, level: str, process: str = "") -> None:
     prefix = f"{process} " if process else ""
     handler.setFormatter(_JsonFormatter(process or "front") if form == "json" else _TextFormatter(prefix))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(form == "json")  # of libraries; people read them as Python writes them
