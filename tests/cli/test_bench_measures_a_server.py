@@ -115,6 +115,14 @@ def test_ctrl_c_ends_the_measurement_and_reports_it(run, server, tmp_path, monke
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("mode", ["sweep", "closed"])
+def test_ctrl_c_in_the_warm_up_measures_nothing_and_says_so(run, server, tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(bench._Bar, "__enter__", lambda bar: os.kill(os.getpid(), signal.SIGINT) or bar)
+    out = tmp_path / "out.json"
+    ran = run(server.endpoint, *FAST, "--duration=60", f"--mode={mode}", "--out", out)
+    assert ran.code == 130 and "nothing was measured" in ran.out and not out.exists()
+
+
 def test_failed_requests_are_named_and_without_any_answer_nothing_is_measured(run, server, rows_file):
     good, long = {"prompt": "a", "response": "b"}, {"prompt": "word " * 200, "response": "b"}
     ran = run(server.endpoint, *SHORT, "--mode=closed", "--workload", rows_file(good, long))

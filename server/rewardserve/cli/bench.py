@@ -272,6 +272,8 @@ class Bench:
             raise RewardClientError(f"none of {seen.num_failed} requests was answered: {failure.example}{advice}")
 
     async def measure(self) -> None:
+        if self._stop.is_set():  # in the warm-up
+            return
         if self._options.mode == "sweep":
             await self._sweep()
             return
