@@ -61,8 +61,7 @@ def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dty
 
 def load(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RewardModel:
     """Raises LoadFailed if a weight of the backbone is missing: transformers would make one up."""
-    module = _read_backbone(spec, dtype=dtype)
-    module = module.to(device).eval().requires_grad_(False)
+    module = _held(_read_backbone(spec, dtype=dtype), device)
     return RewardModel(Backbone(module), [_head(spec, device)], takes_mean=spec.recipe.reads.at is ReadAt.MEAN)
 
 
@@ -73,8 +72,7 @@ def load_sharing(specs: Sequence[ModelSpec], dtype: torch.dtype, device: torch.d
         if reason := _why_not_shared(spec, first):
             raise LoadFailed(f"{spec.folder}: {reason}; --no-share-backbone loads each model by itself")
     assert base is not None
-    module = _read_backbone(replace(first, checkpoint=base), dtype=dtype)
-    module = module.to(device).eval().requires_grad_(False)
+    module = _held(_read_backbone(replace(first, checkpoint=base), dtype=dtype), device)
     chosen = torch.zeros(1, dtype=torch.int64, device=device)
     deltas = [spec.checkpoint.changes.deltas for spec in specs]
     for key in sorted(set().union(*deltas)):
@@ -82,6 +80,18 @@ def load_sharing(specs: Sequence[ModelSpec], dtype: torch.dtype, device: torch.d
         _adapt(module, key, partial(AdaptedLinear, adapters=adapters, chosen=chosen))
     heads = [_head(spec, device) for spec in specs]
     return RewardModel(Backbone(module), heads, first.recipe.reads.at is ReadAt.MEAN, chosen)
+
+
+def _held(module: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The backbone in memory of its own.
+
+    On a CPU a weight that was read may be the file, mapped: who writes over it, as trainers do over their last
+    checkpoint, would change the scores of a version that was loaded from it, and who cuts it end this process.
+    """
+    if device.type == "cpu":
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.data = tensor.data.clone()
+    return module.to(device).eval().requires_grad_(False)
 
 
 def _why_not_shared(spec: ModelSpec, first: ModelSpec) -> str | None:
@@ -120,7 +130,7 @@ def _adapt(module: PreTrainedModel, key: str, make: Callable[[nn.Linear], nn.Mod
 
 def _head(spec: ModelSpec, device: torch.device) -> Head:
     assert spec.recipe.head is not None  # a judge that writes has none, and is not loaded here
-    return copy.deepcopy(spec.recipe.head).to(device)  # a tensor of a file may be the file, which others may write to
+    return copy.deepcopy(spec.recipe.head).to(device)  # as in _held
 
 
 def trunks_of(specs: Sequence[ModelSpec]) -> tuple[int, ...]:
