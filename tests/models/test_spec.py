@@ -243,6 +243,28 @@ def test_one_changed_byte_anywhere_is_another_version(folder) -> None:
         assert len(versions) == count, offset
 
 
+@pytest.mark.parametrize("in_torchs_file", [False, True])
+@pytest.mark.parametrize("key", ["score.weight", "model.layers.1.input_layernorm.weight"])
+def test_in_a_large_file_too_a_head_or_a_norm_that_was_trained_is_another_version(
+    folder, in_torchs_file: bool, key: str
+) -> None:
+    """Of files above 16 MiB only samples are read."""
+    weights = load_file(folder.weights)
+    weights["model.embed_tokens.weight"] = torch.zeros(200_000, HIDDEN)
+    folder.configure(vocab_size=200_000)
+    file = folder.path / "pytorch_model.bin" if in_torchs_file else folder.weights
+    folder.weights.unlink()
+    versions = set()
+    for _ in range(2):
+        weights[key][..., 0] += 1
+        if in_torchs_file:
+            torch.save(weights, file)
+        else:
+            save_file(weights, file, metadata={"format": "pt"})
+        versions.add(version(folder.path))
+    assert len(versions) == 2
+
+
 def test_a_changed_config_is_another_version(folder) -> None:
     before = version(folder.path)
     folder.configure(rms_norm_eps=1e-3)

@@ -1,7 +1,8 @@
 """What a checkpoint's files say before its backbone is read: what it is, how it is scored, how long an input may be."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ TEXT_FILES = (
 )
 MODELOPT_FILE = "hf_quant_config.json"  # where config.json does not tell of it: vLLM reads it, transformers does not
 SAMPLES_PER_FILE, SAMPLE_BYTES = 256, 65_536
+BYTES_OF_EACH_TENSOR = 16_384  # a head's row of 8,192 numbers in 16 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +124,8 @@ def _max_length(config: PreTrainedConfig) -> int:
 
 
 def fingerprint(folders: Sequence[Path], files: Sequence[Path]) -> str:
-    """Names a version by content: config, tokenizer and template, every weight file's size, and 256 samples of 64 KiB
-    spread over each.
+    """Names a version by content: config, tokenizer and template, every weight file's size, 256 samples of 64 KiB
+    spread over each, its end, and the first 16 KiB of each tensor: where only a head was trained, that alone differs.
 
     Sampled, because hashing 140 GB whole would take longer than loading it; files under 16 MiB are read whole.
     """
@@ -135,9 +137,29 @@ def fingerprint(folders: Sequence[Path], files: Sequence[Path]) -> str:
     for file in files:
         size = file.stat().st_size
         digest.update(size.to_bytes(8, "little"))
-        step = max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)
         with file.open("rb") as stream:
-            for offset in range(0, size, step):
+            for offset, length in _samples(file, size):
                 stream.seek(offset)
-                digest.update(stream.read(SAMPLE_BYTES))
+                digest.update(stream.read(length))
     return digest.hexdigest()
+
+
+def _samples(file: Path, size: int) -> Iterator[tuple[int, int]]:
+    """(offset, length) of each."""
+    step = max(SAMPLE_BYTES, size // SAMPLES_PER_FILE)
+    yield from ((offset, SAMPLE_BYTES) for offset in range(0, size, step))
+    if step > SAMPLE_BYTES:
+        yield size - SAMPLE_BYTES, SAMPLE_BYTES  # in torch's own files checksums of all tensors
+        yield from _starts_of_tensors(file)
+
+
+def _starts_of_tensors(file: Path) -> Iterator[tuple[int, int]]:
+    """(offset, length) of each, as the file's own header says: its length in 8 bytes, then JSON."""
+    if file.suffix != ".safetensors":
+        return
+    with file.open("rb") as stream:
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(start - 8))
+    spans = (told["data_offsets"] for name, told in header.items() if name != "__metadata__")
+    for begin, end in sorted(spans):
+        yield start + begin, min(end - begin, BYTES_OF_EACH_TENSOR)
