@@ -166,6 +166,8 @@ def _start(options: VllmOptions, spec: ModelSpec, num_parameters: int, on_step: 
     if fitting < max_length:
         log.warning("max_length is %d, not %d: that is what the prefix cache holds", fitting, max_length)
     _check_room(spec, fitting)
+    if change := spec.change():
+        raise LoadFailed(change)
     info = _info(options, spec, num_parameters, llm)
     limits = (arguments.max_num_batched_tokens, arguments.max_num_seqs)
     if verdict is None:

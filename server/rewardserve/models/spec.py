@@ -1,10 +1,12 @@
 """What a checkpoint's files say before its backbone is read: what it is, how it is scored, how long an input may be."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from transformers import PreTrainedConfig
@@ -26,6 +28,7 @@ TEXT_FILES = (
     "*.model",
 )
 MODELOPT_FILE = "hf_quant_config.json"  # where config.json does not tell of it: vLLM reads it, transformers does not
+Stamp: TypeAlias = tuple[int, int, int]  # of a file: which one it is, its size, and when it was written to
 SAMPLES_PER_FILE, SAMPLE_BYTES = 256, 65_536
 BYTES_OF_EACH_TENSOR = 16_384  # a head's row of 8,192 numbers in 16 bits
 
@@ -40,6 +43,7 @@ class ModelSpec:
     max_length: int
     version: str
     texts: Mapping[str, bytes]  # digests, by name, of the files that decide what a text's score is; the folder may go
+    stamps: Mapping[Path, Stamp]  # of all of its files, from before they were read
 
     @property
     def folder(self) -> Path:
@@ -61,6 +65,15 @@ class ModelSpec:
     def weight_files(self) -> tuple[Path, ...]:
         return self.checkpoint.weight_files
 
+    def change(self) -> str | None:
+        """What was written to since this was read, as trainers write over their last checkpoint; None if nothing was.
+
+        Asked when weights were read, too: they may be another version's than the one that is named here, or of two.
+        """
+        now = _stamps(self.checkpoint)
+        changed = sorted(file for file in now.keys() | self.stamps.keys() if now.get(file) != self.stamps.get(file))
+        return f"{changed[0]}: was written to while it was read; try again when it is complete" if changed else None
+
 
 def read_spec(source: str, any_quantization: bool = False) -> ModelSpec:
     """Raises LoadFailed, saying what is missing, if `source` is not a checkpoint that can be served.
@@ -68,6 +81,7 @@ def read_spec(source: str, any_quantization: bool = False) -> ModelSpec:
     `any_quantization`: also one that transformers does not know.
     """
     checkpoint = open_checkpoint(source, FOREIGN_CONFIGS)
+    stamps = _stamps(checkpoint)
     if not any_quantization:
         _check_quantization(checkpoint)
     recipe = _told(checkpoint) or recipe_of(checkpoint)
@@ -83,6 +97,7 @@ def read_spec(source: str, any_quantization: bool = False) -> ModelSpec:
         max_length=_max_length(checkpoint.config),
         version=fingerprint(checkpoint.folders, checkpoint.weight_files),
         texts=_digests(checkpoint),
+        stamps=stamps,
     )
 
 
@@ -105,6 +120,17 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
         )
     if quantization is None and (checkpoint.folder / MODELOPT_FILE).is_file():
         raise LoadFailed(f"{checkpoint.folder}/{MODELOPT_FILE}: quantized by ModelOpt; its weights would be misread")
+
+
+def _stamps(checkpoint: Checkpoint) -> dict[Path, Stamp]:
+    """Of the files that are there."""
+    texts = (file for folder in checkpoint.folders for pattern in TEXT_FILES for file in folder.glob(pattern))
+    found = {}
+    for file in (*texts, *checkpoint.weight_files):
+        with contextlib.suppress(FileNotFoundError):
+            told = file.stat()
+            found[file] = (told.st_ino, told.st_size, told.st_mtime_ns)
+    return found
 
 
 def _digests(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 # whose attention cannot be routed to ours are off by 13 % and more.
 CANARY_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+ATTEMPTS_TO_READ = 3  # weights that are taken over in place, while somebody writes to their files
 MAX_PARAMETERS_FOR_GRAPHS = 5_000_000_000  # the forwards of larger ones take longer to compute than to launch
 
 
@@ -65,13 +66,44 @@ class Loaded:
         """
         if len(self.specs) > 1:
             raise LoadFailed(f"{source}: the model shares its backbone with others, which would change too; use Swap")
-        spec, (own,) = read_spec(source), self.specs
-        check_refresh(self.model, spec, own)
-        with torch.inference_mode():
-            refresh(self.model, spec)
-        quality = self.info.version.removeprefix(own.version)
+        spec = self._take_over(source)
+        quality = self.info.version.removeprefix(self.specs[0].version)
         info = dataclasses.replace(self.info, version=f"{spec.version}{quality}")
         return dataclasses.replace(self, info=info, specs=(spec,))
+
+    def _take_over(self, source: str) -> ModelSpec:
+        """Whose weights it has then: those of files that nobody wrote to while they were read, at the last attempt."""
+        change: str | None = None
+        for _ in range(ATTEMPTS_TO_READ):
+            try:
+                spec = read_spec(source)
+                check_refresh(self.model, spec, self.specs[0])
+            except LoadFailed as error:
+                if change is None:
+                    raise
+                change = str(error)
+                break
+            with torch.inference_mode():
+                refresh(self.model, spec)
+            change = spec.change()
+            if change is None:
+                return spec
+        assert change is not None
+        self._go_back(change)
+        raise LoadFailed(change)
+
+    def _go_back(self, reason: str) -> None:
+        """To the weights it had. Raises RuntimeError(reason) where these are not there any more."""
+        own = self.specs[0]
+        try:
+            had = read_spec(own.checkpoint.source)
+        except LoadFailed:
+            raise RuntimeError(reason) from None
+        if had.version == own.version:
+            with torch.inference_mode():
+                refresh(self.model, had)
+        if had.version != own.version or had.change():
+            raise RuntimeError(reason)
 
     def fall_back(self, reason: str) -> "Loaded":
         """The same model on the padded path."""
@@ -114,6 +146,8 @@ def _load_runner(options: NativeOptions) -> Loaded:
     log.info("loading %s (%s) as %s on %s", names, specs[0].architecture, dtype, device)
     shared = len(specs) > 1
     model = loader.load_sharing(specs, dtype, device) if shared else loader.load(specs[0], dtype, device)
+    if change := next(filter(None, (spec.change() for spec in specs)), None):
+        raise LoadFailed(change)
     if device.type != "cpu" and options.batch_invariant:
         model.backbone.compile_options = compile_options()
     max_batch_tokens = options.max_batch_tokens or default_batch_tokens(device.type == "cpu")
