@@ -398,6 +398,49 @@ async def test_where_one_engine_cannot_take_weights_over_all_have_what_they_had(
     assert a.prompts and b.prompts
 
 
+class Reads(Held):
+    """What lies in the folder when it is its turn."""
+
+    def __init__(self, *found: str) -> None:
+        super().__init__()
+        self.found = list(found)
+
+    async def update_weights(self, source: str) -> EngineInfo:
+        self.updates.append(source)
+        found = self.found.pop(0)
+        if not found:
+            raise LoadFailed("half of a file")
+        self.info = replace(self.info, version=found)
+        return self.info
+
+
+async def test_engines_that_read_a_folder_before_and_after_a_trainer_wrote_there_read_it_again() -> None:
+    a, b = Reads("v2", "v3"), Reads("v3", "v3")
+    replicas = await started(a, b, source="folder")
+    assert (await replicas.update_weights("folder")).version == a.info.version == b.info.version == "v3"
+
+
+@pytest.mark.parametrize(("then", "said"), [("v5", "took over v4 and v5; it is being"), ("", "half of a file")])
+async def test_engines_that_never_read_the_same_go_back_and_serve_no_two_versions_as_one(then: str, said: str) -> None:
+    a, b = Reads("v2", "v4", "v1"), Reads("v3", then, "v1")
+    replicas = await started(a, b, source="v1")
+    with pytest.raises(LoadFailed, match=said):
+        await replicas.update_weights("folder")
+    await sent(replicas, *(request(str(i), group(100 + i)) for i in range(2)))
+    assert a.info.version == b.info.version == "v1" and a.prompts and b.prompts
+
+
+async def test_where_none_can_go_back_the_model_has_failed_and_nobody_waits() -> None:
+    told: list[str] = []
+    a, b = Reads("v2", "v4", "v6"), Reads("v3", "v5", "v6")
+    replicas = await started(a, b, source="v1", listener=EngineListener(on_failed=told.append))
+    with pytest.raises(LoadFailed):
+        await replicas.update_weights("folder")
+    assert len(told) == 1 and "cannot go back to v1" in told[0]
+    with pytest.raises(Unavailable):
+        await asyncio.wait_for(replicas.score(request("1", group(100))), 5)
+
+
 async def test_an_engine_that_cannot_go_back_is_left_out() -> None:
     a, b = Held(refuses=("v1",)), Held(refuses=("v2",))
     replicas = await started(a, b)

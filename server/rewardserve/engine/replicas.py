@@ -57,6 +57,15 @@ class _Part:
         self.num_tokens = 0
 
 
+async def _updated(replicas: Sequence[_Replica], source: str) -> list[EngineInfo | BaseException]:
+    """What became of each of them."""
+    return await asyncio.gather(*(r.engine.update_weights(source) for r in replicas), return_exceptions=True)
+
+
+def _versions_in(outcomes: Sequence[EngineInfo | BaseException]) -> list[str]:
+    return sorted({outcome.version for outcome in outcomes if isinstance(outcome, EngineInfo)})
+
+
 class Replicas:
     """The Engine protocol over several engines. It is up while one of them is."""
 
@@ -116,10 +125,16 @@ class Replicas:
         return self._info()
 
     async def _update_all(self, taking: Sequence[_Replica], source: str) -> None:
-        outcomes = await asyncio.gather(*(r.engine.update_weights(source) for r in taking), return_exceptions=True)
+        """Once more where a trainer wrote another checkpoint there before all had read the one before."""
+        outcomes = await _updated(taking, source)
+        changed = [r for r, o in zip(taking, outcomes, strict=True) if isinstance(o, EngineInfo)]
+        if len(changed) == len(taking) and len(_versions_in(outcomes)) > 1:
+            outcomes = await _updated(taking, source)
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        if not errors and len(versions := _versions_in(outcomes)) > 1:
+            told = " and ".join(versions)
+            errors = [LoadFailed(f"{source}: its engines took over {told}; it is being written, try again")]
         if errors:
-            changed = [r for r, o in zip(taking, outcomes, strict=True) if not isinstance(o, BaseException)]
             await self._take_back(changed)
             raise errors[0]
         for replica, info in zip(taking, outcomes, strict=True):
@@ -130,7 +145,7 @@ class Replicas:
 
     async def _take_back(self, replicas: Sequence[_Replica]) -> None:
         before = self._source
-        outcomes = await asyncio.gather(*(r.engine.update_weights(before) for r in replicas), return_exceptions=True)
+        outcomes = await _updated(replicas, before)
         for replica, outcome in zip(replicas, outcomes, strict=True):
             assert replica.info is not None
             if isinstance(outcome, EngineInfo) and outcome.version == replica.info.version:
@@ -303,6 +318,9 @@ class Replicas:
     def _leave_out(self, replica: _Replica, reason: str) -> None:
         log.error("engine %d is left out until the model is reloaded: %s", replica.number, reason)
         replica.up, replica.failed = False, True
+        if all(r.failed for r in self._replicas):
+            self._news.set()
+            self._listener.on_failed(reason)
 
     def _versions(self, info: EngineInfo) -> list[str]:
         """Of the models that somebody may ask for."""
