@@ -44,6 +44,18 @@ async def test_the_folder_that_was_loaded_may_be_gone(folders) -> None:
         assert torch.equal(await scorer.scores(IDS), wanted)
 
 
+async def test_where_one_weight_cannot_be_taken_over_none_is(folders) -> None:
+    old, new = folders
+    weights = load_file(new / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] = weights["model.layers.2.mlp.up_proj.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, new / "model.safetensors", {"format": "pt"})
+    async with native(old, path="padded") as scorer:
+        wanted = await scorer.scores(IDS)
+        with pytest.raises(LoadFailed, match=r"layers\.2\.mlp\.up_proj\.weight' is stored in 8 bits"):
+            await scorer.engine.update_weights(str(new))
+        assert torch.equal(await scorer.scores(IDS), wanted)
+
+
 async def test_the_files_in_which_texts_differ_are_named(folders) -> None:
     old, new = folders
     make_tokenizer(["other texts, and hence other tokens"], "{{ messages[0].content }}").save_pretrained(new)

@@ -83,8 +83,12 @@ class Loaded:
                     raise
                 change = str(error)
                 break
-            with torch.inference_mode():
-                refresh(self.model, spec)
+            try:
+                with torch.inference_mode():
+                    refresh(self.model, spec)
+            except LoadFailed as error:  # of one weight: those before it are taken over
+                change = str(error)
+                break
             change = spec.change()
             if change is None:
                 return spec
