@@ -1,6 +1,7 @@
 """A checkpoint is understood, or refused by name of what is wrong with it; never anything else."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -277,6 +278,20 @@ def test_another_tokenizer_or_template_is_another_version(folder, name: str) -> 
     before = version(folder.path)
     (folder.path / name).write_text('{"changed": 1}')
     assert version(folder.path) != before
+
+
+def test_a_folder_called_tokenizer_and_a_link_to_nowhere_are_no_files_of_it(folder) -> None:
+    before = version(folder.path)
+    (folder.path / "tokenizer").mkdir()
+    (folder.path / "tokenizer.json").symlink_to("/nowhere")
+    assert version(folder.path) == before
+
+
+def test_a_file_that_goes_while_a_checkpoint_is_read_refuses_it(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything else than LoadFailed would end an engine that is to take over these weights."""
+    gone = folder.path / "vocab.json"
+    monkeypatch.setattr("rewardserve.models.spec.fingerprint", lambda folders, files: gone.read_text())
+    assert re.fullmatch(r".*: No such file or directory: .*vocab\.json", refusal(folder.path))
 
 
 def test_other_shards_are_another_version(shards) -> None:

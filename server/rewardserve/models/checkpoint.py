@@ -75,7 +75,7 @@ class Checkpoint:
     @property
     def text_folder(self) -> Path:
         """Where its tokenizer is: an adapter's folder may have none."""
-        has_tokenizer = any(self.folder.glob("tokenizer*"))
+        has_tokenizer = any(file.is_file() for file in self.folder.glob("tokenizer*"))
         return self.folder if has_tokenizer or self.base is None else self.base.text_folder
 
     @property

@@ -80,6 +80,13 @@ def read_spec(source: str, any_quantization: bool = False) -> ModelSpec:
 
     `any_quantization`: also one that transformers does not know.
     """
+    try:
+        return _read_spec(source, any_quantization)
+    except OSError as error:  # a file that went meanwhile, or that may not be read
+        raise LoadFailed(f"{source}: {error.strerror}: {error.filename}") from error
+
+
+def _read_spec(source: str, any_quantization: bool) -> ModelSpec:
     checkpoint = open_checkpoint(source, FOREIGN_CONFIGS)
     stamps = _stamps(checkpoint)
     if not any_quantization:
@@ -124,7 +131,7 @@ def _check_quantization(checkpoint: Checkpoint) -> None:
 
 def _stamps(checkpoint: Checkpoint) -> dict[Path, Stamp]:
     """Of the files that are there."""
-    texts = (file for folder in checkpoint.folders for pattern in TEXT_FILES for file in folder.glob(pattern))
+    texts = [file for folder in checkpoint.folders for file in _text_files(folder)]
     found = {}
     for file in (*texts, *checkpoint.weight_files):
         with contextlib.suppress(FileNotFoundError):
@@ -133,8 +140,13 @@ def _stamps(checkpoint: Checkpoint) -> dict[Path, Stamp]:
     return found
 
 
+def _text_files(folder: Path) -> list[Path]:
+    """Not folders, which some trainers call `tokenizer`, nor links to nowhere: nobody reads these."""
+    return [file for pattern in TEXT_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
+
+
 def _digests(checkpoint: Checkpoint) -> dict[str, bytes]:
-    names = {file for pattern in TEXT_FILES for file in checkpoint.text_folder.glob(pattern)}
+    names = _text_files(checkpoint.text_folder)
     files = {file.name: file for file in names if file.name not in ("config.json", "adapter_config.json", SPEC_FILE)}
     if checkpoint.spec_file is not None:  # an adapter's may be elsewhere than its tokenizer
         files[SPEC_FILE] = checkpoint.spec_file
@@ -157,9 +169,8 @@ def fingerprint(folders: Sequence[Path], files: Sequence[Path]) -> str:
     """
     digest = hashlib.blake2b(digest_size=6)
     for folder in folders:
-        for pattern in TEXT_FILES:
-            for file in sorted(folder.glob(pattern)):
-                digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        for file in _text_files(folder):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
     for file in files:
         size = file.stat().st_size
         digest.update(size.to_bytes(8, "little"))
