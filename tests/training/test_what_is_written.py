@@ -13,7 +13,7 @@ from rewardserve.models.spec import read_spec
 from rewardserve.training import member
 from rewardserve.training.heads import MLP_KEYS
 from rewardserve.training.recipe import Recipe
-from rewardserve.training.save import TEXT_FILES
+from rewardserve.training.save import TEXT_FILES, copy_text
 from torch.nn.functional import relu
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
@@ -73,6 +73,14 @@ def test_tokenizer_and_template_are_the_bases_byte_by_byte(causal_base, tmp_path
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= {file.name for file in files}
     for file in files:
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_folder_called_tokenizer_beside_a_base_is_not_copied(tmp_path):
+    for name in ("base", "base/tokenizer", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    copy_text(tmp_path / "base", tmp_path / "out")
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["tokenizer.json"]
 
 
 def test_nothing_of_the_run_is_left_beside_the_model(causal_base, tmp_path):

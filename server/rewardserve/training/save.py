@@ -43,7 +43,7 @@ def save_model(
 
 def copy_text(source: Path, folder: Path) -> None:
     for pattern in TEXT_FILES:
-        for file in source.glob(pattern):
+        for file in filter(Path.is_file, source.glob(pattern)):
             shutil.copyfile(file, folder / file.name)
 
 
