@@ -8,7 +8,7 @@ import pytest
 from rewardserve.errors import InvalidRequest, SwapRefused, Unavailable
 from rewardserve.service.live_model import LiveModel
 from rewardserve.service.swap import CanaryPair, SwapPlan, rollback, swap
-from rewardserve.types import ItemCode, ItemFailure, ScoreRequest, ScoreResult
+from rewardserve.types import ItemCode, ItemFailure, ScoreRequest, ScoreResult, TextSpec
 
 
 @pytest.fixture
@@ -82,6 +82,18 @@ async def test_a_correlation_of_fewer_requests_than_were_asked_for_is_none(house
     with pytest.raises(SwapRefused, match=r"of 1000000 requests were shadowed in 0\.2 s, too few"):
         await swapped(house, tools, engines, plan, lambda: None)
     await still_serves(house, tools, old, engines)
+
+
+@pytest.mark.parametrize("texts", [True, False])
+async def test_a_version_of_weights_alone_is_told_of_where_the_one_before_took_texts(
+    house, tools, engines, caplog, texts: bool
+) -> None:
+    old = await house.serve()
+    if texts:
+        old.info = replace(old.info, text=TextSpec("{}", None, {}, None))
+    await swap(house.service, house.registry, SwapPlan("m", "/models/weights"), grace_s=1)
+    told = [line for line in caplog.messages if "/models/weights does not" in line and "will be refused" in line]
+    assert len(told) == texts
 
 
 @pytest.mark.parametrize("adapted", ["", "-adapted"])

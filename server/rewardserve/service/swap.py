@@ -69,6 +69,7 @@ async def _swap(service: ScoringService, registry: Registry, plan: SwapPlan, gra
         raise
     previous_version = old.version  # now: its weights may have been updated while the new one was loading
     log.info("swapping %s: version %s to %s", plan.name, previous_version, new.version)
+    _say_if_without_text(old, new)
     await registry.flip(old, new, grace_s, plan.keep_previous)
     return SwapReport(
         new,
@@ -77,6 +78,17 @@ async def _swap(service: ScoringService, registry: Registry, plan: SwapPlan, gra
         shadow.num_requests,
         mean_rank_correlation(shadow.groups),
     )
+
+
+def _say_if_without_text(old: LiveModel, new: LiveModel) -> None:
+    """Trainers save weights alone; who sends ids only need not mind."""
+    assert old.info is not None and new.info is not None
+    if old.info.text is not None and new.info.text is None:
+        log.warning(
+            "%s took texts, and its version from %s does not (%s): they will be refused. Copy the tokenizer's files "
+            "there and swap again, or roll back",
+            *(new.name, new.source, new.info.text_missing_reason),
+        )
 
 
 async def rollback(registry: Registry, name: str, grace_s: float) -> LiveModel:
