@@ -48,20 +48,6 @@ def test_torchs_own_file_scores_as_hugging_face_in_either_of_its_forms(folder, o
     assert close(scores(folder.path), wanted)
 
 
-@pytest.mark.parametrize("in_torchs_file", [False, True])
-def test_what_is_written_over_a_file_that_was_loaded_changes_no_score(folder, in_torchs_file: bool) -> None:
-    wanted, file = scores(folder.path), folder.weights
-    if in_torchs_file:
-        file = folder.path / "pytorch_model.bin"
-        torch.save(load_file(folder.weights), file)
-        folder.weights.unlink()
-    model = load(read_spec(str(folder.path)), torch.float32, CPU)
-    with file.open("r+b") as stream:
-        stream.write(bytes(file.stat().st_size))
-    rows, reads = [torch.tensor(row) for row in ROWS], [[len(row) - 1] for row in ROWS]
-    assert torch.equal(model.features_padded(rows, reads)[:, 0], wanted)
-
-
 def test_a_checkpoint_in_shards_scores_the_same(folder, shards) -> None:
     assert torch.equal(scores(shards.path), scores(folder.path))
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,7 +62,8 @@ def choose_dtype(dtype: str, spec: ModelSpec, device: torch.device) -> torch.dty
 
 def load(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> RewardModel:
     """Raises LoadFailed if a weight of the backbone is missing: transformers would make one up."""
-    module = _held(_read_backbone(spec, dtype=dtype), device)
+    module = _read_backbone(spec, dtype=dtype)
+    module = module.to(device).eval().requires_grad_(False)
     return RewardModel(Backbone(module), [_head(spec, device)], takes_mean=spec.recipe.reads.at is ReadAt.MEAN)
 
 
@@ -72,7 +74,8 @@ def load_sharing(specs: Sequence[ModelSpec], dtype: torch.dtype, device: torch.d
         if reason := _why_not_shared(spec, first):
             raise LoadFailed(f"{spec.folder}: {reason}; --no-share-backbone loads each model by itself")
     assert base is not None
-    module = _held(_read_backbone(replace(first, checkpoint=base), dtype=dtype), device)
+    module = _read_backbone(replace(first, checkpoint=base), dtype=dtype)
+    module = module.to(device).eval().requires_grad_(False)
     chosen = torch.zeros(1, dtype=torch.int64, device=device)
     deltas = [spec.checkpoint.changes.deltas for spec in specs]
     for key in sorted(set().union(*deltas)):
@@ -82,16 +85,29 @@ def load_sharing(specs: Sequence[ModelSpec], dtype: torch.dtype, device: torch.d
     return RewardModel(Backbone(module), heads, first.recipe.reads.at is ReadAt.MEAN, chosen)
 
 
-def _held(module: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """The backbone in memory of its own.
+def hold_in_memory(model: RewardModel) -> None:
+    """What of the backbone is a file, mapped, becomes memory of its own.
 
-    On a CPU a weight that was read may be the file, mapped: who writes over it, as trainers do over their last
-    checkpoint, would change the scores of a version that was loaded from it, and who cuts it end this process.
+    Who writes over that file, as trainers do over their last checkpoint, would change the scores of a version that was
+    loaded from it, and who cuts it end this process. To be called when layers have been laid out: most are copies then.
     """
-    if device.type == "cpu":
-        for tensor in (*module.parameters(), *module.buffers()):
+    module = model.backbone.module
+    mapped = _mapped_files()
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not tensor.is_cpu:
+            continue
+        if mapped is None or any(start <= tensor.data_ptr() < stop for start, stop in mapped):
             tensor.data = tensor.data.clone()
-    return module.to(device).eval().requires_grad_(False)
+
+
+def _mapped_files() -> list[tuple[int, int]] | None:
+    """Where in memory files are; None where the system does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return None
+    spans = [fields[0].split("-") for line in lines if (fields := line.split())[4] != "0"]  # of an inode
+    return [(int(start, 16), int(stop, 16)) for start, stop in spans]
 
 
 def _why_not_shared(spec: ModelSpec, first: ModelSpec) -> str | None:
@@ -130,7 +146,7 @@ def _adapt(module: PreTrainedModel, key: str, make: Callable[[nn.Linear], nn.Mod
 
 def _head(spec: ModelSpec, device: torch.device) -> Head:
     assert spec.recipe.head is not None  # a judge that writes has none, and is not loaded here
-    return copy.deepcopy(spec.recipe.head).to(device)  # as in _held
+    return copy.deepcopy(spec.recipe.head).to(device)  # as in hold_in_memory
 
 
 def trunks_of(specs: Sequence[ModelSpec]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -124,12 +124,22 @@ class Loaded:
 def load_runner(options: NativeOptions) -> Loaded:
     """Loads, checks and sizes everything, on the thread that is to run it. Raises LoadFailed with what to do."""
     try:
-        return _load_runner(options)
+        loaded = _load_runner(options)
+        loader.hold_in_memory(loaded.model)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise OptionsDoNotFit(
             f"{options.source}: there is too little memory on {options.device}: {first_line(error)}; free some (what "
             "else is served there takes less with a smaller --prefix-cache-mb), or give another --device"
         ) from error
+    if loaded.model.backbone.device.type == "cpu":  # where it may have been a file until now
+        _check_unchanged(loaded.specs)
+    return loaded
+
+
+def _check_unchanged(specs: Sequence[ModelSpec]) -> None:
+    """Raises LoadFailed where somebody wrote to files while they were read."""
+    if change := next(filter(None, (spec.change() for spec in specs)), None):
+        raise LoadFailed(change)
 
 
 def _load_runner(options: NativeOptions) -> Loaded:
@@ -150,8 +160,8 @@ def _load_runner(options: NativeOptions) -> Loaded:
     log.info("loading %s (%s) as %s on %s", names, specs[0].architecture, dtype, device)
     shared = len(specs) > 1
     model = loader.load_sharing(specs, dtype, device) if shared else loader.load(specs[0], dtype, device)
-    if change := next(filter(None, (spec.change() for spec in specs)), None):
-        raise LoadFailed(change)
+    if device.type != "cpu":
+        _check_unchanged(specs)
     if device.type != "cpu" and options.batch_invariant:
         model.backbone.compile_options = compile_options()
     max_batch_tokens = options.max_batch_tokens or default_batch_tokens(device.type == "cpu")
