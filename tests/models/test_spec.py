@@ -155,6 +155,12 @@ def test_no_folder_and_no_hub_name_says_so(source: str) -> None:
     assert source in message and "no such folder" in message
 
 
+def test_a_name_longer_than_the_system_takes_is_told_as_such(folder) -> None:
+    for source in ("x" * 300, f"{folder.path}/{'x' * 300}"):
+        message = refusal(source)
+        assert source in message and "too long" in message
+
+
 def test_a_hub_name_offline_says_that_the_hub_could_not_provide_it() -> None:
     message = refusal("some-organisation/some-model")
     assert "some-organisation/some-model" in message and "hub" in message

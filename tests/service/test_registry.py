@@ -304,6 +304,16 @@ async def test_what_lies_beside_a_checkpoint_counts_when_it_is_loaded_and_not_wh
     assert model.finishing.calibration == Temperature(2.0)
 
 
+async def test_nothing_is_looked_for_beside_what_is_no_path(house) -> None:
+    """Whether weights are there is the engine's to say."""
+    model = await house.serve()
+    model.configured = Finishing(looks_beside=True)
+    house.engines["m"].weights = {source: "v2" for source in ("x" * 300, "\0")}
+    for source in house.engines["m"].weights:
+        await house.registry.update_weights("m", source)
+        assert model.version == "v2"
+
+
 async def test_an_engine_that_falls_back_without_restarting_counts_no_restart(house, tools) -> None:
     model = await house.serve()
     padded = dataclasses.replace(tools.INFO, path="padded", path_reason="it said so")

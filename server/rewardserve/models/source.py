@@ -7,5 +7,9 @@ from rewardserve.errors import LoadFailed
 
 def check_source(source: str) -> None:
     """Raises LoadFailed for what is neither a local folder nor of the form of a hub's name."""
-    if not Path(source).is_dir() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+    try:
+        is_folder = Path(source).is_dir()
+    except OSError as error:  # too long a name, or a folder above it that is closed to us
+        raise LoadFailed(f"{source}: {error.strerror}") from error
+    if not is_folder and (source.startswith((".", "/", "~")) or source.count("/") != 1):
         raise LoadFailed(f"{source}: no such folder, and not a hub name of the form 'organisation/model'")

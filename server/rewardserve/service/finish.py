@@ -6,6 +6,7 @@ In this order; each only where it is configured or the checkpoint brings it. The
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,7 +91,8 @@ class Finishing:
         Raises LoadFailed for a file that is no calibration.
         """
         path = Path(source) / BESIDE
-        return read_calibration(path) if self.looks_beside and not self.weights and path.is_file() else None
+        is_there = self.looks_beside and not self.weights and os.path.isfile(path)  # False for what is no path, too
+        return read_calibration(path) if is_there else None
 
     def of(self, name: str, version: str, alike: Sequence[str] = ()) -> "Finishing":
         """Without a calibration that was fitted to another version, none of those `alike` either."""
