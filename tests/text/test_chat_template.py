@@ -93,6 +93,32 @@ def test_a_template_that_fails_in_python_on_a_conversation_is_the_callers_error_
         text.encoder().encode(tools.request((Conversation((Message("tool", "x"),)), ["y"])))
 
 
+FAILING = {
+    "an attribute that a filter looks for": "'x' | dictsort",
+    "a macro that calls itself": "f()",
+    "more than there is memory": "'x' * 10 ** 15",
+}
+
+
+@pytest.mark.parametrize("expression", FAILING.values(), ids=FAILING)
+@pytest.mark.parametrize("condition", ["m.role == 'tool'", "true"])
+def test_whatever_a_template_fails_in_is_told_to_its_caller(make_text, tools, expression: str, condition: str) -> None:
+    macro = "{% macro f() %}{{ f() }}{% endmacro %}"
+    text = make_text(
+        f"{macro}{{% for m in messages %}}{{{{ {expression} if {condition} else m.content }}}}{{% endfor %}}"
+    )
+    with pytest.raises(InvalidRequest, match="refuses"):
+        text.encoder().encode(tools.request((Conversation((Message("tool", "x"),)), ["y"])))
+
+
+@pytest.mark.parametrize(
+    "source", ["{% for %}", "{{ messages | nope }}", "{% for m in messages %}" * 30 + "{% endfor %}" * 30]
+)
+def test_a_template_that_is_none_is_told_at_load(make_text, source: str) -> None:
+    with pytest.raises(LoadFailed, match="chat template is none: "):
+        make_text(source).encoder()
+
+
 def test_the_probes_cover_prompts_and_whole_conversations(styles) -> None:
     for name, text in styles.items():
         assert {probe.add_generation_prompt for probe in text.spec.probes} == {True, False}, name

@@ -13,10 +13,15 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from rewardserve.errors import LoadFailed
 from rewardserve.types import Message, content_of
 
-# What a template raises: by its own decision, or because it cannot work on these messages.
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
+# What a template raises: by its own decision, or because it cannot work on these messages. jinja's filters raise what
+# Python does, a macro that calls itself RecursionError (a RuntimeError), a text that is doubled too often MemoryError.
+TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError),
+    *(AttributeError, RuntimeError, MemoryError),
+)
 
 
 class _Generation(Extension):
@@ -45,12 +50,17 @@ def _tojson(
 
 class ChatTemplate:
     def __init__(self, source: str, special_tokens: dict[str, str], in_parts: bool = False) -> None:
+        """Raises LoadFailed for a source that is no template."""
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
-        self._template = environment.from_string(source)
+        try:
+            self._template = environment.from_string(source)
+        except (SyntaxError, *TEMPLATE_ERRORS) as error:  # Python's, of loops in one another more than it takes
+            reason = " ".join(str(error).split())
+            raise LoadFailed(f"the checkpoint's chat template is none: {reason}") from error
         self._special_tokens = special_tokens
         self._in_parts = in_parts
 

@@ -66,7 +66,8 @@ class Tokenizer:
     """Exactly the checkpoint's tokenizer. Thread-safe; encoding releases the interpreter lock."""
 
     def __init__(self, spec: TextSpec) -> None:
-        """Raises LoadFailed if the checkpoint's own rendering of the probes is not reproduced token by token."""
+        """Raises LoadFailed for a template that is none, or if the checkpoint's own rendering of the probes is not
+        reproduced token by token."""
         self._tokenizer = tokenizers.Tokenizer.from_str(spec.tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
