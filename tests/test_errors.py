@@ -32,7 +32,7 @@ def make(cls: type[RewardServeError]) -> RewardServeError:
     if issubclass(cls, InvalidRequest):
         return cls("field", "is wrong")
     if issubclass(cls, ItemFailed):
-        return cls(ItemCode.OUT_OF_RANGE.name, "too long")
+        return cls(ItemCode.OUT_OF_RANGE.name, "response_a", "too long")
     if issubclass(cls, Overloaded):
         return cls("full", 1.5)
     return cls("because")
@@ -65,7 +65,7 @@ def test_every_error_crosses_the_wire_with_its_code_and_its_words(cls: type[Rewa
 @pytest.mark.parametrize("code", ItemCode)
 def test_every_items_code_is_a_status(code: ItemCode) -> None:
     assert grpc.StatusCode[code.name].value[0] == code
-    assert status_of(ItemFailed(code.name, "x")).code == code
+    assert status_of(ItemFailed(code.name, "response_a", "x")).code == code
 
 
 def test_an_invalid_request_names_its_field_to_people_and_to_programs() -> None:

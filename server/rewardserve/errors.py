@@ -68,9 +68,11 @@ class SwapRefused(RewardServeError):
 
 
 class ItemFailed(RewardServeError):
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+    def __init__(self, code: str, field: str, description: str) -> None:
+        super().__init__(f"{field}: {description}")
         self.grpc = code
+        self.field = field
+        self.description = description
 
 
 class InternalError(RewardServeError):

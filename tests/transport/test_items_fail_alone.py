@@ -145,6 +145,7 @@ async def test_compare_with_a_side_that_has_no_score_fails_with_its_code(served,
     error = await kit.refused(served.scoring.Compare(request))
     assert error.code is code
     assert side in error.message
+    assert error.fields == ([side] if code is Code.INVALID_ARGUMENT else [])
 
 
 async def test_compare_gives_margin_and_probability(served, kit):

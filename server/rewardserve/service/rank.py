@@ -53,7 +53,7 @@ async def compare(service: ScoringService, request: ScoreRequest) -> Comparison:
     a, b = result.groups[0].items
     for name, item in (("response_a", a), ("response_b", b)):
         if item.failure is not None:
-            raise ItemFailed(item.failure.code.name, f"{name}: {item.failure.message}")
+            raise ItemFailed(item.failure.code.name, name, item.failure.message)
     assert a.score is not None and b.score is not None
     # Bradley and Terry (1952), whose margin is one of log-odds, or what was fitted to such margins.
     probability_a = (result.curve or sigmoid)(_strength(a.score, a.kind) - _strength(b.score, b.kind))

@@ -4,7 +4,7 @@ import grpc
 from google.protobuf import any_pb2, duration_pb2, message
 from google.rpc import error_details_pb2, status_pb2
 
-from rewardserve.errors import InvalidRequest, Overloaded, RewardServeError, Unavailable
+from rewardserve.errors import InvalidRequest, ItemFailed, Overloaded, RewardServeError, Unavailable
 
 MAX_MESSAGE_BYTES = 1000  # three times in the trailers, once percent-encoded; clients take 8 KiB of them
 
@@ -23,7 +23,7 @@ def _short(text: str) -> str:
 
 def _details(error: RewardServeError) -> list[message.Message]:
     match error:
-        case InvalidRequest():
+        case InvalidRequest() | ItemFailed(grpc="INVALID_ARGUMENT"):
             description = _short(error.description)
             violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=description)
             return [error_details_pb2.BadRequest(field_violations=[violation])]
