@@ -190,10 +190,16 @@ def test_a_folder_without_tokenizer_files_has_no_text_and_says_why(tmp_path: Pat
     assert text is None and "tokenizer.json" in reason
 
 
-def test_a_broken_tokenizer_file_is_not_fatal_and_says_why(tmp_path: Path) -> None:
+def test_a_broken_tokenizer_file_is_not_fatal_and_says_why(make_text, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{")
     text, reason = export_text(tmp_path)
     assert text is None and "tokenizer" in reason
+    make_text(None).hf.save_pretrained(tmp_path)
+    assert export_text(tmp_path)[0] is not None
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
+    text, reason = export_text(tmp_path)
+    assert text is None and "TypeError: '>' not supported" in reason
 
 
 def test_several_templates_without_a_default_are_not_taken_for_none(make_text, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from rewardserve.models.checkpoint import first_line
 from rewardserve.models.families import ONE_QUESTION
 from rewardserve.models.reads import ReadAt, ReadPlan
 from rewardserve.models.spec import ModelSpec
@@ -69,8 +70,9 @@ def export_text(
         return None, f"none of {', '.join(TOKENIZER_FILES)} is in the checkpoint's folder"
     try:
         tokenizer = load_tokenizer(folder)
+        _tokenize(tokenizer, "x")  # some of what its files may hold is only then stumbled over
     except Exception as error:  # a missing or unknown tokenizer fails in many ways, and none is fatal: ids still work
-        return None, f"no usable tokenizer: {str(error).strip().splitlines()[0][:200]}"
+        return None, f"no usable tokenizer: {first_line(error).removeprefix('ValueError: ')[:200]}"
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None, f"{type(tokenizer).__name__} is not a fast tokenizer"
