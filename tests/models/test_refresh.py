@@ -56,6 +56,21 @@ async def test_where_one_weight_cannot_be_taken_over_none_is(folders) -> None:
         assert torch.equal(await scorer.scores(IDS), wanted)
 
 
+async def test_whatever_is_stumbled_over_before_a_weight_is_changed_leaves_the_model_as_it_was(
+    folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stumble(source: str) -> None:
+        raise RecursionError("nobody foresaw it")
+
+    old, new = folders
+    async with native(old, path="padded") as scorer:
+        wanted = await scorer.scores(IDS)
+        with monkeypatch.context() as patched, pytest.raises(LoadFailed, match="RecursionError: nobody foresaw it"):
+            patched.setattr("rewardserve.engine.native.load.read_spec", stumble)
+            await scorer.engine.update_weights(str(new))
+        assert torch.equal(await scorer.scores(IDS), wanted)
+
+
 async def test_the_files_in_which_texts_differ_are_named(folders) -> None:
     old, new = folders
     make_tokenizer(["other texts, and hence other tokens"], "{{ messages[0].content }}").save_pretrained(new)

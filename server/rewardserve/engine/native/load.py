@@ -76,8 +76,7 @@ class Loaded:
         change: str | None = None
         for _ in range(ATTEMPTS_TO_READ):
             try:
-                spec = read_spec(source)
-                check_refresh(self.model, spec, self.specs[0])
+                spec = self._fitting(source)
             except LoadFailed as error:
                 if change is None:
                     raise
@@ -95,6 +94,18 @@ class Loaded:
         assert change is not None
         self._go_back(change)
         raise LoadFailed(change)
+
+    def _fitting(self, source: str) -> ModelSpec:
+        """Of what can be taken over in place. Raises LoadFailed for anything else; nothing has changed then."""
+        try:
+            spec = read_spec(source)
+            check_refresh(self.model, spec, self.specs[0])
+        except LoadFailed:
+            raise
+        except Exception as error:  # whatever a file of it has made us stumble over
+            log.exception("%s cannot be read", source)
+            raise LoadFailed(f"{source}: cannot be read: {first_line(error)}") from error
+        return spec
 
     def _go_back(self, reason: str) -> None:
         """To the weights it had. Raises RuntimeError(reason) where these are not there any more."""
