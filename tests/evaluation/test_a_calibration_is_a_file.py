@@ -51,7 +51,7 @@ def test_what_is_no_calibration_is_refused_by_its_field(tmp_path, changes, said)
     assert str(path) in str(refused.value) and said in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100_000])
 def test_a_file_that_is_something_else_is_refused(tmp_path, text):
     path = tmp_path / "calibration.json"
     path.write_text(text)

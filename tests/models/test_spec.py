@@ -132,7 +132,9 @@ def test_no_config_is_named(folder) -> None:
     assert "config.json" in refusal(folder.path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\x00\x01", '{"architectures": []}', '{"model_type": "never_heard_of"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[" * 100_000, "\x00\x01", '{"architectures": []}', '{"model_type": "never_heard_of"}']
+)
 def test_a_config_that_says_nothing_is_named(folder, text: str) -> None:
     folder.config.write_text(text)
     assert "config.json" in refusal(folder.path)
@@ -197,7 +199,7 @@ def test_a_tokenizer_with_its_own_code_is_left_out_without_asking(folder, monkey
     assert not asked
 
 
-BAD_INDEXES = ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}')
+BAD_INDEXES = ("{", "[" * 100_000, "[]", "{}", '{"weight_map": []}', '{"weight_map": [1]}', '{"weight_map": {"a": 1}}')
 
 
 @pytest.mark.parametrize("text", BAD_INDEXES)
@@ -212,6 +214,8 @@ BAD_CONFIGS = {
     "too few layer types": {"num_hidden_layers": 5},
     "a dtype nobody has": {"dtype": "nope"},
     "another family's values": {"model_type": "mamba"},
+    "a name that is none": {"architectures": [3]},
+    "a name out of its list": {"architectures": "Qwen3ForSequenceClassification"},
 }
 
 
@@ -219,6 +223,18 @@ BAD_CONFIGS = {
 def test_a_config_with_wrong_values_is_named(folder, changes: dict) -> None:
     folder.configure(**changes)
     assert "config.json" in refusal(folder.path)
+
+
+def test_what_is_wrong_with_a_value_is_told_with_its_key(folder) -> None:
+    folder.configure(hidden_size="abc")
+    assert "'hidden_size' expected int, got str" in refusal(folder.path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "rewardserve.toml", "tokenizer_config.json"])
+def test_a_file_that_cannot_be_read_is_named(folder, name: str) -> None:
+    (folder.path / name).unlink(missing_ok=True)
+    (folder.path / name).mkdir()
+    assert name in refusal(folder.path)
 
 
 @pytest.mark.parametrize("text", ["[]", '"text"', "3"])
@@ -317,6 +333,9 @@ def test_versions_are_short_and_printable(folder) -> None:
 def test_the_longest_input_is_the_configs(folder) -> None:
     folder.configure(max_position_embeddings=77)
     assert read_spec(str(folder.path)).max_length == 77
+    for no_limit in (0, -1):
+        folder.configure(max_position_embeddings=no_limit)
+        assert read_spec(str(folder.path)).max_length == 2048
 
 
 def test_the_index_decides_which_files_are_read(shards) -> None:

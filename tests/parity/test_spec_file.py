@@ -138,6 +138,10 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
     [
         ("", "head"),
         ("[head", "rewardserve.toml"),
+        (f"a = {'[' * 100_000}", "rewardserve.toml: is nested too deeply"),
+        (b"\xff\xfe", "rewardserve.toml: 'utf-8' codec"),
+        (b"\xef\xbb\xbf[head]\nkind = 'cubic'\n", "head.kind"),
+        (f"{LAST_OF}offset = {2**63 - 1}\n", "read.offset"),
         ('[head]\nkind = "cubic"\n', "head.kind"),
         ('[head]\nkind = "linear"\nweights = "nowhere"\n', "'nowhere' is not what a head's keys begin with"),
         ('[head]\nkind = "linear"\nweights = "mine"\noutputs = 7\n', r"\(7, 32\)"),
@@ -173,10 +177,10 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
         (f"{EVERY}[steps]\nstyle = 'apart'\ntag = 'x'\n", "read.at is 'every'; with steps.style = 'apart'"),
     ],
 )
-def test_what_is_wrong_in_the_file_is_named(text: str, words: str, tmp_path: Path) -> None:
+def test_what_is_wrong_in_the_file_is_named(text: str | bytes, words: str, tmp_path: Path) -> None:
     kind = Kind("qwen2", "Mystery", linear_head("mine"), lambda h, ids, t: Wanted(0.0))
     folder, _ = write(replace(kind, folder="wrong"), tmp_path)
-    (folder / "rewardserve.toml").write_text(text)
+    (folder / "rewardserve.toml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(LoadFailed, match=words):
         read_spec(str(folder))
 

@@ -127,7 +127,7 @@ def read(path: Path) -> tuple[Calibration, Origin]:
     """Raises OSError, and BadCalibration for anything that `write` would not have written."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadCalibration(f"{path}: is no JSON: {error}") from None
     try:
         return _parse(values)

@@ -1,10 +1,10 @@
 """What a PEFT adapter's config says, and which model it adapts. Loads no torch: the front asks, too."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rewardserve.errors import LoadFailed
+from rewardserve.models.json_file import read_object
 
 CONFIG = "adapter_config.json"
 # Options of PEFT that change what a layer computes in a way that is not known here
@@ -21,10 +21,7 @@ CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Raises LoadFailed for what cannot be served."""
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise LoadFailed(f"{path}: {error}") from error
+    config = read_object(path)
     kind = str(config.get("peft_type", "")).upper()
     if kind != "LORA":
         raise LoadFailed(f"{path}: peft_type is '{kind}'; LORA is what can be served, merge others first")

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from rewardserve.errors import LoadFailed
 from rewardserve.models import adapter, adapter_config
 from rewardserve.models.adapter import Changes
+from rewardserve.models.json_file import read_object
 from rewardserve.models.source import check_source
 
 STORED_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -247,12 +248,10 @@ def _raw_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise LoadFailed(f"{folder}: no config.json; point at the folder that holds a checkpoint's files")
-    try:
-        raw = json.loads(path.read_text())
-        if not isinstance(raw, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise LoadFailed(f"{path}: {first_line(error)}") from error
+    raw = read_object(path)
+    named = raw.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise LoadFailed(f"{path}: architectures is {named!r}, not a list of names")
     return raw
 
 
@@ -306,13 +305,10 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_index(index: Path) -> list[str]:
-    try:
-        names = json.loads(index.read_text())["weight_map"].values()
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("weight_map names no files")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadFailed(f"{index}: not an index of weights ({first_line(error)})") from error
-    return sorted(set(names))
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(name, str) for name in named.values()):
+        raise LoadFailed(f"{index}: not an index of weights (weight_map names no files)")
+    return sorted(set(named.values()))
 
 
 def _keys(file: Path) -> list[str]:
@@ -335,6 +331,10 @@ def _unpickle(file: Path) -> dict[str, torch.Tensor]:
 
 
 def first_line(error: Exception) -> str:
-    """An error of a library in one line; its kind says more than its text sometimes."""
-    text = re.sub(r"\s*\n.*", "", str(error).strip(), flags=re.S)
+    """An error of a library in one line; its kind says more than its text sometimes. What it
+    announces by a colon is said too."""
+    lines = filter(None, map(str.strip, str(error).splitlines()))
+    text = next(lines, "")
+    if text.endswith(":"):
+        text = f"{text} {next(lines, '')}".strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -82,8 +82,8 @@ def read_spec(source: str, any_quantization: bool = False) -> ModelSpec:
     """
     try:
         return _read_spec(source, any_quantization)
-    except OSError as error:  # a file that went meanwhile, or that may not be read
-        raise LoadFailed(f"{source}: {error.strerror}: {error.filename}") from error
+    except OSError as error:  # a file that went meanwhile or is closed to us, or a folder in its place
+        raise LoadFailed(f"{error.filename or source}: {error.strerror or error}") from error
 
 
 def _read_spec(source: str, any_quantization: bool) -> ModelSpec:
@@ -156,9 +156,9 @@ def _digests(checkpoint: Checkpoint) -> dict[str, bytes]:
 def _max_length(config: PreTrainedConfig) -> int:
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "seq_length"):
-        if getattr(text, name, None):
+        if (getattr(text, name, None) or 0) > 0:
             return int(getattr(text, name))
-    return 2048  # bloom and falcon have no limit of their own (ALiBi)
+    return 2048  # bloom and falcon have no limit of their own (ALiBi), and some say so by -1
 
 
 def fingerprint(folders: Sequence[Path], files: Sequence[Path]) -> str:

@@ -86,7 +86,7 @@ class HeadKeys(Section):
 class ReadKeys(Section):
     at: Literal["last", "first", "mean", "last-of", "every"] = "last"
     pattern: tuple[int, ...] = ()
-    offset: int = Field(default=0, ge=0)
+    offset: int = Field(default=0, ge=0, lt=2**31)  # of positions, which are counted in no more
     append: TokenId | None = None
 
 
@@ -151,9 +151,11 @@ BY_ENDS = ("ends", "apart")  # each step's last token is read; of the other styl
 def read_keys(path: Path) -> SpecFile:
     """Raises LoadFailed naming the key that is unknown or of the wrong kind."""
     try:
-        return SpecFile.model_validate(tomllib.loads(path.read_text()))
-    except tomllib.TOMLDecodeError as error:
+        return SpecFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LoadFailed(f"{path}: {error}") from error
+    except RecursionError as error:
+        raise LoadFailed(f"{path}: is nested too deeply") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
