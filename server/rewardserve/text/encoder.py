@@ -327,9 +327,7 @@ class Encoder:
                     return tokenizer.render(spoken[:-1], spoken[-1].content)
                 return tokenizer.render(messages, None if response is None else _shown(response, job))
             except TEMPLATE_ERRORS as error:
-                raise InvalidRequest(
-                    f"{field}.prompt", f"the checkpoint's chat template refuses it: {error}"
-                ) from error
+                raise _refused(field, error) from error
 
         return render
 
@@ -347,9 +345,7 @@ class Encoder:
             try:
                 rendered = tokenizer.render((Message("user", f"{before}{PLACE}{after}"),))
             except TEMPLATE_ERRORS as error:
-                raise InvalidRequest(
-                    f"{field}.prompt", f"the checkpoint's chat template refuses it: {error}"
-                ) from error
+                raise _refused(field, error) from error
             before, _, after = rendered.partition(PLACE)
         return lambda response: before if response is None else f"{before}{_shown(response, job)}{after}"
 
@@ -398,6 +394,11 @@ def _moved(whole: Whole, border: int) -> Whole:
 def _check_wanted(abandoned: threading.Event) -> None:
     if abandoned.is_set():
         raise Abandoned
+
+
+def _refused(field: str, error: Exception) -> InvalidRequest:
+    """In the template's words; Python's own are empty sometimes, as those of a MemoryError."""
+    return InvalidRequest(f"{field}.prompt", f"the checkpoint's chat template refuses it: {str(error) or repr(error)}")
 
 
 def _messages(prompt: Prompt) -> tuple[Message, ...] | None:
