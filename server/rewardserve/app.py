@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 MAX_BACKLOG_S = 5.0  # of calls that are yet to hear that the server shuts down
 METRICS_TIMEOUT_S = 20.0  # for a scrape to be asked and to be read
+TEXT_THREADS = "tokenizer"  # how the names of those begin that render and tokenize
 NO_LIMIT = 1 << 30  # for gRPC, which has no word for it
 
 MakeEngine = Callable[[str, str, str], Engine]  # name, source, dtype
@@ -122,7 +123,7 @@ class App:
 
     def __init__(self, config: ServeConfig, make_engine: MakeEngine | None = None) -> None:
         self._config = config
-        self._executor = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix="tokenizer")
+        self._executor = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix=TEXT_THREADS)
         self._health = Health()
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
         beside_others = len(config.models) > 1 or config.allow_model_control or "," in config.device

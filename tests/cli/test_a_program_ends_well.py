@@ -77,6 +77,25 @@ def test_stdout_is_closed(arguments: list[str]) -> None:
     assert ran.returncode == 0 and "Traceback" not in ran.stderr
 
 
+RENDERING_FOR_EVER = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from rewardserve.cli import serve
+
+async def serves(config):
+    ThreadPoolExecutor(1, thread_name_prefix=serve.TEXT_THREADS).submit(threading.Event().wait)
+    return 0
+
+serve._serve = serves
+raise SystemExit(serve.run(["--allow-model-control"]))
+"""
+
+
+def test_a_server_ends_though_a_template_loops_for_ever() -> None:
+    program = [sys.executable, "-c", RENDERING_FOR_EVER]
+    assert subprocess.run(program, timeout=60, env=environment(), check=False).returncode == 0
+
+
 @pytest.mark.parametrize("verb", [["models"], ["health", "--timeout=100"], ["score", "-", "-"]], ids=" ".join)
 def test_an_interrupt_is_one_line(verb: list[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:

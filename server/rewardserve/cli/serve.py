@@ -7,10 +7,12 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
-from rewardserve.app import App
+from rewardserve.app import TEXT_THREADS, App
 from rewardserve.config import ServeConfig, load_config
 from rewardserve.errors import LoadFailed
 from rewardserve.logs import set_up_logging
@@ -19,6 +21,7 @@ from rewardserve.options import ConfigError
 log = logging.getLogger(__name__)
 
 MAX_FILES = 1 << 20
+READERS_END_S = 1.0
 LEAST_FILES = 64  # some forty are open before the first connection
 
 
@@ -33,7 +36,9 @@ def run(arguments: Sequence[str]) -> int:
     if (num_files := allow_many_files()) < LEAST_FILES:
         log.critical("no more than %d files may be open here; raise that, as by `ulimit -n 1024`", num_files)
         return 1
-    return _with_fastest_loop(_serve(config))
+    code = _with_fastest_loop(_serve(config))
+    _leave_behind_who_reads_text(code)
+    return code
 
 
 def allow_many_files() -> int:
@@ -47,6 +52,16 @@ def allow_many_files() -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     now, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_FILES if now == resource.RLIM_INFINITY else now
+
+
+def _leave_behind_who_reads_text(code: int) -> None:
+    """The interpreter would wait for their threads: as long as a long text takes, or for ever if a template loops."""
+    ends_at = time.monotonic() + READERS_END_S
+    while any(thread.name.startswith(TEXT_THREADS) for thread in threading.enumerate()):
+        if time.monotonic() > ends_at:
+            sys.stderr.flush()
+            os._exit(code)
+        time.sleep(0.01)
 
 
 def _with_fastest_loop(main: Coroutine[Any, Any, int]) -> int:
