@@ -5,6 +5,7 @@ import logging
 
 import grpc
 import pytest
+from grpc._cython import cygrpc
 from rewardserve.v1 import scoring_pb2
 
 Code = grpc.StatusCode
@@ -91,6 +92,18 @@ async def test_a_deadline_that_passed_is_counted_as_such_whoever_noticed_first(s
     lines, counts = logged(), counted(served)
     assert counts == {"DEADLINE_EXCEEDED": len(lines)}
     assert all(line["status"] == "DEADLINE_EXCEEDED" and "deadline passed" in line["error"] for line in lines)
+
+
+async def test_a_reply_that_finds_nobody_is_no_traceback_and_what_else_grpc_says_is_told(served, caplog) -> None:
+    grpcs = logging.getLogger("grpc._cython.cygrpc")
+    for error in (cygrpc.ExecuteBatchError("a batch", ()), ValueError("a bug of ours")):
+        try:
+            raise error
+        except Exception:
+            grpcs.exception("%s raised by servicer method", type(error).__name__)
+    grpcs.error("no exception")
+    told = [record.getMessage() for record in caplog.records if record.name == grpcs.name]
+    assert told == ["ValueError raised by servicer method", "no exception"]
 
 
 @pytest.mark.parametrize("timeout_s", [None, 30])

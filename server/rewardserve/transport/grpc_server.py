@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 SCORING = "rewardserve.v1.Scoring"
 MODELS = "rewardserve.v1.Models"
 CLIENT_ID = "x-client-id"
+GRPC_LOG = "grpc._cython.cygrpc"
 CAUGHT_UP, CAUGHT_UP_S = 10, 0.1  # fewer calls in that time are not read from a backlog
 LONGEST_S = 1e9  # 30 years; the largest double, for some the word for no limit, cannot be counted in ticks
 
@@ -44,6 +45,17 @@ class DoorOptions:
     unload_grace_s: float = 30.0
     log_requests: bool = False
     log_text: bool = False
+
+
+class _NobodyListens(logging.Filter):
+    """gRPC reports a reply to a caller whose deadline passes as it is sent like a bug of ours, with a traceback, if it
+    hears of the caller later than of the reply. What became of the request is in the log already."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))
+
+
+_NOBODY_LISTENS = _NobodyListens()  # one, for a logger keeps what it is given
 
 
 @dataclass(slots=True)
@@ -72,6 +84,7 @@ class GrpcDoor:
         self._options = options
         self._closing = asyncio.Event()
         self._num_read = 0  # calls
+        logging.getLogger(GRPC_LOG).addFilter(_NOBODY_LISTENS)
 
     def close(self) -> None:
         """Streams end once what they have under way is answered."""
