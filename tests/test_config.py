@@ -332,6 +332,8 @@ def test_a_file_with_a_byte_order_mark_or_too_deep_is_no_riddle(file) -> None:
     assert load_config([], file=file("\ufeffport = 3")).port == 3
     with pytest.raises(ConfigError, match="nested too deeply"):
         load_config([], file=file(f"model = {'[' * 10_000}{']' * 10_000}"))
+    with pytest.raises(ConfigError, match=r"server\.toml: .*5000 digits"):
+        load_config([], file=file(f"port = {'9' * 5000}"))
 
 
 def test_the_file_may_be_named_by_a_variable_of_any_case(file, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -510,6 +512,13 @@ def test_one_variable_may_hold_several_models(monkeypatch: pytest.MonkeyPatch) -
     assert load_config([]).models == {}
 
 
+def test_a_list_that_is_none_is_told_with_its_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, said in {"[": "Expecting value", "[" * 100_000: "nested too deeply"}.items():
+        monkeypatch.setenv("REWARDSERVE_MODEL", value)
+        with pytest.raises(ConfigError, match=f"^--model .*{said}"):
+            load_config([])
+
+
 def test_a_file_may_hold_one_model_or_several(file) -> None:
     assert load_config([], file=file("model = 'a=/x'")).models == {"a": "/x"}
     assert load_config([], file=file("model = ['a=/x', 'b=/y']")).models == {"a": "/x", "b": "/y"}
@@ -530,6 +539,7 @@ def test_an_existing_folder_is_a_folder_whatever_its_path(tmp_path: Path) -> Non
     folder = tmp_path / "lr=1e-5" / "final"
     folder.mkdir(parents=True)
     assert load_config(["--model", str(folder)]).models == {"final": str(folder)}
+    assert load_config(["--model", "x" * 300]).models == {"x" * 300: "x" * 300}, "too long to be one, as its load says"
 
 
 @pytest.mark.parametrize("entry", ["=/x", "a=", "/", "org/model/", "my model"])

@@ -335,8 +335,8 @@ def _why_not(host: str, port: int) -> str:
             tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             tried.bind(address)
             tried.listen()
-    except socket.gaierror as error:
-        return f"--host {host!r} does not resolve ({error.strerror})"
+    except (socket.gaierror, UnicodeError) as error:  # the latter of a name with a part of more than 63 letters
+        return f"--host {host!r} does not resolve ({getattr(error, 'strerror', error)})"
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             return "is another server there? choose another with --port"

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -284,7 +285,7 @@ class ServeConfig(Options):
 
 def _name_and_source(entry: str) -> tuple[str, str]:
     name, separator, source = entry.partition("=")
-    if Path(entry).is_dir():  # whatever its path looks like
+    if os.path.isdir(entry):  # whatever its path looks like; False for what is too long to be one
         name, source = Path(entry).resolve().name, entry
     elif not separator:
         name, source = entry.rpartition("/")[2], entry

@@ -46,7 +46,12 @@ def _read_list(value: Any) -> Any:
     """From the environment: a JSON list, or parts between commas."""
     if not isinstance(value, str):
         return value
-    return json.loads(value) if value.startswith("[") else [part.strip() for part in value.split(",") if part.strip()]
+    if not value.startswith("["):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    try:
+        return json.loads(value)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
 
 
 def is_of_kubernetes(variable: str, value: str) -> bool:
@@ -188,7 +193,7 @@ def _parse_file(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"config file {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # no TOML, not UTF-8, or a number of more digits than Python reads
         raise ConfigError(f"config file {file}: {error}") from None
     except RecursionError:
         raise ConfigError(f"config file {file}: is nested too deeply") from None

@@ -119,6 +119,12 @@ def test_an_interrupt_is_one_line(verb: list[str]) -> None:
     assert program.returncode == 130 and err == f"rewardserve {verb[0]}: interrupted\n"
 
 
+def test_what_is_wrong_with_a_servers_options_cannot_steer_the_terminal() -> None:
+    ran = run("serve", "--p\x1b[31mrt=1")
+    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
+    assert ran.stderr.startswith("rewardserve serve: flag --p\\u001b[31mrt is unknown; did you mean '--port'?")
+
+
 def test_a_server_that_may_open_too_few_files_says_so() -> None:
     """Before it fails at whatever it opens last, in the words of that."""
     few = 'ulimit -n 30; exec "$@"'

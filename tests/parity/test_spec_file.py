@@ -138,6 +138,7 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
     [
         ("", "head"),
         ("[head", "rewardserve.toml"),
+        (f"a = {'9' * 5000}", "rewardserve.toml: .*digits"),
         (f"a = {'[' * 100_000}", "rewardserve.toml: is nested too deeply"),
         (b"\xff\xfe", "rewardserve.toml: 'utf-8' codec"),
         (b"\xef\xbb\xbf[head]\nkind = 'cubic'\n", "head.kind"),

@@ -53,7 +53,7 @@ async def refusal(serve, **options) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "300.1.1.1", "not a host"])
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "300.1.1.1", "not a host", "x" * 64])
 async def test_a_host_that_does_not_resolve_is_not_taken_for_a_taken_port(serve, host: str) -> None:
     said = await refusal(serve, host=host)
     assert f"--host '{host}' does not resolve" in said and "another server" not in said

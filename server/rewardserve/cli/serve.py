@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from rewardserve.app import TEXT_THREADS, App
+from rewardserve.cli.running import complain
 from rewardserve.config import ServeConfig, load_config
 from rewardserve.errors import LoadFailed
 from rewardserve.logs import set_up_logging
@@ -30,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
         config = load_config(arguments)
         config.check()
     except ConfigError as error:
-        print(f"rewardserve serve: {error}", file=sys.stderr)
+        complain("serve", str(error))
         return 2
     set_up_logging(config.log_format, config.log_level)
     if (num_files := allow_many_files()) < LEAST_FILES:

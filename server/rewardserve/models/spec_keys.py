@@ -152,14 +152,14 @@ def read_keys(path: Path) -> SpecFile:
     """Raises LoadFailed naming the key that is unknown or of the wrong kind."""
     try:
         return SpecFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8-sig")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise LoadFailed(f"{path}: {error}") from error
     except RecursionError as error:
         raise LoadFailed(f"{path}: is nested too deeply") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise LoadFailed(f"{path}: {where}: {first['msg']}; docs/models.md has every key") from error
+    except ValueError as error:  # no TOML, not UTF-8, or a number of more digits than Python reads
+        raise LoadFailed(f"{path}: {error}") from error
 
 
 def refuse_unheeded(told: SpecFile, head: HeadKeys, num_outputs: int, refuse: Refuse) -> None:
