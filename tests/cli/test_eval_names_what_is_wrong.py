@@ -20,7 +20,7 @@ def judge(cli, server, tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ('{"prompt": "x"', "Invalid JSON"),
+        ('{"prompt": "x"', "Invalid JSON: EOF while parsing an object at column 14"),
         ({"chosen": "x", "rejected": "y"}, "prompt: is missing"),
         ({"promt": "x", "chosen": "y", "rejected": "z"}, "prompt: is missing; is 'promt' a misspelling?"),
         ({"prompt": "x"}, "responses: is missing"),

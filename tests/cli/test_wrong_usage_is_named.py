@@ -7,7 +7,7 @@ GOOD = {"id": 1, "prompt": "two?", "response": "four"}
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ('{"prompt": "x"', "Invalid JSON"),
+        ('{"prompt": "x"', "Invalid JSON: EOF while parsing an object at column 14"),
         ("[1]", "Input should be an object"),
         ({"responses": ["x"]}, "prompt: is missing"),
         ({"promt": "x", "response": "y"}, "prompt: is missing; is 'promt' a misspelling?"),

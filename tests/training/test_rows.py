@@ -47,7 +47,7 @@ def test_ratings_compare_every_two_and_equal_ones_are_ties():
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ('{"prompt": "x"', "Invalid JSON"),
+        ('{"prompt": "x"', "Invalid JSON: EOF while parsing an object at column 14"),
         ("[1]", "Input should be an object"),
         ({"chosen": "a", "rejected": "b"}, "prompt: is missing"),
         ({"promt": "x", "chosen": "a", "rejected": "b"}, "prompt: is missing; is 'promt' a misspelling?"),

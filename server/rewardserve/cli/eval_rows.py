@@ -54,7 +54,7 @@ def read_judged(path: str) -> tuple[list[Judged], str]:
 
 def _read_row(number: int, line: bytes) -> Judged:
     try:
-        return _judged(number, _JudgedIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8)))
+        return _judged(number, _JudgedIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8).rstrip()))
     except pydantic.ValidationError as error:
         raise BadRow(f"INPUT line {number}: {explain(error.errors()[0])}") from None
     except ValueError as error:

@@ -162,7 +162,7 @@ def read_pairs(path: str) -> list[CanaryPair]:
         if not line.strip():
             continue
         try:
-            row = _PairIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
+            row = _PairIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8).rstrip())
             is_text = one_of(row, ("prompt", "messages")) == "prompt"
         except pydantic.ValidationError as error:
             raise ConfigError(f"--canaries {path}, line {number}: {explain(error.errors()[0])}") from None

@@ -88,7 +88,7 @@ def read_rows(lines: Iterable[bytes]) -> Iterator[Row]:
 
 def _read_row(number: int, line: bytes) -> Row:
     try:
-        values = _RowIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
+        values = _RowIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8).rstrip())
         prompt, responses = _prompt(values), _responses(values)
     except pydantic.ValidationError as error:
         raise BadRow(f"INPUT line {number}: {explain(error.errors()[0])}") from None

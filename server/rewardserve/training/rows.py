@@ -97,7 +97,7 @@ def parse_rows(lines: Iterable[bytes], name: str) -> Iterator[Row]:
 
 def _parse_row(number: int, line: bytes, name: str) -> Row:
     try:
-        values = _RowIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8))
+        values = _RowIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8).rstrip())
         prompt = _prompt(values)
         responses, comparisons, ratings = _pair(values) if _is_pair(values) else _rated(values)
     except pydantic.ValidationError as error:
