@@ -60,7 +60,14 @@ def test_no_resume_begins_anew(cli, server, source, out):
     assert len(ids(out)) == 20
 
 
-@pytest.mark.parametrize("content", ["something else\n", '{"id": 1, "prompt": "x"}\n', '{"id": 1, "prompt": "x"}', "x"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("something else\n", '{"id": 1, "prompt": "x"}\n', '{"id": 1, "prompt": "x"}', "x"),
+        *(f'{{"id": 1, "scores": {scores}, "version": "v"}}\n' for scores in ("1", "null", '"1"', '["1"]', "[[1]]")),
+        pytest.param("[" * 100_000, id="too deep"),
+    ],
+)
 def test_a_file_that_holds_no_scores_is_not_touched(cli, server, source, out, content):
     out.write_text(content)
     ran = cli("score", source, out, server.endpoint)

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from types import NoneType
 from typing import IO, Any
 
 from pydantic import Field
@@ -164,9 +165,11 @@ class Output:
         try:
             row = json.loads(line)
             scores, key = row["scores"], row["id"] if "id" in row else row["line"]
+            if not isinstance(scores, list) or not all(type(score) in (float, int, NoneType) for score in scores):
+                raise ValueError("no scores")
             (self._ids if "id" in row else self._lines).add(key)
             self._versions.add(row["version"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(
                 f"OUTPUT line {number} is no row of scores; choose another OUTPUT, or overwrite it with --no-resume"
             ) from None
@@ -177,7 +180,7 @@ def _is_torn(line: bytes) -> bool:
     """A row of ours that ends too early. Anything else without a newline is a file that we must not cut."""
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return any(line.startswith(key) or key.startswith(line) for key in (b'{"id": ', b'{"line": '))
     return False
 
