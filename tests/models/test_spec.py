@@ -230,11 +230,10 @@ def test_what_is_wrong_with_a_value_is_told_with_its_key(folder) -> None:
     assert "'hidden_size' expected int, got str" in refusal(folder.path)
 
 
-@pytest.mark.parametrize("name", ["config.json", "rewardserve.toml", "tokenizer_config.json"])
-def test_a_file_that_cannot_be_read_is_named(folder, name: str) -> None:
-    (folder.path / name).unlink(missing_ok=True)
-    (folder.path / name).mkdir()
-    assert name in refusal(folder.path)
+def test_a_folder_in_the_place_of_the_config_is_named(folder) -> None:
+    folder.config.unlink()
+    folder.config.mkdir()
+    assert "config.json" in refusal(folder.path)
 
 
 @pytest.mark.parametrize("text", ["[]", '"text"', "3"])
@@ -313,7 +312,7 @@ def test_a_file_that_goes_while_a_checkpoint_is_read_refuses_it(folder, monkeypa
     """Anything else than LoadFailed would end an engine that is to take over these weights."""
     gone = folder.path / "vocab.json"
     monkeypatch.setattr("rewardserve.models.spec.fingerprint", lambda folders, files: gone.read_text())
-    assert re.fullmatch(r".*: No such file or directory: .*vocab\.json", refusal(folder.path))
+    assert re.fullmatch(r".*vocab\.json: No such file or directory", refusal(folder.path))
 
 
 def test_other_shards_are_another_version(shards) -> None:
