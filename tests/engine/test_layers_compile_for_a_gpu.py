@@ -42,7 +42,7 @@ for family in families:
             ids = torch.zeros(1, rows, dtype=torch.int32, device="cuda")
             backbone.module(input_ids=ids, position_ids=ids, use_cache=False)
     graphs = list(map(pretend_compiler.launches, pretend_compiler.graphs))
-    sums = [kernel.name for kernel in pretend_compiler.kernels if kernel.sums]
+    sums = list(filter(pretend_compiler.sums, pretend_compiler.kernels))
     print(json.dumps({"graphs": graphs, "sums": sums}))
 """
 

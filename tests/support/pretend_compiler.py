@@ -8,7 +8,6 @@ it is for a process of its own. Says nothing of speed, or of what a kernel compu
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,22 +43,13 @@ H200 = SimpleNamespace(
 )
 LAUNCHES = re.compile(r"(triton_\w+)\.run\(|(?:extern_kernels|aten|rewardserve)\.(\w+?)(?:\.\w+)?\(")
 
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """One of Triton's, in one of the configurations that the clock would choose among."""
-
-    name: str
-    config: str
-
-    @property
-    def sums(self) -> bool:
-        """Whether the order of a sum is a matter of its configuration."""
-        return self.name.startswith(("triton_red", "triton_per"))
-
-
-kernels: list[Kernel] = []  # as they are compiled
+kernels: list[str] = []  # Triton's, as they are compiled, once for each configuration that the clock would choose among
 graphs: list[str] = []  # the code that launches them, graph by graph
+
+
+def sums(kernel: str) -> bool:
+    """Whether the order of a sum is a matter of its configuration."""
+    return kernel.startswith(("triton_red", "triton_per"))
 
 
 def launches(graph: str) -> list[str]:
@@ -143,7 +133,7 @@ def _pretend_runtime() -> None:
 
 
 def _launcher(result: Any) -> Callable[..., None]:
-    kernels.append(Kernel(result.kernel.metadata.name, str(result.config)))
+    kernels.append(result.kernel.metadata.name)
     launcher: Any = lambda *_, **__: None  # noqa: E731
     launcher.config, launcher.cache_hash, launcher.store_cubin = result.config, "", False
     launcher.n_regs = launcher.n_spills = launcher.shared = 0

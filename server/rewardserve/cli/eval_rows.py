@@ -1,6 +1,5 @@
 """Rows of a JSONL file -> prompts with judged responses."""
 
-import codecs
 import gzip
 import hashlib
 import zlib
@@ -9,7 +8,7 @@ from typing import Annotated
 import pydantic
 from pydantic import Field
 
-from rewardserve.cli.rows import BadRow, NonEmpty, Turn, explain, one_of, open_input
+from rewardserve.cli.rows import BadRow, NonEmpty, Turn, explain, json_of, one_of, open_input
 from rewardserve.evaluation.data import NO_DOMAIN, Judged
 from rewardserve.options import ConfigError
 from rewardserve.training.rows import TIE
@@ -54,7 +53,7 @@ def read_judged(path: str) -> tuple[list[Judged], str]:
 
 def _read_row(number: int, line: bytes) -> Judged:
     try:
-        return _judged(number, _JudgedIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8).rstrip()))
+        return _judged(number, _JudgedIn.model_validate_json(json_of(line)))
     except pydantic.ValidationError as error:
         raise BadRow(f"INPUT line {number}: {explain(error.errors()[0])}") from None
     except ValueError as error:

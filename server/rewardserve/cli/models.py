@@ -4,7 +4,6 @@ Exit codes: 0; 1 if a server could not or would not do it; 2 for wrong usage.
 """
 
 import asyncio
-import codecs
 import dataclasses
 import difflib
 import json
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rewardserve.cli.rows import NonEmpty, Turn, explain, one_of
+from rewardserve.cli.rows import NonEmpty, Turn, explain, json_of, one_of
 from rewardserve.cli.running import DEFAULT_ENDPOINT, MAX_TIMEOUT_S, connect, guarded
 from rewardserve.cli.table import TABLE, make_console, one_line
 from rewardserve.client import AsyncRewardClient, CanaryPair, ModelInfo, SwapResult
@@ -162,7 +161,7 @@ def read_pairs(path: str) -> list[CanaryPair]:
         if not line.strip():
             continue
         try:
-            row = _PairIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8).rstrip())
+            row = _PairIn.model_validate_json(json_of(line))
             is_text = one_of(row, ("prompt", "messages")) == "prompt"
         except pydantic.ValidationError as error:
             raise ConfigError(f"--canaries {path}, line {number}: {explain(error.errors()[0])}") from None

@@ -88,7 +88,7 @@ def read_rows(lines: Iterable[bytes]) -> Iterator[Row]:
 
 def _read_row(number: int, line: bytes) -> Row:
     try:
-        values = _RowIn.model_validate_json(line.removeprefix(codecs.BOM_UTF8).rstrip())
+        values = _RowIn.model_validate_json(json_of(line))
         prompt, responses = _prompt(values), _responses(values)
     except pydantic.ValidationError as error:
         raise BadRow(f"INPUT line {number}: {explain(error.errors()[0])}") from None
@@ -129,6 +129,11 @@ def one_of(row: pydantic.BaseModel, names: Sequence[str]) -> str:
         raise ValueError(f"{' and '.join(given)}: give one of them")
     close = [key for key in row.model_extra or () if difflib.get_close_matches(key, names, n=1, cutoff=0.75)]
     raise ValueError(f"{names[0]}: is missing{f'; is {close[0]!r} a misspelling?' if close else ''}")
+
+
+def json_of(line: bytes) -> bytes:
+    """Without the mark that some editors begin a file with, and its end: what ends too early does so in this line."""
+    return line.removeprefix(codecs.BOM_UTF8).rstrip()
 
 
 def explain(detail: Any) -> str:

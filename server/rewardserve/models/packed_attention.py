@@ -184,15 +184,7 @@ _library.impl("attend", _attend, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("rewardserve::attend", lib=_library)
-def _attend_fake(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+def _attend_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> torch.Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
