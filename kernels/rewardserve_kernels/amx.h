@@ -57,12 +57,24 @@ class Tiles {
 };
 
 // R by C tiles. Two by two makes four products of four loads, and no other way to share out eight registers makes more.
-template <int R, int C>
-inline void multiply_tiles(const Left& a, const bf16* b, int64_t b_pair, int64_t inner, float* c, int64_t c_row) {
-    _tile_zero(0);
-    if (C > 1) _tile_zero(1);
-    if (R > 1) _tile_zero(2);
-    if (R > 1 && C > 1) _tile_zero(3);
+// What is in c is added to if `more`. `between` is called after each 32 inner dimensions: the matrix unit is busy for 64
+// cycles then, and nothing else is.
+template <int R, int C, typename Between>
+inline void multiply_tiles(const Left& a, const bf16* b, int64_t b_pair, int64_t inner, bool more, float* c, int64_t c_row,
+                           Between between) {
+    const int64_t row_bytes = c_row * sizeof(float);
+    float* const below = c + TILE_ROWS * c_row;
+    if (more) {
+        _tile_loadd(0, c, row_bytes);
+        if (C > 1) _tile_loadd(1, c + TILE_COLUMNS, row_bytes);
+        if (R > 1) _tile_loadd(2, below, row_bytes);
+        if (R > 1 && C > 1) _tile_loadd(3, below + TILE_COLUMNS, row_bytes);
+    } else {
+        _tile_zero(0);
+        if (C > 1) _tile_zero(1);
+        if (R > 1) _tile_zero(2);
+        if (R > 1 && C > 1) _tile_zero(3);
+    }
     const bf16* rows = a.first;
     for (int64_t i = 0; i < inner; i += TILE_INNER, rows += a.ahead, b += TILE_INNER / 2 * b_pair) {
         _tile_loadd(4, rows, a.row * sizeof(bf16));
@@ -73,23 +85,26 @@ inline void multiply_tiles(const Left& a, const bf16* b, int64_t b_pair, int64_t
         if (C > 1) _tile_dpbf16ps(1, 4, 7);
         if (R > 1) _tile_dpbf16ps(2, 5, 6);
         if (R > 1 && C > 1) _tile_dpbf16ps(3, 5, 7);
+        between();
     }
-    const int64_t row_bytes = c_row * sizeof(float);
     _tile_stored(0, c, row_bytes);
     if (C > 1) _tile_stored(1, c + TILE_COLUMNS, row_bytes);
-    if (R > 1) _tile_stored(2, c + TILE_ROWS * c_row, row_bytes);
-    if (R > 1 && C > 1) _tile_stored(3, c + TILE_ROWS * c_row + TILE_COLUMNS, row_bytes);
+    if (R > 1) _tile_stored(2, below, row_bytes);
+    if (R > 1 && C > 1) _tile_stored(3, below + TILE_COLUMNS, row_bytes);
 }
 
 // c [PAIR, columns] = a b, or of its first 16 rows if no more than `rows` are wanted. `inner` is a multiple of TILE_INNER,
 // `columns` of TILE_COLUMNS; rows of c are c_row apart, pairs of rows of b are b_pair.
 inline void multiply_on_tiles(int64_t rows, int64_t columns, const Left& a, const bf16* b, int64_t b_pair, int64_t inner,
                               float* c, int64_t c_row) {
+    constexpr auto nothing = [] {};
     const bool two = rows > TILE_ROWS;
     for (; columns >= 2 * TILE_COLUMNS; columns -= 2 * TILE_COLUMNS, b += 4 * TILE_COLUMNS, c += 2 * TILE_COLUMNS)
-        two ? multiply_tiles<2, 2>(a, b, b_pair, inner, c, c_row) : multiply_tiles<1, 2>(a, b, b_pair, inner, c, c_row);
+        two ? multiply_tiles<2, 2>(a, b, b_pair, inner, false, c, c_row, nothing)
+            : multiply_tiles<1, 2>(a, b, b_pair, inner, false, c, c_row, nothing);
     if (columns)
-        two ? multiply_tiles<2, 1>(a, b, b_pair, inner, c, c_row) : multiply_tiles<1, 1>(a, b, b_pair, inner, c, c_row);
+        two ? multiply_tiles<2, 1>(a, b, b_pair, inner, false, c, c_row, nothing)
+            : multiply_tiles<1, 1>(a, b, b_pair, inner, false, c, c_row, nothing);
 }
 
 #else
@@ -97,6 +112,8 @@ inline void multiply_on_tiles(int64_t rows, int64_t columns, const Left& a, cons
 inline bool may_use_tiles() { return false; }
 struct Tiles {};
 inline void multiply_on_tiles(int64_t, int64_t, const Left&, const bf16*, int64_t, int64_t, float*, int64_t) {}
+template <int R, int C, typename Between>
+inline void multiply_tiles(const Left&, const bf16*, int64_t, int64_t, bool, float*, int64_t, Between) {}
 
 #endif
 

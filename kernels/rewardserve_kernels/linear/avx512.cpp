@@ -2,8 +2,9 @@
 // called by avx512.py.
 //
 // x [rows, inner] in bf16 times a weight laid out ahead of time; sums in fp32, and what becomes of them while they are
-// still in registers. A weight lies in panels of PANEL columns, [panels, inner / 2, PANEL, 2]: the pairs of bf16 that a
-// dot product takes lie side by side, and a panel is read from one end to the other.
+// still in registers, or in the first cache. A weight lies in panels of PANEL columns, [panels, inner / 2, PANEL, 2]: the
+// pairs of bf16 that a dot product takes lie side by side, and a panel is read from one end to the other. On matrix units
+// a panel is two halves, one after the other, each of which is as wide as a product of tiles.
 //
 // Batch invariance. Each sum takes its products in the order of `inner`, whatever lies beside it and whoever computes it;
 // which instructions compute it depends on `inner` and the CPU alone.
@@ -30,10 +31,17 @@ static_assert(FACTORS == 32, "a register of bf16");
 constexpr int ROWS = 6;                     // rows whose sums are in registers at a time: 24 of 32
 constexpr int64_t INNER = 4096;             // of a panel at a time: half of a second cache of a megabyte
 constexpr int64_t BLOCK_BYTES = 256 << 10;  // of the rows of one piece of work: a quarter of it
-constexpr int64_t TILES_BYTES = 1 << 20;    // the same on matrix units, which are through with a block the sooner
+constexpr int64_t TILES_BYTES = 1 << 20;    // the same on matrix units: half of their second cache
 constexpr int64_t MIN_BLOCK = 4 * ROWS, MAX_BLOCK = 32 * ROWS;
+constexpr int64_t MAX_PART = 1536;          // inner dimensions at a time on matrix units
+constexpr int64_t SUMS_BYTES = 1 << 21;     // of sums of one part, for the next one to be added to
+constexpr int64_t MIN_TILES_BLOCK = 4 * PAIR, MAX_TILES_BLOCK = 16 * PAIR;
 constexpr int64_t GROUP_BYTES = 4 << 20;    // of weights that all rows go over while they lie in the last cache
-static_assert(MAX_BLOCK % PAIR == 0);
+constexpr int64_t HALF = 2 * TILE_COLUMNS;
+static_assert(2 * HALF == PANEL && HALF == FACTORS);
+// Of rows and of a half that are multiplied at a time on matrix units: 16 KB of each, so that the rows are still in the
+// first cache, of 48, for the other half. All of 768 at a time is a third slower.
+constexpr int64_t TILES_INNER = 256;
 constexpr int PIECES_PER_THREAD = 4;        // enough that all threads end at about the same time
 
 constexpr int64_t LINE = 64;                // bytes of a line of the caches
@@ -53,6 +61,8 @@ struct Product {
 };
 
 constexpr __mmask16 ALL_LANES = 0xffff;
+
+inline int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 inline __mmask32 first_of_32(int64_t count) { return count >= 32 ? ~0u : (1u << std::max<int64_t>(count, 0)) - 1; }
 inline __mmask16 first_lanes(int64_t count) { return first_of_32(count); }
@@ -161,24 +171,89 @@ void lay_out(const bf16* x, int64_t stride, int64_t count, int64_t inner, bf16* 
     }
 }
 
-// Rows [row, last) and panels [panel, end) on matrix units. `tiles` has room for the rows, rounded up to a PAIR; what is
-// in the rest of it becomes sums that nobody reads.
-void multiply_pairs(const Product& p, int64_t row, int64_t last, int64_t panel, int64_t end, bf16* tiles, bool streamed) {
-    alignas(LINE) float sums[PAIR * PANEL];
-    lay_out(p.x + row * p.x_row, p.x_row, last - row, p.inner, tiles);
-    for (; panel < end; panel++)
-        for (int64_t r = row; r < last; r += PAIR) {
-            const Left rows = {tiles + (r - row) * p.inner, TILE_INNER, TILE_ROWS * TILE_INNER, TILE_ROWS * p.inner};
-            multiply_on_tiles(last - r, PANEL, rows, p.weight + panel * PANEL * p.inner, 2 * PANEL, p.inner, sums, PANEL);
-            for (int64_t i = 0; i < std::min(PAIR, last - r); i++) {
-                __m512 one[1][VECTORS];
-                for (int n = 0; n < VECTORS; n++) one[0][n] = _mm512_load_ps(sums + i * PANEL + n * LANES);
-                finish<1>(p, one, r + i, panel, streamed);
+// What waits while the matrix unit multiplies: the sums of the rows before, to be finished, and the panel after this one,
+// to be fetched into the second cache. One after the other they would take a quarter of the time of a product.
+class Meanwhile {
+   public:
+    Meanwhile(const Product& p, bool streamed) : p_(p), streamed_(streamed) {}
+
+    // Sums [last - row, PANEL] of rows [row, last), within so many calls. Those before are finished.
+    void finish_later(const float* sums, int64_t row, int64_t last, int64_t panel, int64_t calls) {
+        finish_all();
+        sums_ = sums, row_ = row, last_ = last, panel_ = panel;
+        rows_at_once_ = divide_up(last - row, calls);
+    }
+
+    // `bytes` from each of two places on, within so many calls.
+    void fetch(const bf16* first, const bf16* second, int64_t bytes, int64_t calls) {
+        next_[0] = (const char*)first, next_[1] = (const char*)second;
+        end_[0] = next_[0] + bytes, end_[1] = next_[1] + bytes;
+        bytes_at_once_ = round_up(divide_up(bytes, calls), LINE);
+    }
+
+    void operator()() {
+        finish_rows(std::min(last_, row_ + rows_at_once_));
+        for (int n = 0; n < 2; n++)
+            for (const char* stop = std::min(end_[n], next_[n] + bytes_at_once_); next_[n] < stop; next_[n] += LINE)
+                _mm_prefetch(next_[n], _MM_HINT_T1);
+    }
+
+    void finish_all() { finish_rows(last_); }
+
+   private:
+    void finish_rows(int64_t end) {
+        for (; row_ < end; row_++, sums_ += PANEL) {
+            __m512 sums[1][VECTORS];
+            for (int n = 0; n < VECTORS; n++) sums[0][n] = _mm512_load_ps(sums_ + n * LANES);
+            finish<1>(p_, sums, row_, panel_, streamed_);
+        }
+    }
+
+    const Product& p_;
+    const bool streamed_;
+    const float* sums_ = nullptr;
+    int64_t row_ = 0, last_ = 0, panel_ = 0, rows_at_once_ = 0;
+    const char *next_[2] = {}, *end_[2] = {};
+    int64_t bytes_at_once_ = 0;
+};
+
+// Rows [row, last) and panels [panel, end) on matrix units, `part` inner dimensions after the other. `tiles` has room for
+// so much of the rows, rounded up to a PAIR; what is in the rest of it becomes sums that nobody reads. `sums` has room
+// for two PAIRs and a panel, or if there are several parts, for all rows and panels.
+void multiply_pairs(const Product& p, int64_t row, int64_t last, int64_t panel, int64_t end, int64_t part, bf16* tiles,
+                    float* sums, bool streamed) {
+    Meanwhile meanwhile(p, streamed);
+    auto between = [&] { meanwhile(); };
+    const int64_t half_size = HALF * p.inner, pairs = divide_up(last - row, PAIR);
+    for (int64_t from = 0; from < p.inner; from += part) {
+        const int64_t inner = std::min(part, p.inner - from), calls = 2 * inner / TILE_INNER;
+        lay_out(p.x + row * p.x_row + from, p.x_row, last - row, inner, tiles);
+        for (int64_t n = panel, number = 0; n < end; n++) {
+            const bf16* weight = p.weight + 2 * n * half_size + from * HALF;
+            if (n + 1 < end) {
+                const bf16* next = weight + 2 * half_size;
+                meanwhile.fetch(next, next + half_size, inner * HALF * sizeof(bf16), pairs * calls);
+            }
+            for (int64_t r = row; r < last; r += PAIR, number++) {
+                float* c = sums + (part < p.inner ? number : number % 2) * PAIR * PANEL;
+                for (int64_t i = 0; i < inner; i += TILES_INNER)
+                    for (int half = 0; half < 2; half++) {
+                        const bf16* first = tiles + (r - row) * inner + i * TILE_ROWS;
+                        const Left rows = {first, TILE_INNER, TILE_ROWS * TILE_INNER, TILE_ROWS * inner};
+                        const bf16* columns = weight + half * half_size + i * HALF;
+                        const int64_t count = std::min(TILES_INNER, inner - i);
+                        const bool more = from + i > 0;
+                        if (last - r > TILE_ROWS)
+                            multiply_tiles<2, 2>(rows, columns, 2 * HALF, count, more, c + half * HALF, PANEL, between);
+                        else
+                            multiply_tiles<1, 2>(rows, columns, 2 * HALF, count, more, c + half * HALF, PANEL, between);
+                    }
+                if (from + inner == p.inner) meanwhile.finish_later(c, r, std::min(last, r + PAIR), n, calls);
             }
         }
+    }
+    meanwhile.finish_all();
 }
-
-int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
@@ -192,35 +267,59 @@ std::unique_ptr<T[], Free> scratch(int64_t count) {
     return std::unique_ptr<T[], Free>((T*)memory);
 }
 
+// Pieces of work: so many rows and panels, and on matrix units so many inner dimensions at a time.
+struct Cut {
+    int64_t rows, panels, part;
+};
+
+int64_t panels_of(const Product& p) { return divide_up(p.columns, p.kind == FP32 ? PANEL : FACTORS); }
+
+Cut cut(const Product& p, bool on_tiles, int64_t num_threads) {
+    const int64_t parts = on_tiles ? divide_up(p.inner, MAX_PART) : 1, pieces = PIECES_PER_THREAD * num_threads;
+    const int64_t part = parts > 1 ? round_up(divide_up(p.inner, parts), TILES_INNER) : p.inner;
+    int64_t rows;
+    if (on_tiles)  // not cut by columns alone if they are few: rows are laid out anew for each piece
+        rows = std::clamp(round_up(std::min<int64_t>(TILES_BYTES / (sizeof(bf16) * part), p.rows / pieces), PAIR),
+                          MIN_TILES_BLOCK, MAX_TILES_BLOCK);
+    else
+        rows = std::clamp<int64_t>(round_down(BLOCK_BYTES / (sizeof(bf16) * part), ROWS), MIN_BLOCK, MAX_BLOCK);
+    int64_t panels = std::min<int64_t>(GROUP_BYTES / (PANEL * sizeof(bf16) * part),
+                                       divide_up(panels_of(p) * divide_up(p.rows, rows), pieces));
+    if (parts > 1) panels = std::min<int64_t>(panels, SUMS_BYTES / (rows * PANEL * sizeof(float)));
+    return {rows, std::max<int64_t>(panels, 1), part};
+}
+
 }  // namespace
+
+// Whether products with so many inner dimensions are computed on matrix units: a weight lies for those that compute it.
+extern "C" int32_t uses_tiles(int64_t inner) { return inner % TILE_INNER == 0 && may_use_tiles(); }
 
 extern "C" void linear(const Product* product, int32_t num_threads) {
     const Product& p = *product;
-    const int64_t panels = divide_up(p.columns, p.kind == FP32 ? PANEL : FACTORS);
     const int64_t out_row_bytes = p.columns * (p.kind == FP32 ? sizeof(float) : sizeof(bf16));
     const bool aligned = (uintptr_t)p.out % LINE == 0 && out_row_bytes % LINE == 0;
     const bool streamed = aligned && p.rows * out_row_bytes >= STREAMED_BYTES;
-    const bool on_tiles = p.inner % TILE_INNER == 0 && may_use_tiles();
-    const int64_t row_bytes = sizeof(bf16) * p.inner;
-    const int64_t unit = on_tiles ? PAIR : ROWS, most = (on_tiles ? TILES_BYTES : BLOCK_BYTES) / row_bytes;
-    const int64_t block = std::clamp(round_down(most, unit), round_up(MIN_BLOCK, unit), MAX_BLOCK);
-    const int64_t blocks = divide_up(p.rows, block);
-    const int64_t fair = divide_up(panels * blocks, PIECES_PER_THREAD * num_threads);
-    const int64_t group = std::clamp<int64_t>(GROUP_BYTES / (PANEL * row_bytes), 1, std::max<int64_t>(fair, 1));
-    const int64_t groups = divide_up(panels, group);
+    const bool on_tiles = uses_tiles(p.inner);
+    const Cut piece = cut(p, on_tiles, num_threads);
+    const int64_t blocks = divide_up(p.rows, piece.rows), groups = divide_up(panels_of(p), piece.panels);
+    const int64_t rows = round_up(std::min(piece.rows, p.rows), PAIR);
+    const int64_t num_tiles = on_tiles ? rows * piece.part : 0;
+    const int64_t num_sums = !on_tiles            ? (p.inner > INNER ? piece.rows * PANEL : 0)
+                             : piece.part < p.inner ? rows * piece.panels * PANEL
+                                                    : 2 * PAIR * PANEL;
 #pragma omp parallel num_threads(num_threads)
     {
-        const auto partial = scratch<float>(on_tiles || p.inner <= INNER ? 0 : block * PANEL);
-        const auto tiles = scratch<bf16>(on_tiles ? round_up(std::min(block, p.rows), PAIR) * p.inner : 0);
+        const auto tiles = scratch<bf16>(num_tiles);
+        const auto sums = scratch<float>(num_sums);
         const std::optional<Tiles> configured = on_tiles ? std::optional<Tiles>(std::in_place) : std::nullopt;
 #pragma omp for schedule(dynamic) nowait
-        for (int64_t piece = 0; piece < groups * blocks; piece++) {
-            const int64_t row = piece % blocks * block, panel = piece / blocks * group;
-            const int64_t last = std::min(row + block, p.rows), end = std::min(panel + group, panels);
+        for (int64_t number = 0; number < groups * blocks; number++) {
+            const int64_t row = number % blocks * piece.rows, panel = number / blocks * piece.panels;
+            const int64_t last = std::min(row + piece.rows, p.rows), end = std::min(panel + piece.panels, panels_of(p));
             if (on_tiles)
-                multiply_pairs(p, row, last, panel, end, tiles.get(), streamed);
+                multiply_pairs(p, row, last, panel, end, piece.part, tiles.get(), sums.get(), streamed);
             else
-                for (int64_t n = panel; n < end; n++) multiply_rows(p, row, last, n, partial.get(), streamed);
+                for (int64_t n = panel; n < end; n++) multiply_rows(p, row, last, n, sums.get(), streamed);
         }
         _mm_sfence();  // what was streamed is there when the others are told that this thread is done
     }

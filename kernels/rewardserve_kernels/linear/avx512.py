@@ -22,6 +22,7 @@ from rewardserve_kernels import cpu_code
 
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
 PANEL = 64  # columns; as in avx512.cpp
+HALF = PANEL // 2
 FP32, SILU, GELU_TANH = range(3)  # `Kind` of avx512.cpp
 TRIED_SIZES = (1.0, 1e2, 1e4)
 ACTIVATIONS = {SILU: F.silu, GELU_TANH: functools.partial(F.gelu, approximate="tanh")}
@@ -46,6 +47,7 @@ def load() -> None:
 def _library() -> ctypes.CDLL:
     library = cpu_code.load(Path(__file__).with_suffix(".cpp"), NEEDED)
     library.linear.argtypes, library.linear.restype = [ctypes.c_void_p, ctypes.c_int32], None
+    library.uses_tiles.argtypes, library.uses_tiles.restype = [ctypes.c_int64], ctypes.c_int32
     return library
 
 
@@ -95,12 +97,12 @@ class Avx512Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("weight", _panels(linear.weight.detach(), PANEL))
+        self.register_buffer("weight", _lay_out(linear.weight.detach()))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
     def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Another weight [out_features, in_features] and bias, of the same shapes, from here on."""
-        self.weight.copy_(_panels(weight, PANEL))
+        self.weight.copy_(_lay_out(weight))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
@@ -122,8 +124,7 @@ class Avx512GatedMLP(nn.Module):
         """`kind` is SILU or GELU_TANH."""
         super().__init__()
         self.intermediate_size, self._kind = gate.out_features, kind
-        halves = [_panels(linear.weight.detach(), PANEL // 2) for linear in (gate, up)]
-        self.register_buffer("weight", torch.cat(halves, dim=2))
+        self.register_buffer("weight", _lay_out_both(gate.weight.detach(), up.weight.detach()))
         self.gate_proj, self.up_proj = _Half(self, 0), _Half(self, 1)
         self.down_proj = Avx512Linear(down)
 
@@ -139,11 +140,11 @@ class _Half(nn.Module):
     def __init__(self, mlp: Avx512GatedMLP, number: int) -> None:
         super().__init__()
         self._mlp = (mlp,)  # in a tuple: it is no child of its child
-        self._columns = slice(number * PANEL // 2, (number + 1) * PANEL // 2)
+        self._number = number
 
     def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """As Avx512Linear's; there is no bias."""
-        self._mlp[0].weight[:, :, self._columns].copy_(_panels(weight, PANEL // 2))
+        _halves(self._mlp[0].weight, weight.shape[1])[self._number].copy_(_panels(weight, HALF))
 
 
 def gated_mlp(module: nn.Module) -> Avx512GatedMLP | None:
@@ -171,6 +172,25 @@ def _computes(
     x = torch.linspace(-8, 8, 4 * gate.in_features).roll(7).view(4, -1)
     x = torch.cat([x * size for size in TRIED_SIZES]).to(torch.bfloat16)
     return torch.equal(module(x), down(act(gate(x)) * up(x)))
+
+
+def _lay_out(weight: torch.Tensor) -> torch.Tensor:
+    """[columns, inner] as linear wants it: in panels, or on matrix units in pairs of halves."""
+    weight = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    return _panels(weight, HALF if _library().uses_tiles(weight.shape[1]) else PANEL)
+
+
+def _lay_out_both(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """[columns, inner] each, one as the first and one as the second halves of panels."""
+    parts = _panels(gate, HALF), _panels(up, HALF)
+    return torch.stack(parts, 1).flatten(0, 1) if _library().uses_tiles(gate.shape[1]) else torch.cat(parts, dim=2)
+
+
+def _halves(weight: torch.Tensor, inner: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each of the two lies in what _lay_out_both gives."""
+    if _library().uses_tiles(inner):
+        return weight[0::2], weight[1::2]
+    return weight[:, :, :HALF], weight[:, :, HALF:]
 
 
 def _panels(weight: torch.Tensor, width: int) -> torch.Tensor:
