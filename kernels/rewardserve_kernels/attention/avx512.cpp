@@ -289,10 +289,10 @@ class Worker {
             score(row, count, keys, num_keys);
             float alpha[PAIR];
             switch (num_keys / WEIGHED) {
-                case 4: weigh_all<4>(row, count, block, alpha); break;
-                case 3: weigh_all<3>(row, count, block, alpha); break;
-                case 2: weigh_all<2>(row, count, block, alpha); break;
-                case 1: weigh_all<1>(row, count, block, alpha); break;
+                case 4: weigh<4>(row, count, block, alpha); break;
+                case 3: weigh<3>(row, count, block, alpha); break;
+                case 2: weigh<2>(row, count, block, alpha); break;
+                case 1: weigh<1>(row, count, block, alpha); break;
             }
             add_values(row, count, values, num_keys, alpha);
         }
@@ -322,43 +322,79 @@ class Worker {
                                                          _mm512_load_ps(&added_[d])));
     }
 
+    // Scores [count, 32 PIECES] -> weights, relative to the greatest score of each row so far; what former results are to
+    // be multiplied with.
     template <int PIECES>
-    void weigh_all(int64_t row, int64_t count, int64_t block, float* alpha) {
-        for (int64_t i = 0; i < count; i++) alpha[i] = weigh<PIECES>(row + i, i, block);
+    void weigh(int64_t row, int64_t count, int64_t block, float* alpha) {
+        if (t_.softcap) cap<PIECES>(count);
+        const float scale = t_.softcap ? 1.0f : t_.scale * LOG2E;
+        alignas(64) float greatest[PAIR] = {};
+        for (int64_t i = 0; i < count; i++) greatest[i] = _mm512_reduce_max_ps(greatest_of<PIECES>(row + i, i, block));
+        for (int64_t i = 0; i < count; i += LANES) {
+            const __mmask16 inside = upto(count - i);
+            const __m512 before = _mm512_mask_loadu_ps(_mm512_setzero_ps(), inside, &maximum_[row + i]);
+            const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(_mm512_load_ps(greatest + i), _mm512_set1_ps(scale)));
+            _mm512_mask_storeu_ps(&maximum_[row + i], inside, now);
+            const __mmask16 nothing = _mm512_cmp_ps_mask(now, _mm512_set1_ps(-INF), _CMP_EQ_OQ);
+            const __m512 subtract = _mm512_mask_mov_ps(now, nothing, _mm512_setzero_ps());
+            _mm512_store_ps(greatest + i, subtract);
+            _mm512_storeu_ps(alpha + i, exp2(_mm512_sub_ps(before, subtract)));  // 0 if there was nothing before
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const __m512 sum = exponents<PIECES>(row + i, i, block, scale, greatest[i]);
+            float* total = &sum_[(row + i) * LANES];
+            _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), _mm512_set1_ps(alpha[i]), sum));
+        }
     }
 
-    // Scores -> weights, relative to the greatest score so far; what former results are to be multiplied with.
     template <int PIECES>
-    float weigh(int64_t row, int64_t i, int64_t block) {
-        constexpr int VECTORS = PIECES * WEIGHED / LANES;
-        const int64_t begin = rows_[row].first_key - block, end = rows_[row].end_key - block;
-        const bool whole = begin <= 0 && end >= PIECES * WEIGHED;
-        const __m512 scale = _mm512_set1_ps(t_.softcap ? t_.scale / t_.softcap : t_.scale * LOG2E);
-        const __m512 cap = _mm512_set1_ps(t_.softcap * LOG2E);
-        __m512 scores[VECTORS], greatest = _mm512_set1_ps(-INF);
-        for (int n = 0; n < VECTORS; n++) {
-            scores[n] = _mm512_mul_ps(_mm512_load_ps(&scores_[i * BLOCK + n * LANES]), scale);
-            if (t_.softcap) scores[n] = _mm512_mul_ps(tanh(scores[n]), cap);
-            if (!whole) {
-                const __mmask16 seen = upto(end - n * LANES) & ~upto(begin - n * LANES);
-                scores[n] = _mm512_mask_mov_ps(_mm512_set1_ps(-INF), seen, scores[n]);
+    void cap(int64_t count) {
+        const __m512 scale = _mm512_set1_ps(t_.scale / t_.softcap), cap = _mm512_set1_ps(t_.softcap * LOG2E);
+        for (int64_t i = 0; i < count; i++)
+            for (int n = 0; n < 2 * PIECES; n++) {
+                float* scores = &scores_[i * BLOCK + n * LANES];
+                _mm512_store_ps(scores, _mm512_mul_ps(tanh(_mm512_mul_ps(_mm512_load_ps(scores), scale)), cap));
             }
-            greatest = _mm512_max_ps(greatest, scores[n]);
+    }
+
+    // Which of keys [key, key + 16) of the block a row sees.
+    static __mmask16 seen(const Row& row, int64_t key) { return upto(row.end_key - key) & ~upto(row.first_key - key); }
+
+    static bool sees_all(const Row& row, int64_t block, int64_t num_keys) {
+        return row.first_key <= block && row.end_key >= block + num_keys;
+    }
+
+    template <int PIECES>
+    __m512 greatest_of(int64_t row, int64_t i, int64_t block) const {
+        const float* scores = &scores_[i * BLOCK];
+        const bool whole = sees_all(rows_[row], block, PIECES * WEIGHED);
+        __m512 greatest[2];
+        for (int n = 0; n < 2 * PIECES; n++) {
+            __m512 x = _mm512_load_ps(scores + n * LANES);
+            if (!whole) x = _mm512_mask_mov_ps(_mm512_set1_ps(-INF), seen(rows_[row], block + n * LANES), x);
+            greatest[n % 2] = n < 2 ? x : _mm512_max_ps(greatest[n % 2], x);
         }
-        const float before = maximum_[row], maximum = std::max(before, _mm512_reduce_max_ps(greatest));
-        maximum_[row] = maximum;
-        const __m512 subtract = _mm512_set1_ps(maximum == -INF ? 0.0f : maximum);
+        return _mm512_max_ps(greatest[0], greatest[1]);
+    }
+
+    // Of one row; their sum.
+    template <int PIECES>
+    __m512 exponents(int64_t row, int64_t i, int64_t block, float scale, float subtract) {
+        const float* scores = &scores_[i * BLOCK];
+        const bool whole = sees_all(rows_[row], block, PIECES * WEIGHED);
+        const __m512 factor = _mm512_set1_ps(scale), less = _mm512_set1_ps(subtract);
         __m512 sum = _mm512_setzero_ps();
-        for (int n = 0; n < VECTORS; n += 2) {
-            const __m512 low = exp2(_mm512_sub_ps(scores[n], subtract));
-            const __m512 high = exp2(_mm512_sub_ps(scores[n + 1], subtract));
-            sum = _mm512_add_ps(sum, _mm512_add_ps(low, high));
-            _mm512_store_si512(&weights_[i * BLOCK + n * LANES], (__m512i)_mm512_cvtne2ps_pbh(high, low));
+        for (int n = 0; n < 2 * PIECES; n += 2) {
+            __m512 two[2];
+            for (int m = 0; m < 2; m++) {
+                const __m512 x = _mm512_load_ps(scores + (n + m) * LANES);
+                two[m] = exp2(_mm512_fmsub_ps(x, factor, less));
+                if (!whole) two[m] = _mm512_maskz_mov_ps(seen(rows_[row], block + (n + m) * LANES), two[m]);
+            }
+            sum = _mm512_add_ps(sum, _mm512_add_ps(two[0], two[1]));
+            _mm512_store_si512(&weights_[i * BLOCK + n * LANES], (__m512i)_mm512_cvtne2ps_pbh(two[1], two[0]));
         }
-        const __m512 alpha = exp2(_mm512_sub_ps(_mm512_set1_ps(before), subtract));  // 0 if there was nothing before
-        float* total = &sum_[row * LANES];
-        _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), alpha, sum));
-        return _mm512_cvtss_f32(alpha);
+        return sum;
     }
 
     static __mmask16 upto(int64_t count) { return count >= LANES ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
