@@ -134,12 +134,22 @@ def test_canaries_that_the_new_version_ranks_wrong_keep_the_old_one(client, vers
     right, wrong = CanaryPair(TokenIds(PROMPT), best, worst), CanaryPair(TokenIds(PROMPT), worst, best)
     with pytest.raises(ServerError, match="ranks 0 of 1 canary pairs right"):
         client.swap_model("rm", str(versions["reversed"]), canaries=[right])
-    with pytest.raises(ServerError, match=r"canaries\[0\] has no score"):
-        client.swap_model("rm", str(versions["broken"]), canaries=[right])
+    too_long = CanaryPair(TokenIds([5] * 100_000), best, worst)
+    with pytest.raises(ServerError, match=r"canaries\[1\] has no score"):
+        client.swap_model("rm", str(versions["second"]), canaries=[right, too_long])
     version, scores = scored(client)
     assert version == first and agrees(scores, wanted["first"])
     (result,) = client.swap_model("rm", str(versions["second"]), canaries=[right, wrong], min_canary_accuracy=0.5)
     assert (result.num_canaries, result.num_canaries_right) == (2, 1)
+
+
+def test_weights_that_became_nan_are_not_taken_over(client, versions, wanted) -> None:
+    first = client.get_model("rm").version
+    for take_over in (client.swap_model, client.update_weights):
+        with pytest.raises(ServerError, match=r"no score for an input .* may have become NaN in training"):
+            take_over("rm", str(versions["broken"]))
+        version, scores = scored(client)
+        assert version == first and agrees(scores, wanted["first"])
 
 
 def test_shadowed_requests_tell_how_alike_the_versions_rank(client, versions, wanted) -> None:

@@ -280,6 +280,19 @@ async def test_weights_that_cannot_score_are_given_back(house, tools) -> None:
     assert house.sample("model_up") == 0
 
 
+async def test_weights_that_have_become_nan_are_given_back(house, tools) -> None:
+    model = await house.serve()
+    engine = house.engines["m"]
+    engine.weights = {"/models/m": "v1", "/new": "v2"}
+    engine.warm_up_failure = ItemFailure(ItemCode.INTERNAL, "its score is nan", is_of_the_score=True)
+    for _ in range(2):
+        with pytest.raises(LoadFailed, match=r"its score is nan.* may have become NaN in training"):
+            await house.registry.update_weights("m", "/new")
+        assert (model.version, model.source, model.state) == ("v1", "/models/m", SERVING)
+    model.no_number = "its score is nan"  # as of a model for which those ids mean nothing
+    assert (await house.registry.update_weights("m", "/new")).version == "v2"
+
+
 async def test_what_lies_beside_a_checkpoint_counts_when_it_is_loaded_and_not_when_its_engine_restarts(
     house, tools, tmp_path
 ) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from rewardserve.errors import InvalidRequest, SwapRefused, Unavailable
+from rewardserve.errors import InvalidRequest, LoadFailed, SwapRefused, Unavailable
 from rewardserve.service.live_model import LiveModel
 from rewardserve.service.swap import CanaryPair, SwapPlan, rollback, swap
 from rewardserve.types import ItemCode, ItemFailure, ScoreRequest, ScoreResult, TextSpec
@@ -57,6 +57,30 @@ async def test_one_that_fails_what_the_other_scores_is_refused(house, tools, eng
     with pytest.raises(SwapRefused, match="to score what the old one had scored, at last: its device hangs"):
         await swapped(house, tools, engines, plan, break_it)
     await still_serves(house, tools, old, engines)
+
+
+NAN = ItemFailure(ItemCode.INTERNAL, "the model's score is nan, not a number", is_of_the_score=True)
+
+
+async def test_one_whose_weights_have_become_nan_is_refused(house, tools, engines, monkeypatch) -> None:
+    old = await house.serve()
+
+    def make(name: str, source: str, dtype: str):
+        engines.append(tools.Engine())
+        engines[-1].warm_up_failure = NAN
+        return engines[-1]
+
+    monkeypatch.setattr(house.registry, "_make_engine", make)
+    with pytest.raises(LoadFailed, match=r"no score for an input .* score is nan, .* may have become NaN in training"):
+        await swap(house.service, house.registry, SwapPlan("m", "/models/new"), grace_s=1)
+    await still_serves(house, tools, old, engines)
+
+
+async def test_one_that_has_no_number_where_the_other_has_none_either_may_serve(house, tools, engines) -> None:
+    old = await house.serve()
+    old.no_number = NAN.message
+    plan = SwapPlan("m", "/models/new")
+    assert (await swap(house.service, house.registry, plan, grace_s=1)).model.source == "/models/new"
 
 
 async def test_one_whose_engine_has_died_for_good_is_refused_however_well_it_scored(house, tools, engines) -> None:

@@ -59,6 +59,7 @@ class LiveModel:
         self._num_users = 0
         self._open = asyncio.Event()
         self._open.set()
+        self.no_number = ""  # of its warm-up
 
     @property
     def version(self) -> str:
@@ -153,7 +154,7 @@ class LiveModel:
         if info.text is not None:
             tokenizer = await asyncio.get_running_loop().run_in_executor(executor, Tokenizer, info.text)
         self._use(info, tokenizer)
-        await self.warm_up()
+        self.no_number = await self.warm_up()
         set_state(ModelState.SERVING)
 
     def _tokenizer_for(self, info: EngineInfo) -> Tokenizer | None:
@@ -162,10 +163,11 @@ class LiveModel:
             return self.encoder.tokenizer
         return None if info.text is None else Tokenizer(info.text)
 
-    async def warm_up(self) -> None:
+    async def warm_up(self) -> str:
         """The first request should not pay for what the first forward sets up. Raises LoadFailed if none can succeed.
 
-        A score that is not finite does not say so: it may be these ids', and each item says it for itself.
+        Returns why its score is no number, or "": that says nothing by itself, since it may be these ids', and each
+        item says it for itself; but see check_numbers.
         """
         assert self.info is not None
         looked_for = b"".join(i.to_bytes(4, "little") for i in self.info.pattern)
@@ -174,6 +176,15 @@ class LiveModel:
         failure = result.groups[0].items[0].failure
         if failure is not None and not failure.is_of_the_score:
             raise LoadFailed(f"it was loaded, but cannot score: {failure.message}")
+        return "" if failure is None else failure.message
+
+    def check_numbers(self, no_number: str) -> None:
+        """Raises LoadFailed if a version, whose warm-up said this, has none where this one has: a run has diverged."""
+        if no_number and not self.no_number:
+            raise LoadFailed(
+                f"it has no score for an input for which the version that serves has one ({no_number}); its weights "
+                "may have become NaN in training"
+            )
 
     def _use(self, info: EngineInfo, tokenizer: Tokenizer | None) -> None:
         # After a restart scores stay as they were, whatever lies beside the checkpoint by now.

@@ -162,10 +162,12 @@ class Registry:
             info = await model.engine.update_weights(source)
             try:
                 model.use_weights(info, source)
-                await model.warm_up()
+                no_number = await model.warm_up()
+                model.check_numbers(no_number)
             except LoadFailed:  # nobody is to be scored by these
                 await self._go_back(model, *before)
                 raise
+            model.no_number = no_number
         log.info("%s has new weights: %s, version %s", name, source, model.version)
         return model
 

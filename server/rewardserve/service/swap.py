@@ -62,6 +62,7 @@ async def _swap(service: ScoringService, registry: Registry, plan: SwapPlan, gra
     old = registry.serving(plan.name)
     new = await registry.load_beside(old, plan.source, plan.dtype)
     try:
+        old.check_numbers(new.no_number)
         num_right = await _try_canaries(service, new, plan)
         shadow = await _shadowed(service, old, new, plan)
     except BaseException:
