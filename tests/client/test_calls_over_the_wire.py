@@ -97,6 +97,20 @@ async def test_attempts_are_counted(server, failure):
     assert raised.value.attempts == len(server.servicer.requests) == 3
 
 
+async def test_what_runs_out_of_time_says_what_it_failed_of_before(server, failure):
+    server.servicer.failures = [failure(Code.UNAVAILABLE, "its member is away")]
+    policy = RetryPolicy(initial_backoff_s=0.3, jitter=0.1)
+    async with AsyncRewardClient(server.target, retry=policy) as client:
+        call = asyncio.create_task(client.score(GROUPS, timeout=1.5))
+        while not server.servicer.requests or server.servicer.failures:
+            await asyncio.sleep(0.005)
+        server.servicer.hang = True
+        with pytest.raises(
+            DeadlineExceeded, match=r"after 2 attempts; the one before: UNAVAILABLE: its member is away"
+        ):
+            await call
+
+
 async def test_the_servers_wish_is_honoured(server, failure, come_back_in, fast):
     server.servicer.failures = [failure(Code.RESOURCE_EXHAUSTED, "full", come_back_in(0.3))]
     async with AsyncRewardClient(server.target, retry=fast) as client:

@@ -3,7 +3,7 @@
 import asyncio
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from rewardserve.client.channels import SCORE, Channels, Rpc
 from rewardserve.client.endpoints import Endpoints
-from rewardserve.client.errors import InvalidRequest, RewardClientError
+from rewardserve.client.errors import DeadlineExceeded, InvalidRequest, RewardClientError
 from rewardserve.client.messages import Part, renumber
 from rewardserve.client.retry import Deadline, RetryPolicy, retry_delay_s
 from rewardserve.v1 import scoring_pb2
@@ -26,6 +26,7 @@ BuildRequest = Callable[[Sequence[int]], scoring_pb2.ScoreRequest]  # of the gro
 class Attempt:
     number: int = 1
     tried: frozenset[str] = frozenset()  # the endpoints found unavailable in this attempt
+    failed_before: str = ""  # of what
 
 
 class Calls:
@@ -106,14 +107,16 @@ class Calls:
             self._endpoints.unavailable(endpoint)
             tried = attempt.tried | {endpoint}
             if len(tried) < len(self._endpoints):
-                return Attempt(attempt.number, tried)
+                return replace(attempt, tried=tried)
         known, left_s = self._endpoints.has_answered(endpoint), deadline.remaining_s()
         delay_s = retry_delay_s(self._policy, error, attempt.number, left_s, random.random(), known)
         if delay_s is None:
             error.attempts = attempt.number
+            if isinstance(error, DeadlineExceeded):
+                error.before = attempt.failed_before
             raise error
         await asyncio.sleep(delay_s)
-        return Attempt(attempt.number + 1)
+        return Attempt(attempt.number + 1, failed_before=str(error))
 
 
 async def gather_or_cancel(coroutines: Iterable[Awaitable[Reply]]) -> list[Reply]:
