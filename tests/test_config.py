@@ -13,9 +13,15 @@ from rewardserve.options import OTHER_VERBS, PREFIX, SERVE, ConfigError, is_of_k
 
 FIELDS = ServeConfig.model_fields
 OPTIONS = [name for name in FIELDS if name != "config"]  # which says where the others may stand
-OF_MODELS = {"calibration": "/x.json", "length_penalty": "0.01", "attribute_weights": "good:0.7+safe:0.3"}
+OF_MODELS = {
+    "calibration": "/x.json",
+    "length_penalty": "0.01",
+    "attribute_weights": "good:0.7+safe:0.3",
+    "drift_reference": "/x.jsonl",
+}
 WRONG_OF_MODELS = {
     "calibration": ["WRONG", "a=", "c=/x.json"],
+    "drift_reference": ["WRONG", "a=", "c=/x.jsonl"],
     "length_penalty": ["WRONG", "a=", "c=1", "a=much", "a=nan"],
     "attribute_weights": ["WRONG", "a=", "c=good:1", "a=good", "a=good:much", "a=:1"],
 }

@@ -1,9 +1,12 @@
 """Our histogram is prometheus-client's to whoever scrapes it, and loses nothing."""
 
+import re
 import threading
+from pathlib import Path
 
 import prometheus_client
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
@@ -11,6 +14,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as strictly_parsed
 from prometheus_client.parser import text_string_to_metric_families as parsed
 from rewardserve.metrics import SCORES, SECONDS, Histogram, Metrics, ModelMetrics
+
+RULES = Path(__file__).parents[1] / "docs" / "alerts.yml"
 
 values = st.one_of(st.sampled_from(sorted({*SCORES, *SECONDS})), st.integers(-50, 50).map(lambda i: i / 4))
 labelled = st.lists(st.tuples(st.sampled_from(["m", 'q"\\']), st.lists(values, max_size=8)), max_size=5)
@@ -121,3 +126,21 @@ def test_a_request_whose_model_is_not_known_is_counted_without_one() -> None:
     metrics.count_request_of_no_model("NOT_FOUND")
     assert registry.get_sample_value("rewardserve_requests_total", {"model": "", "status": "NOT_FOUND"}) == 1
     assert registry.get_sample_value("rewardserve_requests_total", {"model": "m", "status": "NOT_FOUND"}) is None
+
+
+def test_the_rules_ask_for_nothing_that_there_is_not() -> None:
+    """docs/alerts.yml names series that a server has, or that a rule of it records."""
+    registry = CollectorRegistry()
+    metrics = Metrics(registry)
+    metrics.watch_drift("m", lambda: 0.0)
+    model = ModelMetrics(metrics, "m")
+    model.count_item_failure("INTERNAL")
+    model.count_rejection("queue")
+    there = {sample.name for family in registry.collect() for sample in family.samples}
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    for rule in rules:
+        asked = set(re.findall(r"rewardserve[_:]\w+(?::\w+)*", rule["expr"]))
+        assert asked and asked <= there | recorded, asked - there - recorded
+        assert "record" in rule or rule["annotations"].keys() == {"summary", "do"}

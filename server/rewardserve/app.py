@@ -34,6 +34,7 @@ from rewardserve.metrics import Metrics
 from rewardserve.models.source import check_source
 from rewardserve.service.admission import Limits
 from rewardserve.service.finish import Finishing, read_calibration
+from rewardserve.service.monitor import Drift, read_reference
 from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
 from rewardserve.transport.grpc_server import MODELS, SCORING, DoorOptions, GrpcDoor
@@ -140,7 +141,10 @@ class App:
             finishings(config),
             Finishing(looks_beside=True),
         )
-        service = ScoringService(self.registry, self._executor)
+        drifts = {name: Drift(name, read_reference(file)) for name, file in config.drift_references.items()}
+        service = ScoringService(self.registry, self._executor, drifts)
+        for name, drift in drifts.items():
+            self.metrics.watch_drift(name, drift.value)
         options = DoorOptions(
             config.allow_model_control, config.max_stream_requests, config.grace_s, config.log_requests, config.log_text
         )

@@ -46,6 +46,10 @@ class ServeConfig(Options):
     attribute_weights: Repeated = Field(
         default=[], description="NAME=helpful:0.7+safe:0.3: attributes that make that model's score; repeat"
     )
+    drift_reference: Repeated = Field(
+        default=[],
+        description="NAME=FILE: its scores when all was well, by rewardserve score; metrics tell the drift; repeat",
+    )
     host: str = Field(default="127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=50051, ge=0, le=65535, description="gRPC port; 0 picks a free one")
     metrics_port: int = Field(default=9090, ge=-1, le=65535, description="Prometheus port; 0 picks one, -1 is none")
@@ -161,7 +165,7 @@ class ServeConfig(Options):
             self.own_kernels or not self.quantize, "--quantize is done by kernels, which --no-own-kernels leaves out"
         )
         self._check_engine()
-        _ = (self.ensembles, self.length_penalties)
+        _ = (self.ensembles, self.length_penalties, self.drift_references)
         calibrated = self.calibrations
         for name in self.ensembles:
             if name in calibrated and calibrated[name] is None:
@@ -208,6 +212,11 @@ class ServeConfig(Options):
         """Of models and ensembles; None: not even what lies beside the model. Raises ConfigError."""
         named = self._of_models("calibration", "FILE", self.ensembles)
         return {name: None if value == "none" else Path(value) for name, value in named}
+
+    @property
+    def drift_references(self) -> dict[str, Path]:
+        """Of models and ensembles. Raises ConfigError."""
+        return {name: Path(file) for name, file in self._of_models("drift_reference", "FILE", self.ensembles)}
 
     @property
     def length_penalties(self) -> dict[str, float]:

@@ -10,6 +10,7 @@ from prometheus_client.utils import floatToGoString
 
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 SCORES = (-20, -10, -8, -6, -5, -4, -3, -2, -1, -0.5, 0, 0.5, 1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 40)
+SPREADS = (0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30)
 STAGES = ("admission", "tokenization", "queue", "compute", "total")
 
 
@@ -104,8 +105,42 @@ class Metrics:
         self.batch_pairs = histogram("batch_pairs", "Pairs scored in one forward.", _powers_of_two(0, 10))
         self.stage_seconds = histogram("stage_seconds", "Where a request's time went.", SECONDS, "stage")
         self.score = histogram("score", "Scores given out.", SCORES)
+        self.response_tokens = histogram("response_tokens", "Tokens of the responses scored.", _powers_of_two(0, 15))
+        self.truncated = counter("truncated_pairs", "Pairs scored of which something was cut off before.")
+        self.group_std = histogram(
+            "group_score_std", "Standard deviation of the scores of one prompt's responses, of two or more.", SPREADS
+        )
+        self.score_std = histogram(
+            "score_std", "Uncertainty given with a score: an ensemble's spread, or the model's own.", SPREADS
+        )
+        # What a slope or a correlation is made of: sums of squares and of products of deviations from a group's mean.
+        self.score_squares = counter("group_score_squares", "Squared deviations of scores from their group's mean.")
+        self.length_squares = counter(
+            "group_length_squares", "Squared deviations of responses' tokens from their group's mean."
+        )
+        self.products = gauge(
+            "group_length_score_products",
+            "Sum of both deviations' products: by rewardserve_group_length_squares_total, a score's slope per token.",
+        )
+        self.drift = gauge(
+            "score_drift",
+            "Population stability index of the last 2,000 scores against --drift-reference; NaN where it tells none.",
+        )
+        self._drifts: dict[str, Callable[[], float]] = {}
         # Prometheus has no sum for a histogram that goes below zero.
         self.score_sum = gauge("score_total", "Sum of the scores given out; over rewardserve_pairs_total, their mean.")
+
+    def watch_drift(self, model: str, value: Callable[[], float]) -> None:
+        """Asked when metrics are scraped, while a model of that name is served."""
+        self._drifts[model] = value
+
+    def bind_drift(self, model: str) -> None:
+        if model in self._drifts:
+            self.drift.labels(model).set_function(self._drifts[model])
+
+    def unbind_drift(self, model: str) -> None:
+        if model in self._drifts:
+            self.drift.remove(model)
 
     def count_request_of_no_model(self, status: str) -> None:
         """One that could not be read, or names a model nobody serves."""
@@ -132,6 +167,14 @@ class ModelMetrics:
         self.stages = {stage: metrics.stage_seconds.labels(model, stage) for stage in STAGES}
         self.score = metrics.score.labels(model)
         self.score_sum = metrics.score_sum.labels(model)
+        self.response_tokens = metrics.response_tokens.labels(model)
+        self.truncated = metrics.truncated.labels(model)
+        self.group_std = metrics.group_std.labels(model)
+        self.score_std = metrics.score_std.labels(model)
+        self.score_squares = metrics.score_squares.labels(model)
+        self.length_squares = metrics.length_squares.labels(model)
+        self.products = metrics.products.labels(model)
+        metrics.bind_drift(model)
 
     def watch_in_flight(self, num_requests: Callable[[], float], num_tokens: Callable[[], float]) -> None:
         """Both are asked when metrics are scraped, and not written for each request."""
@@ -166,6 +209,7 @@ class ModelMetrics:
         of_now = (self._metrics.up, self._metrics.in_flight, self._metrics.in_flight_tokens)
         for gauge in (*of_now, self._metrics.queued_requests, self._metrics.queued_tokens):
             gauge.remove(self._model)
+        self._metrics.unbind_drift(self._model)
         if self._info_labels is not None:
             self._metrics.info.remove(*self._info_labels)
             self._info_labels = None

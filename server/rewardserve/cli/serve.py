@@ -76,7 +76,7 @@ def _with_fastest_loop(main: Coroutine[Any, Any, int]) -> int:
 async def _serve(config: ServeConfig) -> int:
     try:
         app = App(config)
-    except LoadFailed as error:  # a calibration that cannot be read
+    except LoadFailed as error:  # a calibration or a reference that cannot be read
         log.critical("%s", error)
         return 1
     stopping = asyncio.Event()

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from rewardserve.service.deadlines import Deadlines
 from rewardserve.service.ensemble import Ensemble, combine
 from rewardserve.service.finish import Finish, check_steps, not_finite
 from rewardserve.service.live_model import LiveModel, ModelState
+from rewardserve.service.monitor import Drift, observe_traffic
 from rewardserve.service.registry import Registry
 from rewardserve.text.encoder import EncodedItem, EncodedRequest
 from rewardserve.types import GroupScore, ItemCode, ItemFailure, ItemScore, ScoreRequest, ScoreResult, Timings
@@ -22,9 +24,11 @@ _numbers = itertools.count()
 class ScoringService:
     """What every door to the server calls: admit, encode, score, assemble, observe."""
 
-    def __init__(self, registry: Registry, executor: Executor) -> None:
+    def __init__(self, registry: Registry, executor: Executor, drifts: Mapping[str, Drift] | None = None) -> None:
+        """`drifts`: of models and ensembles that have a reference, by name."""
         self._registry = registry
         self._executor = executor
+        self._drifts = drifts or {}
         self._deadlines = Deadlines()
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
@@ -40,7 +44,7 @@ class ScoringService:
                 model.check_serving()
             with model.used():
                 result = await self._score(model, request)
-        observe(metrics, result)
+        self._observe(metrics, result)
         if model.shadow is not None:
             model.shadow.offer(request, result)
         return result
@@ -59,8 +63,15 @@ class ScoringService:
             for part in parts:
                 part.cancel()
         result = combine(ensemble, request, results)
-        observe(ensemble.metrics, result)
+        self._observe(ensemble.metrics, result)
         return result
+
+    def _observe(self, metrics: ModelMetrics, result: ScoreResult) -> None:
+        observe(metrics, result)
+        observe_traffic(metrics, result)
+        if result.model in self._drifts:
+            scores = [item.score for group in result.groups for item in group.items if item.score is not None]
+            self._drifts[result.model].observe(result.version, scores)
 
     async def _score(self, model: LiveModel, request: ScoreRequest) -> ScoreResult:
         admitted = time.monotonic()

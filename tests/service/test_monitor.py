@@ -1,0 +1,164 @@
+"""What Prometheus gets of passing traffic is what the replies say, and drift is told of the version it is known for."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from rewardserve.errors import LoadFailed
+from rewardserve.metrics import Metrics, ModelMetrics
+from rewardserve.service.monitor import MIN_SEEN, WINDOW, Drift, Reference, observe_traffic, read_reference
+from rewardserve.types import GroupScore, ItemCode, ItemFailure, ItemScore, ScoreResult, Timings
+
+TIMINGS = Timings(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+class Watched:
+    """One model's series, after these groups of (score or None, tokens)."""
+
+    def __init__(self, *groups: Sequence[tuple[float | None, int]], std: float | None = None) -> None:
+        self._registry = CollectorRegistry()
+        made = [GroupScore("", tuple([self._item(*each, std) for each in group])) for group in groups]
+        observe_traffic(ModelMetrics(Metrics(self._registry), "m"), ScoreResult("r", "m", "v1", tuple(made), TIMINGS))
+
+    def _item(self, score: float | None, tokens: int, std: float | None) -> ItemScore:
+        failure = ItemFailure(ItemCode.OUT_OF_RANGE, "too long") if score is None else None
+        return ItemScore(score, failure, 3, tokens, 0, tokens > 1000, raw=score, std=std)
+
+    def __call__(self, name: str, **labels: str) -> float:
+        value = self._registry.get_sample_value(f"rewardserve_{name}", {"model": "m", **labels})
+        assert value is not None
+        return value
+
+
+def test_slope_and_correlation_with_length_are_those_within_groups() -> None:
+    random = np.random.default_rng(0)
+    lengths, groups = random.integers(10, 500, (6, 8)), []
+    for number, row in enumerate(lengths):  # prompts differ far more than their responses, and that counts for nothing
+        groups.append([(100.0 * number + 0.02 * n + random.normal(), int(n) + 1000 * number) for n in row])
+    watched = Watched(*groups)
+    scores = np.concatenate([np.array([s for s, _ in group]) - np.mean([s for s, _ in group]) for group in groups])
+    tokens = np.concatenate([np.array([n for _, n in group]) - np.mean([n for _, n in group]) for group in groups])
+    products, of_lengths = watched("group_length_score_products"), watched("group_length_squares_total")
+    assert products / of_lengths == pytest.approx(np.polyfit(tokens, scores, 1)[0])
+    correlation = products / math.sqrt(of_lengths * watched("group_score_squares_total"))
+    assert correlation == pytest.approx(np.corrcoef(tokens, scores)[0, 1])
+
+
+def test_what_has_no_score_or_no_sibling_says_nothing_of_groups() -> None:
+    alone, failed, one_left = [(3.0, 5)], [(None, 7), (None, 8)], [(2.0, 4), (None, 9)]
+    watched = Watched(alone, failed, one_left, [(1.0, 10), (2.0, 20), (None, 500)])
+    assert watched("group_score_std_count") == 1
+    assert watched("group_score_std_sum") == 0.5
+    assert watched("group_length_squares_total") == 50
+    assert watched("group_length_score_products") == 5
+    assert watched("response_tokens_count") == 4 and watched("response_tokens_sum") == 39
+    assert watched("truncated_pairs_total") == 0
+
+
+@pytest.mark.parametrize("score", [0.1, -7.3, 0.0])
+def test_a_group_of_equal_scores_has_no_spread_at_all(score: float) -> None:
+    watched = Watched([(score, 5), (score, 6), (score, 7)], [(score, 5), (score + 1e-6, 5)])
+    assert watched("group_score_std_bucket", le="0.0") == 1
+    assert watched("group_score_std_bucket", le="0.01") == 2
+
+
+def test_uncertainty_and_what_was_cut_off_are_counted() -> None:
+    watched = Watched([(1.0, 5), (2.0, 1001), (None, 2000)], std=0.25)
+    assert watched("score_std_sum") == 0.5 and watched("score_std_count") == 2
+    assert watched("truncated_pairs_total") == 1
+    assert Watched([(1.0, 5)])("score_std_count") == 0
+
+
+def written(path: Path, scores: Sequence[float | None], version: str = "v1") -> Path:
+    rows = [{"line": n, "scores": [score], "version": version} for n, score in enumerate(scores, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def reference(tmp_path: Path) -> Reference:
+    """Of standard normal scores."""
+    return read_reference(written(tmp_path / "scores.jsonl", np.random.default_rng(0).normal(size=5000).tolist()))
+
+
+def test_drift_is_the_index_by_its_formula(reference) -> None:
+    drift, scores = Drift("m", reference), np.random.default_rng(1).normal(0.5, 1.5, WINDOW)
+    drift.observe("v1", scores.tolist())
+    now = (np.histogram(scores, [-np.inf, *reference.edges, np.inf])[0] + 0.5) / (WINDOW + 5)
+    assert drift.value() == pytest.approx(np.sum((now - 0.1) * np.log(now / 0.1)), rel=1e-2)
+
+
+def test_scores_as_they_were_are_no_drift_and_others_are(reference) -> None:
+    drift, random = Drift("m", reference), np.random.default_rng(2)
+    for _ in range(50):
+        drift.observe("v1", random.normal(size=WINDOW).tolist())
+        assert drift.value() < 0.05
+    drift.observe("v1", random.normal(1.0, 1.0, WINDOW).tolist())
+    assert drift.value() > 0.25
+    drift.observe("v1", random.normal(size=WINDOW).tolist())  # all of those before are forgotten
+    assert drift.value() < 0.05
+
+
+def test_few_scores_tell_no_drift(reference) -> None:
+    drift = Drift("m", reference)
+    drift.observe("v1", [9.0] * (MIN_SEEN - 1))
+    assert math.isnan(drift.value())
+    drift.observe("v1", [9.0])
+    assert drift.value() > 1
+
+
+def test_another_version_tells_no_drift_and_is_told_of_once(reference, caplog: pytest.LogCaptureFixture) -> None:
+    drift = Drift("m", reference)
+    drift.observe("v1", [0.0] * WINDOW)
+    for _ in range(3):
+        drift.observe("v2", [0.0] * WINDOW)
+    assert math.isnan(drift.value())
+    assert [record.message for record in caplog.records] == [
+        "m: no drift is told: --drift-reference is of version v1, and this is v2"
+    ]
+    drift.observe("v1", [0.0] * MIN_SEEN)
+    assert drift.value() > 1
+
+
+def test_ratings_of_few_values_have_as_few_bins(tmp_path: Path) -> None:
+    drift = Drift("m", read_reference(written(tmp_path / "ratings.jsonl", [1.0, 2.0, 2.0, 5.0] * 100)))
+    drift.observe("v1", [1.0, 2.0, 2.0, 5.0] * 100)
+    assert drift.value() == pytest.approx(0, abs=1e-12)
+    drift.observe("v1", [5.0] * WINDOW)
+    assert drift.value() > 1
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "holds 0 scores; a reference has at least 200"),
+        ('{"scores": [1.0], "version": "v1"}\n', "holds 1 scores; a reference has at least 200"),
+        ('{"scores": [1.0], "version": "v1"}\nnothing\n', r"line 2 is no row of scores; rewardserve score writes"),
+        ('{"scores": ["1"], "version": "v1"}\n', "line 1 is no row of scores"),
+        ('{"scores": [1.0]}\n', "line 1 is no row of scores"),
+        ("[" * 100_000, "line 1 is no row of scores"),
+        (
+            '{"scores": [1.0], "version": "v1"}\n{"scores": [1.0], "version": "v2"}\n',
+            "holds scores of several versions, v1, v2",
+        ),
+    ],
+)
+def test_a_reference_that_is_none_is_refused_by_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text(text)
+    with pytest.raises(LoadFailed, match=told):
+        read_reference(path)
+
+
+def test_a_reference_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(LoadFailed, match=r"gone.jsonl: No such file or directory; rewardserve score writes"):
+        read_reference(tmp_path / "gone.jsonl")
+
+
+def test_what_had_no_score_is_not_in_the_reference(tmp_path: Path) -> None:
+    made = read_reference(written(tmp_path / "scores.jsonl", [float(n) for n in range(1000)] + [None] * 500))
+    assert made.shares == pytest.approx([0.1] * 10, abs=2e-3)
