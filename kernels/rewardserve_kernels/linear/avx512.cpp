@@ -217,37 +217,39 @@ class Meanwhile {
     int64_t bytes_at_once_ = 0;
 };
 
+// A PAIR of rows as tiles, or 16 rows, times a panel whose halves are `half_size` apart: sums [PAIR, PANEL], to be added to
+// what is there if `more`.
+void multiply_pair(const bf16* tiles, bool two, const bf16* weight, int64_t half_size, int64_t inner, bool more, float* sums,
+                   Meanwhile& meanwhile) {
+    auto between = [&] { meanwhile(); };
+    for (int64_t i = 0; i < inner; i += TILES_INNER, more = true)
+        for (int half = 0; half < 2; half++) {
+            const Left rows = {tiles + i * TILE_ROWS, TILE_INNER, TILE_ROWS * TILE_INNER, TILE_ROWS * inner};
+            const bf16* columns = weight + half * half_size + i * HALF;
+            const int64_t count = std::min(TILES_INNER, inner - i);
+            float* c = sums + half * HALF;
+            two ? multiply_tiles<2, 2>(rows, columns, 2 * HALF, count, more, c, PANEL, between)
+                : multiply_tiles<1, 2>(rows, columns, 2 * HALF, count, more, c, PANEL, between);
+        }
+}
+
 // Rows [row, last) and panels [panel, end) on matrix units, `part` inner dimensions after the other. `tiles` has room for
 // so much of the rows, rounded up to a PAIR; what is in the rest of it becomes sums that nobody reads. `sums` has room
 // for two PAIRs and a panel, or if there are several parts, for all rows and panels.
 void multiply_pairs(const Product& p, int64_t row, int64_t last, int64_t panel, int64_t end, int64_t part, bf16* tiles,
                     float* sums, bool streamed) {
     Meanwhile meanwhile(p, streamed);
-    auto between = [&] { meanwhile(); };
     const int64_t half_size = HALF * p.inner, pairs = divide_up(last - row, PAIR);
     for (int64_t from = 0; from < p.inner; from += part) {
         const int64_t inner = std::min(part, p.inner - from), calls = 2 * inner / TILE_INNER;
         lay_out(p.x + row * p.x_row + from, p.x_row, last - row, inner, tiles);
         for (int64_t n = panel, number = 0; n < end; n++) {
-            const bf16* weight = p.weight + 2 * n * half_size + from * HALF;
-            if (n + 1 < end) {
-                const bf16* next = weight + 2 * half_size;
-                meanwhile.fetch(next, next + half_size, inner * HALF * sizeof(bf16), pairs * calls);
-            }
+            const bf16 *weight = p.weight + 2 * n * half_size + from * HALF, *next = weight + 2 * half_size;
+            if (n + 1 < end) meanwhile.fetch(next, next + half_size, inner * HALF * sizeof(bf16), pairs * calls);
             for (int64_t r = row; r < last; r += PAIR, number++) {
                 float* c = sums + (part < p.inner ? number : number % 2) * PAIR * PANEL;
-                for (int64_t i = 0; i < inner; i += TILES_INNER)
-                    for (int half = 0; half < 2; half++) {
-                        const bf16* first = tiles + (r - row) * inner + i * TILE_ROWS;
-                        const Left rows = {first, TILE_INNER, TILE_ROWS * TILE_INNER, TILE_ROWS * inner};
-                        const bf16* columns = weight + half * half_size + i * HALF;
-                        const int64_t count = std::min(TILES_INNER, inner - i);
-                        const bool more = from + i > 0;
-                        if (last - r > TILE_ROWS)
-                            multiply_tiles<2, 2>(rows, columns, 2 * HALF, count, more, c + half * HALF, PANEL, between);
-                        else
-                            multiply_tiles<1, 2>(rows, columns, 2 * HALF, count, more, c + half * HALF, PANEL, between);
-                    }
+                const bool two = last - r > TILE_ROWS;
+                multiply_pair(tiles + (r - row) * inner, two, weight, half_size, inner, from > 0, c, meanwhile);
                 if (from + inner == p.inner) meanwhile.finish_later(c, r, std::min(last, r + PAIR), n, calls);
             }
         }
