@@ -116,6 +116,8 @@ def test_another_version_tells_no_drift_and_is_told_of_once(reference, caplog: p
     drift.observe("v1", [0.0] * WINDOW)
     for _ in range(3):
         drift.observe("v2", [0.0] * WINDOW)
+        assert math.isnan(drift.value())
+        drift.observe("v1", [0.0])  # of a request that began before
     assert math.isnan(drift.value())
     assert [record.message for record in caplog.records] == [
         "m: no drift is told: --drift-reference is of version v1, and this is v2"
@@ -132,6 +134,24 @@ def test_ratings_of_few_values_have_as_few_bins(tmp_path: Path) -> None:
     assert drift.value() > 1
 
 
+def test_the_same_scores_are_no_drift_in_another_precision(tmp_path: Path) -> None:
+    """A reply has them in fp32, and many are of one answer that is given again and again."""
+    scores = [*np.random.default_rng(0).normal(size=500).tolist(), *[0.1] * 500, *[1 / 3] * 500]
+    for stored in (np.float32(scores).tolist(), np.nextafter(scores, -9).tolist(), np.nextafter(scores, 9).tolist()):
+        drift = Drift("m", read_reference(written(tmp_path / "scores.jsonl", stored)))
+        drift.observe("v1", scores)
+        assert drift.value() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("of", "served"), [("v1", "v1-adapted"), ("v1-adapted", "v1"), ("v1-finished-ab", "v1-adapted-finished-ab")]
+)
+def test_how_an_adapter_is_applied_is_no_other_version(tmp_path: Path, of: str, served: str) -> None:
+    drift = Drift("m", read_reference(written(tmp_path / "scores.jsonl", [1.0, 2.0] * 200, of)))
+    drift.observe(served, [1.0, 2.0] * 200)
+    assert drift.value() == pytest.approx(0, abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -140,6 +160,10 @@ def test_ratings_of_few_values_have_as_few_bins(tmp_path: Path) -> None:
         ('{"scores": [1.0], "version": "v1"}\nnothing\n', r"line 2 is no row of scores; rewardserve score writes"),
         ('{"scores": ["1"], "version": "v1"}\n', "line 1 is no row of scores"),
         ('{"scores": [1.0]}\n', "line 1 is no row of scores"),
+        ('{"scores": "", "version": "v1"}\n', "line 1 is no row of scores"),
+        ('{"scores": [NaN], "version": "v1"}\n', "line 1 is no row of scores"),
+        ('{"scores": [1' + "0" * 400 + '], "version": "v1"}\n', "line 1 is no row of scores"),
+        ('{"scores": [2.5], "version": "v1"}\n' * 300, "all 300 scores are the same, 2.5"),
         ("[" * 100_000, "line 1 is no row of scores"),
         (
             '{"scores": [1.0], "version": "v1"}\n{"scores": [1.0], "version": "v2"}\n',

@@ -107,7 +107,7 @@ class Calls:
             self._endpoints.unavailable(endpoint)
             tried = attempt.tried | {endpoint}
             if len(tried) < len(self._endpoints):
-                return replace(attempt, tried=tried)
+                return replace(attempt, tried=tried, failed_before=str(error))
         known, left_s = self._endpoints.has_answered(endpoint), deadline.remaining_s()
         delay_s = retry_delay_s(self._policy, error, attempt.number, left_s, random.random(), known)
         if delay_s is None:

@@ -38,14 +38,14 @@ class RewardClientError(Exception):
         self.retry_after_s = retry_after_s  # the server's wish (google.rpc.RetryInfo); None where it had none
         self.is_reply = False  # whether a server of ours said it; if not, the connection did
         self.attempts = 1  # set by the retrying call when it gives up
-        self.before = ""  # and what the attempt before failed of, where the last one only ran out of time
+        self.before = ""  # and what was failed of before, where the last attempt only ran out of time
 
     def __str__(self) -> str:
         code = f"{self.code.name}: " if self.code is not None else ""
         where = f" [{self.endpoint}]" if self.endpoint else ""
-        before = f"; the one before: {self.before}" if self.before else ""
-        tries = f" (after {self.attempts} attempts{before})" if self.attempts > 1 else ""
-        return f"{code}{self.message}{where}{tries}"
+        tries = f" (after {self.attempts} attempts)" if self.attempts > 1 else ""
+        before = f"; before that: {self.before}" if self.before else ""
+        return f"{code}{self.message}{where}{tries}{before}"
 
 
 class InvalidRequest(RewardClientError):

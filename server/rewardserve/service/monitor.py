@@ -7,17 +7,17 @@ is the prompt's, and not the response's, counts for nothing.
 import json
 import logging
 import math
-import statistics
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rewardserve.engine.base import ADAPTED
 from rewardserve.errors import LoadFailed
 from rewardserve.metrics import ModelMetrics
-from rewardserve.types import ItemScore, ScoreResult
+from rewardserve.types import FINISHED, ItemScore, ScoreResult
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ def observe_traffic(metrics: ModelMetrics, result: ScoreResult) -> None:
     """Feeds the series of lengths, spreads, and how scores go with lengths."""
     items = [item for group in result.groups for item in group.items if item.score is not None]
     metrics.response_tokens.observe_all([item.num_response_tokens for item in items])
-    metrics.score_std.observe_all([item.std for item in items if item.std is not None])
+    metrics.score_std.observe_all([item.std for item in items if item.std is not None and math.isfinite(item.std)])
     if truncated := sum([item.truncated for item in items]):
         metrics.truncated.inc(truncated)
     score_squares = length_squares = products = 0.0
@@ -70,7 +70,7 @@ class Reference:
     """How scores of one version are spread where all was well."""
 
     version: str
-    edges: tuple[float, ...]  # between bins: deciles, each once
+    edges: tuple[float, ...]  # between bins: about deciles, each midway between two scores that there were
     shares: tuple[float, ...]  # of the scores in each bin, of which there is one more
 
 
@@ -88,11 +88,25 @@ def read_reference(path: Path) -> Reference:
         raise LoadFailed(f"{path}: holds scores of several versions, {', '.join(sorted(versions))}; give those of one")
     if len(scores) < MIN_REFERENCE:
         raise LoadFailed(f"{path}: holds {len(scores)} scores; a reference has at least {MIN_REFERENCE}")
-    edges = tuple(sorted(set(statistics.quantiles(scores, n=NUM_BINS, method="inclusive"))))
+    edges = _edges(scores)
+    if not edges:
+        raise LoadFailed(f"{path}: all {len(scores)} scores are the same, {scores[0]:g}; no drift could be told")
     counts = [0] * (len(edges) + 1)
     for score in scores:
         counts[bisect_left(edges, score)] += 1
     return Reference(versions.pop(), edges, _shares(counts))
+
+
+def _edges(scores: Sequence[float]) -> tuple[float, ...]:
+    """No score that comes back, in whatever precision, lies on one: many may be the same."""
+    ordered, distinct = sorted(scores), sorted(set(scores))
+    found = set()
+    for number in range(1, NUM_BINS):
+        below = ordered[number * len(ordered) // NUM_BINS - 1]
+        above = bisect_right(distinct, below)
+        if above < len(distinct):
+            found.add((below + distinct[above]) / 2)
+    return tuple(sorted(found))
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -100,10 +114,11 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                is_one = all(type(score) in (float, int, type(None)) for score in row["scores"])
-                if not is_one or not isinstance(row["version"], str):
+                numbers = [score for score in row["scores"] if score is not None]
+                are_scores = isinstance(row["scores"], list) and all(type(n) in (float, int) for n in numbers)
+                if not are_scores or not all(map(math.isfinite, numbers)) or not isinstance(row["version"], str):
                     raise ValueError
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 raise LoadFailed(f"{path} line {number} is no row of scores; {HOW_TO_MAKE}") from None
             yield row
 
@@ -125,14 +140,13 @@ class Drift:
         self._name, self._reference = name, reference
         self._bins: deque[int] = deque()
         self._counts = [0] * len(reference.shares)
-        self._other_version = ""
+        self._others: set[str] = set()  # versions that were told of
 
     def observe(self, version: str, scores: Iterable[float]) -> None:
         """Scores of another version than the reference's say nothing of the traffic."""
-        if version != self._reference.version:
+        if _how_scored(version) != _how_scored(self._reference.version):
             self._forget(version)
             return
-        self._other_version = ""
         for score in scores:
             number = bisect_left(self._reference.edges, score)
             self._bins.append(number)
@@ -148,12 +162,17 @@ class Drift:
         return sum((now - then) * math.log(now / then) for now, then in pairs)
 
     def _forget(self, version: str) -> None:
-        if version == self._other_version:
-            return
-        self._other_version = version
         self._bins.clear()
         self._counts = [0] * len(self._counts)
-        log.warning(
-            "%s: no drift is told: --drift-reference is of version %s, and this is %s",
-            *(self._name, self._reference.version, version),
-        )
+        if version not in self._others:
+            log.warning(
+                "%s: no drift is told: --drift-reference is of version %s, and this is %s",
+                *(self._name, self._reference.version, version),
+            )
+        self._others.add(version)
+
+
+def _how_scored(version: str) -> str:
+    """Without what says how an adapter is applied: that changes roundings only."""
+    loaded, finished, how = version.partition(FINISHED)
+    return loaded.removesuffix(ADAPTED) + finished + how
