@@ -143,6 +143,16 @@ def test_the_same_scores_are_no_drift_in_another_precision(tmp_path: Path) -> No
         assert drift.value() < 1e-3
 
 
+@pytest.mark.parametrize("most", [1.0, 3.0, 5.0])
+def test_where_most_scores_are_the_same_fewer_of_them_are_a_drift(tmp_path: Path, most: float) -> None:
+    usual = [most] * 950 + [1.0, 2.0, 3.0, 4.0, 5.0] * 10
+    drift = Drift("m", read_reference(written(tmp_path / "scores.jsonl", usual)))
+    drift.observe("v1", usual)
+    assert drift.value() == pytest.approx(0, abs=1e-9)
+    drift.observe("v1", [1.0, 2.0, 3.0, 4.0, 5.0] * (WINDOW // 5))
+    assert drift.value() > 0.25
+
+
 @pytest.mark.parametrize(
     ("of", "served"), [("v1", "v1-adapted"), ("v1-adapted", "v1"), ("v1-finished-ab", "v1-adapted-finished-ab")]
 )
