@@ -11,18 +11,9 @@ from checkpoints import make_model, save_checkpoint
 from rewardserve.client import Group, RewardClient, TokenIds
 
 NUM_GROUPS, SIBLINGS = 60, 4
-
-
 PROMPT = [3, 5, 7]
-
-
-def responses(first_id: int) -> list[list[list[int]]]:
-    """Of groups whose ids begin there."""
-    return [[[first_id + (7 * n + 3 * m) % 40] * (1 + m) for m in range(SIBLINGS)] for n in range(NUM_GROUPS)]
-
-
-def groups(first_id: int) -> list[Group]:
-    return [Group(TokenIds(PROMPT), [TokenIds(ids) for ids in group]) for group in responses(first_id)]
+RESPONSES = [[[10 + (7 * n + 3 * m) % 40] * (1 + m) for m in range(SIBLINGS)] for n in range(NUM_GROUPS)]
+GROUPS = [Group(TokenIds(PROMPT), [TokenIds(ids) for ids in group]) for group in RESPONSES]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def reference(folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made as a user would make it."""
     folder = tmp_path_factory.mktemp("reference")
-    rows = [{"prompt_token_ids": PROMPT, "response_token_ids": group} for group in responses(10)]
+    rows = [{"prompt_token_ids": PROMPT, "response_token_ids": group} for group in RESPONSES]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = [sys.executable, "-m", "rewardserve", "score", folder / "pairs.jsonl", folder / "scores.jsonl"]
     subprocess.run([*command, "--model", folders[0], "--threads", "1"], check=True, capture_output=True)
@@ -51,20 +42,22 @@ def test_what_is_scored_as_before_is_no_drift_and_other_responses_are(start, fol
     server = start(f"--model=rm={usual}", f"--drift-reference=rm={reference}", "--allow-model-control").ready()
     with RewardClient(server.target, timeout=120) as client:
         assert math.isnan(server.metric("score_drift"))
-        client.score(groups(10))
+        client.score(GROUPS)
         assert server.metric("score_drift") == pytest.approx(0, abs=1e-9)
         assert server.metric("group_score_std_count") == NUM_GROUPS
         assert server.metric("response_tokens_sum") == NUM_GROUPS * sum(range(1, 1 + SIBLINGS))
-        client.score(groups(300))
-        assert server.metric("score_drift") > 0.05
+        client.score(
+            [Group(TokenIds(PROMPT), [TokenIds([11, 12])] * SIBLINGS)] * NUM_GROUPS
+        )  # half of it is one answer
+        assert server.metric("score_drift") > 0.25
         client.swap_model("rm", str(other))
-        client.score(groups(10))
+        client.score(GROUPS)
         assert math.isnan(server.metric("score_drift"))
         assert server.wait_for_log("no drift is told: --drift-reference is of version")
         client.unload_model("rm")
         assert ("rewardserve_score_drift", ()) not in server.metrics()
         client.load_model("rm", str(usual))
-        client.score(groups(10))
+        client.score(GROUPS)
         assert server.metric("score_drift") == pytest.approx(0, abs=1e-9)
 
 
