@@ -33,8 +33,8 @@ from rewardserve.errors import Unloaded
 from rewardserve.metrics import Metrics
 from rewardserve.models.source import check_source
 from rewardserve.service.admission import Limits
+from rewardserve.service.drift import Drift, read_reference
 from rewardserve.service.finish import Finishing, read_calibration
-from rewardserve.service.monitor import Drift, read_reference
 from rewardserve.service.registry import Registry
 from rewardserve.service.score import ScoringService
 from rewardserve.transport.grpc_server import MODELS, SCORING, DoorOptions, GrpcDoor

@@ -46,9 +46,7 @@ def test_what_is_scored_as_before_is_no_drift_and_other_responses_are(start, fol
         assert server.metric("score_drift") == pytest.approx(0, abs=1e-9)
         assert server.metric("group_score_std_count") == NUM_GROUPS
         assert server.metric("response_tokens_sum") == NUM_GROUPS * sum(range(1, 1 + SIBLINGS))
-        client.score(
-            [Group(TokenIds(PROMPT), [TokenIds([11, 12])] * SIBLINGS)] * NUM_GROUPS
-        )  # half of it is one answer
+        client.score([Group(TokenIds(PROMPT), [TokenIds([11, 12])] * SIBLINGS)] * NUM_GROUPS)  # one answer for all
         assert server.metric("score_drift") > 0.25
         client.swap_model("rm", str(other))
         client.score(GROUPS)

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from rewardserve.engine.base import ADAPTED
 from rewardserve.metrics import ModelMetrics
 from rewardserve.postprocess.members import fold_members
-from rewardserve.service.finish import Finishing, not_finite
+from rewardserve.service.finish import Finishing, applied, not_finite
 from rewardserve.types import (
-    FINISHED,
     Aggregate,
     EnsembleScore,
     GroupScore,
@@ -43,7 +42,10 @@ class Ensemble:
         """Its version, and what of what is configured is for it; `members` are names and versions, in their order."""
         version = version_of(self, members)
         if version != self._of_version[0]:
-            alike = [version_of(self, _adapted(members, adapted)) for adapted in ("", ADAPTED)]
+            alike = [
+                version_of(self, [(name, applied(version, adapted)) for name, version in members])
+                for adapted in ("", ADAPTED)  # as if all of them applied it so: no calibration depends on how
+            ]
             self._of_version = version, self.configured.of(self.name, version, alike)
         return self._of_version
 
@@ -76,15 +78,6 @@ def version_of(ensemble: Ensemble, members: Sequence[tuple[str, str]]) -> str:
     """Before it is finished. Changes with any member's; `members` are their names and versions, in their order."""
     told = "".join(f"{name} {version}\n" for name, version in members) + str(ensemble.aggregate)
     return "ensemble-" + hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
-
-
-def _adapted(members: Sequence[tuple[str, str]], adapted: str) -> list[tuple[str, str]]:
-    """As if all of them applied adapters in the same way, which no calibration depends on."""
-    found = []
-    for name, version in members:
-        loaded, finished, how = version.partition(FINISHED)
-        found.append((name, loaded.removesuffix(ADAPTED) + adapted + finished + how))
-    return found
 
 
 def _group(parts: Sequence[GroupScore], ensemble: Ensemble, finishing: Finishing, by_step: bool) -> GroupScore:

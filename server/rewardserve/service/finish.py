@@ -110,6 +110,12 @@ class Finishing:
         return any(version.removesuffix(ADAPTED) == told for version in versions)
 
 
+def applied(version: str, adapted: str = "") -> str:
+    """As if its adapter, if it has one, were applied in the way that `adapted` says: as ADAPTED does, or not so."""
+    loaded, finished, how = version.partition(FINISHED)
+    return loaded.removesuffix(ADAPTED) + adapted + finished + how
+
+
 def read_calibration(path: Path) -> tuple[Calibration, Origin]:
     """Raises LoadFailed naming the file, and the field that is wrong."""
     try:

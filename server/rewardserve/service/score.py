@@ -10,10 +10,11 @@ from dataclasses import replace
 from rewardserve.engine.base import EngineRequest, EngineResult
 from rewardserve.metrics import ModelMetrics
 from rewardserve.service.deadlines import Deadlines
+from rewardserve.service.drift import Drift
 from rewardserve.service.ensemble import Ensemble, combine
 from rewardserve.service.finish import Finish, check_steps, not_finite
 from rewardserve.service.live_model import LiveModel, ModelState
-from rewardserve.service.monitor import Drift, observe_traffic
+from rewardserve.service.monitor import observe_traffic
 from rewardserve.service.registry import Registry
 from rewardserve.text.encoder import EncodedItem, EncodedRequest
 from rewardserve.types import GroupScore, ItemCode, ItemFailure, ItemScore, ScoreRequest, ScoreResult, Timings
