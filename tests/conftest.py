@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # The tests start some hundred processes, and each would compile anew what it imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# By default hypothesis fails what takes 200 ms, which anything does on busy cores, and tries others at every run.
+settings.register_profile(
+    "the same everywhere", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("the same everywhere")
 
 HERE = Path(__file__).parent
 LONGEST = ("e2e", "test_demo_model.py", "test_packaging.py", "training", "benchmarks", "parity", "cli")

@@ -25,7 +25,7 @@ def lines(registry: CollectorRegistry) -> list[str]:
     return [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
 
 
-@settings(deadline=None, derandomize=True, max_examples=100)
+@settings(max_examples=100)
 @given(observations=labelled, bounds=st.sampled_from([SCORES, SECONDS]))
 def test_a_scrape_says_what_prometheus_clients_own_histogram_says(observations, bounds) -> None:
     theirs_registry, ours_registry = CollectorRegistry(), CollectorRegistry()

@@ -101,7 +101,7 @@ def test_a_response_with_a_token_that_cannot_be_computed_fails_wherever_it_is(le
     assert device.num_failures < 15
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_every_request_ends_after_few_failures_and_nothing_else_fails(data: st.DataObject) -> None:
     bad: dict[bytes, int] = {}

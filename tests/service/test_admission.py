@@ -13,7 +13,7 @@ from rewardserve.metrics import Metrics, ModelMetrics
 from rewardserve.service.admission import Admission, Limits, estimate_tokens
 from rewardserve.types import Conversation, Message, PlainText, PromptGroup, Rendered, ScoreRequest, TokenIds
 
-examples = settings(deadline=None, derandomize=True, max_examples=100)
+examples = settings(max_examples=100)
 
 
 def admission(**limits: int) -> Admission:

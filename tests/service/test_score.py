@@ -18,7 +18,7 @@ from rewardserve.service.rank import compare, rank
 from rewardserve.text.encoder import Abandoned
 from rewardserve.types import ItemCode, ItemFailure, Overflow, PromptGroup, ScoreRequest, TokenIds
 
-examples = settings(deadline=None, derandomize=True, max_examples=100)
+examples = settings(max_examples=100)
 
 finite = st.floats(-3e38, 3e38, allow_nan=False)
 

@@ -17,7 +17,7 @@ from rewardserve.text.chat_template import ChatTemplate
 from rewardserve.text.tokenizer import Tokenizer
 from rewardserve.types import Conversation, Message, PlainText, Probe
 
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(max_examples=60)
 
 CONVERSATION = (("user", "Hi <b>\n"), ("assistant", " 'ok' \" é "), ("user", "{{ 1 }}"))
 

@@ -7,7 +7,7 @@ from rewardserve.types import Rendered
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Raw
 
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(max_examples=60)
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m['content'] }}</s>{% endfor %}"
 PIECES = ("un", "happy", " ", "  ", "\n", "▁", "x", "É", "<|im_start|>", "</s>", "<s>", "<mask>", "👍")

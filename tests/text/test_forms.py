@@ -8,7 +8,7 @@ from rewardserve.errors import InvalidRequest
 from rewardserve.text.encoder import Encoder
 from rewardserve.types import Conversation, ItemCode, Message, PlainText, Rendered, TokenIds
 
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(max_examples=60)
 
 HI = Conversation((Message("user", "Hi"),))
 ids = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=20)

@@ -10,7 +10,7 @@ from rewardserve.text.encoder import QUICK_IDS_BYTES, QUICK_PAIRS, EncodedReques
 from rewardserve.types import Overflow, PlainText, ScoreRequest, TokenIds
 
 MAX = 10
-examples = settings(deadline=None, derandomize=True, max_examples=400)
+examples = settings(max_examples=400)
 good = st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=8).map(lambda ids: np.array(ids, "<i4").tobytes())
 wrong = st.sampled_from([-1, VOCAB_SIZE, 2**31 - 1, -(2**31)]).map(lambda i: np.array([1, i], "<i4").tobytes())
 anything = st.one_of(good, good, good, good, wrong, st.binary(max_size=9))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from rewardserve.text.encoder import Encoder
 from rewardserve.types import ItemCode, Overflow, PlainText, Rendered, StepFormat, StepStyle
 
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(max_examples=60)
 
 ERROR, LEFT, RIGHT = Overflow.ERROR, Overflow.TRUNCATE_PROMPT_LEFT, Overflow.TRUNCATE_RESPONSE_RIGHT
 MAX = 10

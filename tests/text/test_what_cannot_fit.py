@@ -15,7 +15,7 @@ from rewardserve.types import ItemCode, ItemFailure, Overflow, PlainText, Render
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Raw
 
-examples = settings(deadline=None, derandomize=True, max_examples=100)
+examples = settings(max_examples=100)
 MAX = 50
 KELVIN, JAMO = "\u212a", "\u1100\u1161\u11a8"
 

@@ -103,7 +103,7 @@ requests = st.builds(
     groups=st.lists(groups, max_size=3),
     options=options,
 )
-quick = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 
 
 @quick
