@@ -102,6 +102,8 @@ def speed_up(subject: Subject, compile_option: str, quantize: str, own_kernels: 
 
     Raises LoadFailed where what was asked for by name does not work.
     """
+    if own_kernels and subject.in_bf16_on_cpu and compile_option != "off":
+        _build_attention(subject)
     if quantize:
         _quantize(subject, quantize)
         _keep_residual_in_fp32(subject)
@@ -111,8 +113,6 @@ def speed_up(subject: Subject, compile_option: str, quantize: str, own_kernels: 
         _use_triton(subject)
     if compile_option == "off":
         return
-    if own_kernels and subject.in_bf16_on_cpu:
-        _build_attention(subject)
     if compile_option == "auto" and subject.on_cpu and subject.num_parameters < MIN_PARAMETERS_TO_COMPILE:
         return
     reason = _compile(subject)
