@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from rewardserve.client import DeadlineExceeded, Group, RewardClient, RewardClientError
+from rewardserve.client import DeadlineExceeded, Group, RewardClient, RewardClientError, VersionMismatch
 
 GROUPS = [Group(f"prompt {n}", ["a", "b"], id=str(n)) for n in range(50)]
 
@@ -60,6 +60,25 @@ def test_the_callers_iterable_runs_in_the_callers_thread(server):
         client.score(source())
         assert len(list(client.score_stream(source(), window=3))) == len(GROUPS)
     assert threads == {threading.current_thread()}
+
+
+def test_what_a_stream_got_before_another_version_is_yielded_before_the_error(server):
+    def change_reply(reply):
+        if reply.groups[0].id == "2":
+            reply.model.version = "v2"
+
+    def source():
+        yield from GROUPS[:3]
+        while len(server.servicer.answered) < 3:
+            time.sleep(0.001)
+        client._loop.run(asyncio.sleep(0.02))  # for the answers to arrive: all of them are taken at once
+        yield GROUPS[3]
+
+    server.servicer.change_reply = change_reply
+    came = []
+    with RewardClient(server.target) as client, pytest.raises(VersionMismatch):
+        came.extend(group.id for group, _ in client.score_stream(source()))
+    assert came == ["0", "1"]
 
 
 def test_a_stream_may_be_left_early(server):

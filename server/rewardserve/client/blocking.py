@@ -18,7 +18,7 @@ from rewardserve.client.aio import (
 from rewardserve.client.channels import ChannelOptions, Metadata
 from rewardserve.client.loop_thread import LoopThread
 from rewardserve.client.retry import RetryPolicy
-from rewardserve.client.stream import Finished, StreamScorer
+from rewardserve.client.stream import Finished, StreamScorer, outcome_of
 from rewardserve.client.types import (
     CanaryPair,
     CompareResult,
@@ -121,7 +121,8 @@ class RewardClient:
             for group in groups:
                 while scorer.is_full:
                     yield self._loop.run(scorer.take())
-                yield from self._loop.run(scorer.exchange(group))
+                for finished, outcome in self._loop.run(scorer.exchange(group)):
+                    yield finished, outcome_of(outcome)
             while scorer.num_open:
                 yield self._loop.run(scorer.take())
         finally:

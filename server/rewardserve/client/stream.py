@@ -56,14 +56,17 @@ class StreamScorer:
         """The next one that is finished. Raises VersionMismatch: then nothing that follows could be compared."""
         group, outcome = await self._finished.get()
         self.num_open -= 1
-        if isinstance(outcome, VersionMismatch) or not isinstance(outcome, Outcome):
-            raise outcome
-        return group, outcome
+        return group, outcome_of(outcome)
 
-    async def exchange(self, group: types.Group) -> list[Finished]:
-        """Submits one and takes all that are finished, without waiting."""
+    async def exchange(self, group: types.Group) -> list[tuple[types.Group, Outcome | Exception]]:
+        """Submits one and takes all that are finished, without waiting.
+
+        What `take` would raise is among them, for `outcome_of` to raise in its turn: those before it are results.
+        """
         self.submit(group)
-        return [await self.take() for _ in range(self._finished.qsize())]
+        finished = [self._finished.get_nowait() for _ in range(self._finished.qsize())]
+        self.num_open -= len(finished)
+        return finished
 
     async def close(self) -> None:
         """Gives up what is not finished; politely if nothing is."""
@@ -110,6 +113,13 @@ class StreamScorer:
         if link is None or link.ended:
             link = self._links[endpoint] = Link(self._channels, endpoint)
         return link
+
+
+def outcome_of(outcome: Outcome | Exception) -> Outcome:
+    """The outcome of one group. Raises what is the end of the stream instead."""
+    if isinstance(outcome, VersionMismatch) or not isinstance(outcome, Outcome):
+        raise outcome
+    return outcome
 
 
 async def pump(scorer: StreamScorer, groups: Groups) -> AsyncGenerator[Finished, None]:
