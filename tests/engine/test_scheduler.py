@@ -224,6 +224,25 @@ def test_a_client_does_not_pay_for_forwards_that_failed() -> None:
     assert served == {"fails": 40, "other": 40}
 
 
+def test_a_client_does_not_pay_for_failed_forwards_of_requests_it_cancelled_meanwhile() -> None:
+    queue = scheduler(num_blocks=0, tokens=50)
+    served = Counter()
+    for number in range(120):
+        keep_waiting(queue, "leaves once", 2)
+        keep_waiting(queue, "other", 2)
+        plan = queue.schedule()
+        owner = plan.chunks[0].group.request_id
+        if owner.startswith("leaves") and number % 3 == 0:
+            queue.cancel(owner)
+            queue.rollback()
+            queue.check()
+        else:
+            queue.complete(plan, [[0.0]])
+            served[owner.split(" ")[0]] += 1
+        queue.take_outcomes()
+    assert abs(served["leaves"] - served["other"]) <= 1
+
+
 def test_a_client_whose_requests_expire_while_they_wait_is_served_its_share() -> None:
     clock = Clock()
     queue = scheduler(num_blocks=0, tokens=100, clock=clock)  # two requests each second

@@ -100,6 +100,15 @@ class FairQueue(Generic[Work]):
         entry.flow.waiting.move_to_end(id(work), last=False)
         self._place(entry.flow)
 
+    def refund(self, client: str, priority: int, tokens: int) -> None:
+        """`tokens` that were charged came to nothing, and what they were charged for is not wanted any more."""
+        key = (priority, client)
+        if key in self._flows:
+            self._flows[key].start -= tokens
+            self._place(self._flows[key])
+        elif key in self._finish:
+            self._finish[key] -= tokens
+
     def remove(self, work: Work) -> None:
         """Served whole, or dropped: what was not charged is not paid."""
         flow = self._entries.pop(id(work)).flow

@@ -34,9 +34,6 @@ class Jobs:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._jobs
 
-    def __getitem__(self, request_id: str) -> EngineRequest:
-        return self._jobs[request_id].request
-
     def requests(self) -> list[EngineRequest]:
         """In the order they came."""
         return [job.request for job in self._jobs.values()]

@@ -84,6 +84,7 @@ class Scheduler:
     def _group(self, request: EngineRequest, encoded: EncodedGroup) -> Group:
         lane = self._lanes[request.variant]
         group = Group.from_encoded(request.request_id, encoded, lane.reader, request.variant)
+        group.client, group.priority = request.client, request.priority
         if self._filler.shares:
             group.find_kept(lane.reader)
             group.keys = list(block_keys(encoded.prompt, lane.key_of_kept if group.reads else lane.key))
@@ -180,7 +181,7 @@ class Scheduler:
         blocked = self._blocked
         if blocked is None or not self._is_waiting(blocked) or blocked.variant == group.variant:
             return False
-        return self._jobs[group.request_id].priority <= self._jobs[blocked.request_id].priority
+        return group.priority <= blocked.priority
 
     # -- what became of it -----------------------------------------------------------------------------------------
 
@@ -232,13 +233,14 @@ class Scheduler:
         self._filler.undo(plans)
         for group in reversed(touched.values()):  # each goes before those of its client
             self._filler.leave(group)
+            queue = self._lanes[group.variant].queue
             if not _in_flight(group):
+                queue.refund(group.client, group.priority, charged[id(group)])
                 continue
             for sequence in group.sequences:
                 if sequence.status is Status.RUNNING:
                     sequence.status = Status.WAITING
             group.num_cached = 0
-            queue = self._lanes[group.variant].queue
             if group not in queue:
                 self._enqueue(group)
             queue.give_back(group, charged[id(group)], group.num_tokens_left)
@@ -276,8 +278,7 @@ class Scheduler:
                 self._jobs.finish_if_done(group)
 
     def _enqueue(self, group: Group) -> None:
-        request = self._jobs[group.request_id]
-        self._lanes[group.variant].queue.add(group, request.client, group.num_tokens_left, request.priority)
+        self._lanes[group.variant].queue.add(group, group.client, group.num_tokens_left, group.priority)
 
     def _remove(self, group: Group) -> None:
         """Takes a group out of the queue, planned or not, and frees what it holds."""

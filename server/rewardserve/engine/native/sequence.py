@@ -49,6 +49,8 @@ class Group:
     prompt: bytes
     sequences: list[Sequence]
     variant: int  # of those models that share the backbone
+    client: str = ""  # who pays for it, and at which priority, even once its request is forgotten
+    priority: int = 0
     keys: list[bytes] = field(default_factory=list)  # of the prompt's blocks, where there is a cache
     reads: list[int] = field(default_factory=list)  # positions in the prompt whose features are kept, ascending
     kept: dict[int, Kept] = field(default_factory=dict)  # those features, by block
