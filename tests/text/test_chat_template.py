@@ -97,6 +97,7 @@ FAILING = {
     "an attribute that a filter looks for": "'x' | dictsort",
     "a macro that calls itself": "f()",
     "more than there is memory": "'x' * 10 ** 15",
+    "half a character": "'\\ud83d'",
 }
 
 

@@ -185,6 +185,8 @@ FAILING_TEMPLATES = {
     "division by zero": "{{ 1 / (messages[0]['content'] | length - 4) }}",
     "a sum of text and number": "{{ messages[0]['content'] + 1 if messages[0]['content'] == 'boom' else 'ok' }}",
     "a missing key": "{{ messages[0]['tools']['x'] if messages[0]['content'] == 'boom' else 'ok' }}",
+    "half a character": "{{ '\\ud83d' if messages[0]['content'] == 'boom' else 'ok' }}",
+    "words that are no UTF-8": "{{ raise_exception('\\ud83d') if messages[0]['content'] == 'boom' else 'ok' }}",
 }
 
 

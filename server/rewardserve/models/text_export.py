@@ -178,6 +178,7 @@ def _probes(tokenizer: PreTrainedTokenizerBase, in_parts: bool) -> list[Probe]:
             dicts = [{"role": role, "content": content_of(content, in_parts)} for role, content in messages]
             try:
                 text = tokenizer.apply_chat_template(dicts, tokenize=False, add_generation_prompt=generate)
+                text.encode()  # what holds a lone surrogate is no text
             except Exception:  # jinja's TemplateError and friends: e.g. "System role not supported"
                 continue
             probes.append(Probe(messages, generate, text, tuple(_tokenize(tokenizer, text)), now))

@@ -69,7 +69,7 @@ class ChatTemplate:
 
         `now` is the time of day for templates that ask.
         """
-        return self._template.render(
+        text = self._template.render(
             messages=[{"role": m.role, "content": content_of(m.content, self._in_parts)} for m in messages],
             add_generation_prompt=add_generation_prompt,
             tools=None,
@@ -77,3 +77,8 @@ class ChatTemplate:
             strftime_now=lambda pattern: (now or datetime.now()).strftime(pattern),
             **self._special_tokens,
         )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # before a tokenizer takes it for no string at all
+            raise jinja2.TemplateError(f"it renders {text[error.start]!r}, half a character") from error
+        return text

@@ -16,9 +16,9 @@ def status_of(error: RewardServeError) -> status_pb2.Status:
 
 
 def _short(text: str) -> str:
-    """Callers' own words come back in messages, and may be of any length."""
-    data = text.encode(errors="replace")
-    return text if len(data) <= MAX_MESSAGE_BYTES else data[:MAX_MESSAGE_BYTES].decode(errors="ignore") + "..."
+    """Callers' own words come back in messages, and may be of any length; those of a chat template may be no UTF-8."""
+    data = text.encode(errors="backslashreplace")
+    return data.decode() if len(data) <= MAX_MESSAGE_BYTES else data[:MAX_MESSAGE_BYTES].decode(errors="ignore") + "..."
 
 
 def _details(error: RewardServeError) -> list[message.Message]:
