@@ -120,6 +120,13 @@ def test_a_template_that_is_none_is_told_at_load(make_text, source: str) -> None
         make_text(source).encoder()
 
 
+def test_where_a_template_is_none_its_line_is_told() -> None:
+    with pytest.raises(LoadFailed, match=r"none: line 3: Encountered unknown tag 'elif'"):
+        ChatTemplate("{{ bos_token }}\n\n{% elif x %}\n{{ messages }}\n", {})
+    with pytest.raises(LoadFailed, match=r"blocks$"):  # without the line of what jinja made of it
+        ChatTemplate("{% for m in messages %}" * 30 + "{% endfor %}" * 30, {})
+
+
 def test_the_probes_cover_prompts_and_whole_conversations(styles) -> None:
     for name, text in styles.items():
         assert {probe.add_generation_prompt for probe in text.spec.probes} == {True, False}, name

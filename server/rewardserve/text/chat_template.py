@@ -59,8 +59,9 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
         except (SyntaxError, *TEMPLATE_ERRORS) as error:  # Python's, of loops in one another more than it takes
-            reason = " ".join(str(error).split())
-            raise LoadFailed(f"the checkpoint's chat template is none: {reason}") from error
+            reason = " ".join(error.msg.split() if isinstance(error, SyntaxError) else str(error).split())
+            line = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise LoadFailed(f"the checkpoint's chat template is none: {line}{reason}") from error
         self._special_tokens = special_tokens
         self._in_parts = in_parts
 
