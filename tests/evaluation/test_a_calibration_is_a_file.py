@@ -59,6 +59,14 @@ def test_a_file_that_is_something_else_is_refused(tmp_path, text):
         calibration_file.read(path)
 
 
+def test_a_key_that_is_there_twice_is_refused_by_its_name(tmp_path):
+    path = tmp_path / "calibration.json"
+    calibration_file.write(path, Temperature(1.0), ORIGIN)
+    path.write_text(path.read_text().replace('"temperature": 1.0,', '"temperature": 1.0, "temperature": 2.5,'))
+    with pytest.raises(BadCalibration, match="'temperature' is there twice"):
+        calibration_file.read(path)
+
+
 @given(st.floats(-2000, 2000))
 def test_probabilities_of_the_two_sides_add_up_to_one(margin):
     for calibration in KINDS:

@@ -5,12 +5,13 @@ The verdict is the last thing that the judge writes. Whatever came before is its
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import regex
 
+from rewardserve.json_object import once_each
 from rewardserve.types import VerdictFormat, at_the_end
 
 VERDICT_CHARACTERS = 4000  # at the end of what was written; a verdict is looked for there
@@ -51,19 +52,10 @@ def _in_json(end: str) -> Mapping[str, Any]:
     if begin < 0 or not end.endswith("}"):
         raise Unreadable("it ends in no JSON object")
     try:
-        found = json.loads(end[begin:], object_pairs_hook=_once_each, parse_constant=_no_number)
+        found = json.loads(end[begin:], object_pairs_hook=once_each, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise Unreadable(f"its JSON is malformed: {error}") from None
     assert isinstance(found, dict)
-    return found
-
-
-def _once_each(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise Unreadable(f"{name!r} is there twice")
-        found[name] = value
     return found
 
 

@@ -26,6 +26,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
+from rewardserve.json_object import once_each
+
 FORMAT = "rewardserve.calibration.v1"
 BESIDE = "rewardserve_calibration.json"  # the file's name in a checkpoint's folder, where servers look for it
 SMALLEST, LARGEST = 2.0**-149 / 2, 1 - 2.0**-25  # half a step of fp32 from 0, and from 1
@@ -126,9 +128,9 @@ def write(path: Path, calibration: Calibration, origin: Origin) -> None:
 def read(path: Path) -> tuple[Calibration, Origin]:
     """Raises OSError, and BadCalibration for anything that `write` would not have written."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once_each)
     except (ValueError, RecursionError) as error:
-        raise BadCalibration(f"{path}: is no JSON: {error}") from None
+        raise BadCalibration(f"{path}: cannot be read as JSON: {error}") from None
     try:
         return _parse(values)
     except BadCalibration as error:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rewardserve.errors import LoadFailed
+from rewardserve.json_object import once_each
 from rewardserve.service.finish import applied
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def _rows(path: Path) -> Iterator[tuple[str, list[float]]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=once_each)
                 version, scores = row["version"], row["scores"]
                 if not isinstance(version, str) or not isinstance(scores, list):
                     raise ValueError
