@@ -167,6 +167,8 @@ async def test_what_the_file_says_is_what_is_scored(name: str, tmp_path: Path) -
         ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nscale = 0\n', "score.scale"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nscale = inf\n', "score.scale"),
         ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nshift = nan\n', "score.shift"),
+        ('[judge]\ntemplate = ""\nvalues = [0.0, 1e308]\n', "judge.values.1: .* less than or equal to 1000000000"),
+        ('[head]\nkind = "linear"\nweights = "mine"\n[score]\nscale = 1e-300\n', "score.scale: .* 0.000000001"),
         ('[head]\nkind = "lm_rows"\nids = [-1]\n', "head.ids.0"),
         ('[head]\nkind = "lm_odds"\nids = [4, 4]\n', "head.ids must be two"),
         (f"{MINE}[read]\nat = 'mean'\n[steps]\nstyle = 'ends'\n", "steps cannot be read with read.at = 'mean'"),

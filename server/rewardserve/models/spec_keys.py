@@ -62,7 +62,9 @@ from rewardserve.errors import LoadFailed
 
 Refuse = Callable[[str, str], LoadFailed]  # the key, and what is wrong with it
 TokenId = Annotated[int, Field(ge=0)]  # a negative one would be counted from the vocabulary's end
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+LARGEST = 1e9  # of a number: scores are fp32, in which a sum of greater ones' products could be infinite
+Number = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
+Divisor = Annotated[float, Field(ge=1 / LARGEST, le=LARGEST, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -78,7 +80,7 @@ class HeadKeys(Section):
     ids: tuple[TokenId, ...] = ()
     gate: str = ""
     quantiles: int = Field(default=1, ge=1)
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    temperature: Divisor = 1.0
     gate_scale: str = ""
     transform: str = ""
 
@@ -99,17 +101,17 @@ class StepsKeys(Section):
 
 class ScoreKeys(Section):
     attributes: tuple[str, ...] = ()
-    weights_of: tuple[Finite, ...] = ()
+    weights_of: tuple[Number, ...] = ()
     probability_of: int | None = Field(default=None, ge=0)
-    shift: Finite = 0.0
-    scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    shift: Number = 0.0
+    scale: Divisor = 1.0
 
 
 class VerdictKeys(Section):
     criteria: tuple[str, ...] = Field(min_length=1)
-    weights_of: tuple[Finite, ...] = ()
-    lowest: Finite
-    highest: Finite
+    weights_of: tuple[Number, ...] = ()
+    lowest: Number
+    highest: Number
     max_tokens: int = Field(default=1024, ge=1)
     pattern: str = ""
     words: dict[str, float] = {}
@@ -118,7 +120,7 @@ class VerdictKeys(Section):
 class JudgeKeys(Section):
     template: str
     labels: tuple[str, ...] = ()
-    values: tuple[Finite, ...] = ()
+    values: tuple[Number, ...] = ()
     verdict: VerdictKeys | None = None
 
 
