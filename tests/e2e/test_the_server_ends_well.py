@@ -163,6 +163,23 @@ def test_a_terminal_that_is_closed_drains_the_server(start_with_hangups):
     assert any("draining: " in line for line in server.log)
 
 
+def test_a_session_that_ends_sends_sigterm_behind_sighup_and_the_server_drains_all_the_same(
+    start, bf16_checkpoint, kit
+):
+    server = start("--model", f"tiny={bf16_checkpoint}").ready()
+    engine = server.engine()
+    engine.suspend()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(send, server, kit.ids_request([1], [[2]]))
+        kit.until(lambda: server.metric("in_flight_requests") == 1)
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for_log("draining: ")
+        server.terminate()
+        engine.resume()
+        assert None not in kit.scores_of(future.result(60))
+    assert server.wait(20) == 0
+
+
 def test_under_nohup_a_terminal_that_is_closed_is_nothing_to_the_server(start_with_hangups):
     server = start_with_hangups(signal.SIG_IGN)
     server.process.send_signal(signal.SIGHUP)

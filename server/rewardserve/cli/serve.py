@@ -1,4 +1,4 @@
-"""`rewardserve serve`: a server until SIGTERM or SIGHUP, which drain it; one more SIGTERM ends it at once."""
+"""`rewardserve serve`: a server until SIGTERM or SIGHUP, which drain it; a second SIGTERM ends it at once."""
 
 import asyncio
 import contextlib
@@ -79,10 +79,10 @@ async def _serve(config: ServeConfig) -> int:
     except LoadFailed as error:  # a calibration or a reference that cannot be read
         log.critical("%s", error)
         return 1
-    stopping = asyncio.Event()
+    stopping, asked = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _on_signal, stopping)
+        loop.add_signal_handler(number, _on_signal, stopping, asked)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup does
         loop.add_signal_handler(signal.SIGHUP, stopping.set)  # a terminal that is closed may send it twice
     starting = asyncio.create_task(app.start())
@@ -107,7 +107,9 @@ async def _serve(config: ServeConfig) -> int:
     return 0
 
 
-def _on_signal(stopping: asyncio.Event) -> None:
-    if stopping.is_set():
+def _on_signal(stopping: asyncio.Event, asked: asyncio.Event) -> None:
+    """Not counting SIGHUP: who ends a session sends that, and SIGTERM right behind it, and means one end."""
+    if asked.is_set():
         os._exit(130)  # asked twice: at once; engines notice that their parent is gone
+    asked.set()
     stopping.set()
