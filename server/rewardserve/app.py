@@ -31,7 +31,7 @@ from rewardserve.engine.shared import SharedEngine, sharing
 from rewardserve.engine.vllm_options import VllmOptions
 from rewardserve.errors import Unloaded
 from rewardserve.metrics import Metrics
-from rewardserve.models.source import check_source
+from rewardserve.models.source import behind_links, check_source
 from rewardserve.service.admission import Limits
 from rewardserve.service.drift import Drift, read_reference
 from rewardserve.service.finish import Finishing, read_calibration
@@ -124,6 +124,7 @@ class App:
 
     def __init__(self, config: ServeConfig, make_engine: MakeEngine | None = None) -> None:
         self._config = config
+        self._sources = {name: behind_links(source) for name, source in config.models.items()}
         self._executor = ThreadPoolExecutor(config.tokenizer_threads, thread_name_prefix=TEXT_THREADS)
         self._health = Health()
         self.metrics = Metrics(prometheus_client.CollectorRegistry())
@@ -168,7 +169,7 @@ class App:
         for name, (aggregate, members) in self._config.ensembles.items():
             self.registry.add_ensemble(name, members, aggregate)
         # All before the first is loaded, which takes minutes: who asks for another is to come again, not to give up.
-        models = [self.registry.enter(name, source) for name, source in self._config.models.items()]
+        models = [self.registry.enter(name, source) for name, source in self._sources.items()]
         await self._server.start()
         log.info("listening on %s, metrics on port %s", _address(self._host, self.port), self.metrics_port or "none")
         for model in models:
@@ -240,11 +241,11 @@ class App:
 
         return [
             SharedEngine(
-                {name: config.models[name] for name in names},
+                {name: self._sources[name] for name in names},
                 make=partial(make, names),
-                alone=lambda name: self._engine_alone(name, config.models[name], "auto"),
+                alone=lambda name: self._engine_alone(name, self._sources[name], "auto"),
             )
-            for names in sharing(config.models)
+            for names in sharing(self._sources)
         ]
 
     def _make_engine(self, name: str, source: str, dtype: str) -> Engine:
@@ -253,7 +254,7 @@ class App:
         Raises LoadFailed for a source that cannot be one.
         """
         check_source(source)
-        if source == self._config.models.get(name) and dtype == "auto":
+        if source == self._sources.get(name) and dtype == "auto":
             for shared in self._shared:
                 if name in shared.members and not shared.members[name].is_running:
                     return shared.members[name]

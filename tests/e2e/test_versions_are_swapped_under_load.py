@@ -233,10 +233,14 @@ def test_one_swap_at_a_time_and_none_of_what_is_unloaded(server, client, version
     assert len(errors) == 1 and "is being swapped already" in str(errors[0])
 
 
-def test_an_engine_that_is_restarted_loads_the_weights_it_had(start, versions, wanted) -> None:
+def test_an_engine_that_is_restarted_loads_the_weights_it_had(start, versions, wanted, tmp_path) -> None:
+    latest = tmp_path / "latest"
+    latest.symlink_to(versions["other"])
     server = start("--model", f"rm={versions['first']}", "--allow-model-control", "--prefix-cache-mb", "16").ready()
     with RewardClient(server.target, timeout=120) as client:
-        version = client.update_weights("rm", str(versions["other"])).version
+        version = client.update_weights("rm", str(latest)).version
+        latest.unlink()
+        latest.symlink_to(versions["second"])
         server.engine().kill()
         after, scores = scored(client)
     assert after == version and agrees(scores, wanted["other"])

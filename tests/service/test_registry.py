@@ -250,6 +250,39 @@ async def test_an_engine_that_restarts_is_unavailable_until_it_is_up(house, tool
     assert [state for _, state in house.states] == [LOADING, SERVING, RESTARTING, SERVING]
 
 
+async def test_an_engine_that_comes_back_as_another_version_is_told_of(house, tools, caplog) -> None:
+    """Somebody wrote to its folder, and nobody asked for a swap."""
+    model = await house.serve()
+    for version in ("v1", "v2"):
+        assert not caplog.records
+        house.engines["m"].listener.on_down("killed by SIGKILL")
+        house.engines["m"].listener.on_up(dataclasses.replace(tools.INFO, version=version))
+    assert "another version: its checkpoint, /models/m, was changed; v2 serves where v1 did" in caplog.text
+    assert (model.state, model.version) == (SERVING, "v2")
+
+
+@pytest.mark.parametrize("change", ["load", "update", "swap"])
+async def test_a_link_is_followed_once_so_that_a_restart_or_rollback_finds_the_same_weights(
+    house, tools, tmp_path, monkeypatch, change: str
+) -> None:
+    made = []
+    monkeypatch.setattr(
+        house.registry, "_make_engine", lambda name, source, dtype: made.append(source) or house.engines[name]
+    )
+    step, latest = tmp_path / "step_20", tmp_path / "latest"
+    step.mkdir()
+    latest.symlink_to(step)
+    house.engines["m"] = tools.Engine()
+    house.engines["m"].weights = {str(step): "v1"}
+    model = await house.registry.load("m", str(latest) if change == "load" else "/models/m")
+    if change == "update":
+        await house.registry.update_weights("m", str(latest))
+    elif change == "swap":
+        model = await house.registry.load_beside(model, str(latest), "auto")
+    assert model.source == str(step)
+    assert change == "update" or made[-1] == str(step)
+
+
 async def test_an_engine_that_gives_up_is_failed_for_good(house, tools) -> None:
     model = await house.serve()
     house.engines["m"].listener.on_down("died")

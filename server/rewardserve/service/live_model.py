@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import enum
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -17,6 +18,8 @@ from rewardserve.service.shadow import Shadow
 from rewardserve.text.encoder import EncodedRequest, Encoder, is_quickly_encoded
 from rewardserve.text.tokenizer import Tokenizer
 from rewardserve.types import EncodedGroup, ScoreRequest
+
+log = logging.getLogger(__name__)
 
 
 class ModelState(enum.Enum):
@@ -127,6 +130,11 @@ class LiveModel:
         def on_up(info: EngineInfo) -> None:
             if self.state is ModelState.RESTARTING:
                 count_restart()
+                if self.info is not None and info.version != self.info.version:
+                    log.warning(
+                        "%s came back as another version: its checkpoint, %s, was changed; %s serves where %s did",
+                        *(self.name, self.source, info.version, self.info.version),
+                    )
             try:
                 self._use(info, self._tokenizer_for(info))
             except LoadFailed as error:  # the checkpoint's files were changed while it was down

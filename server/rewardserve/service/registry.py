@@ -22,6 +22,7 @@ from rewardserve.errors import (
     Unloaded,
 )
 from rewardserve.metrics import Metrics, ModelMetrics
+from rewardserve.models.source import behind_links
 from rewardserve.service.admission import Limits
 from rewardserve.service.ensemble import Ensemble
 from rewardserve.service.finish import Finishing
@@ -125,6 +126,7 @@ class Registry:
 
     async def load_beside(self, old: LiveModel, source: str, dtype: str) -> LiveModel:
         """A model for the name of `old`, warm, that nobody reaches yet. Raises LoadFailed."""
+        source = behind_links(source)
         engine = self._make_engine(old.name, source, dtype)
         unseen = ModelMetrics(Metrics(CollectorRegistry()), old.name)
         new = LiveModel(old.name, source, engine, unseen, self._limits)
@@ -153,7 +155,7 @@ class Registry:
 
         Raises LoadFailed, and nothing has changed; Unavailable if the engine died of it, and comes back as it was.
         """
-        model = self.serving(name)
+        model, source = self.serving(name), behind_links(source)
         model.configured.beside(source)  # for its error, while nothing has changed
         with model.closed():
             await _idle(model, grace_s=None)
@@ -225,6 +227,7 @@ class Registry:
     def enter(self, name: str, source: str, dtype: str = "auto") -> LiveModel:
         """A model that `start` is to load: away until then, and not unknown. Raises ModelExists or LoadFailed."""
         self._check_new(name)
+        source = behind_links(source)
         engine = self._make_engine(name, source, dtype)
         model = LiveModel(name, source, engine, ModelMetrics(self.metrics, name), self._limits)
         model.dtype, model.configured = dtype, self._finishings.get(name, self._finishing)
