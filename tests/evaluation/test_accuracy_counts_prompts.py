@@ -22,6 +22,32 @@ def prompts_of(groups, transform=float):
     ]
 
 
+@given(GROUPS, st.sampled_from([0.0, 0.5, 1.0]), st.booleans())
+def test_pairs_are_those_that_differ_in_the_order_of_their_responses(groups, min_gap, with_members):
+    prompts = [pair(1.5, "of a pair", "b", (3, 4)), *prompts_of(groups)]
+    members = [[(score, 2.0 * score) for score, _ in group] if with_members else None for group in groups]
+    prompts[1:] = [
+        rated(each.scores, each.ratings, each.prompt, "long name", range(len(each.scores)), of_members)
+        for each, of_members in zip(prompts[1:], members, strict=True)
+    ]
+    wanted = [
+        (number, each.domain, a.score - b.score, a.num_characters, b.num_characters)
+        for number, each in enumerate(prompts)
+        for a in each.responses
+        for b in each.responses
+        if (a.rating is None and a is not b and a is each.responses[0])
+        or (a.rating is not None and a.rating - b.rating > min_gap)
+    ]
+    found = pairs_of(prompts, min_gap)
+    columns = (found.prompt, found.domain, found.margin, found.preferred_characters, found.other_characters)
+    assert list(zip(*(column.tolist() for column in columns), strict=True)) == wanted
+    assert found.members is None, "one row has none"
+    found = pairs_of(prompts[1:], min_gap)
+    assert (found.members is not None) == (with_members and len(found) > 0)
+    if found.members is not None:
+        assert found.members.tolist() == [[margin, 2 * margin] for margin in found.margin.tolist()]
+
+
 def accuracy(prompts) -> Share | None:
     found = pairs_of(prompts)
     return share(found.margin, found.prompt)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from judged import bradley_terry, pairs
-from rewardserve.evaluation.calibration import calibration, curve, errors, fit
+from rewardserve.evaluation.calibration import calibration, curve, errors, fit, probabilities
+from rewardserve.evaluation.calibration_file import KINDS
 from scipy.special import expit
 
 MARGINS = arrays(np.float64, st.integers(1, 40), elements=st.floats(-20, 20))
@@ -48,14 +49,23 @@ def test_opposite_errors_do_not_cancel_across_bins():
     assert found.ece == pytest.approx(0.45)
 
 
+@given(MARGINS, MARGINS)
+def test_a_fit_says_of_many_margins_what_it_says_of_each(margins, at):
+    at = np.concatenate([at, margins])  # those on the curve's points, too
+    for kind in KINDS:
+        fitted = fit(kind, margins, 0.3)
+        each = [fitted.probability(margin) for margin in at.tolist()]
+        assert probabilities(fitted, at) == pytest.approx(np.array(each), rel=1e-12)
+
+
 @given(MARGINS)
 def test_an_isotonic_fit_never_falls_and_is_symmetric(margins):
     fitted = fit("isotonic", margins, 0.0)
     at = np.linspace(-25, 25, 201)
-    probabilities = np.array([fitted.probability(margin) for margin in at.tolist()])
-    assert np.all(np.diff(probabilities) >= -1e-12)
-    assert probabilities + probabilities[::-1] == pytest.approx(np.ones(201))
-    assert probabilities.min() > 0 and probabilities.max() < 1
+    found = probabilities(fitted, at)
+    assert np.all(np.diff(found) >= -1e-12)
+    assert found + found[::-1] == pytest.approx(np.ones(201))
+    assert found.min() > 0 and found.max() < 1
 
 
 @given(MARGINS)

@@ -87,7 +87,7 @@ def errors(probabilities: Floats) -> Errors:
     """
     confidence, right = np.maximum(probabilities, 1 - probabilities), (1 + np.sign(probabilities - 0.5)) / 2
     return Errors(
-        _ece(confidence, right),
+        _ece(_bins_of(confidence), confidence - right),
         float(np.mean((1 - probabilities) ** 2)),
         float(-np.mean(np.log(np.maximum(probabilities, 1e-12)))),
     )
@@ -103,9 +103,26 @@ def fit(kind: str, margins: Floats, mean_score: float) -> calibration_file.Calib
     if kind == Isotonic.kind:
         return _fit_isotonic(margins)
     temperature = _fit_temperature(margins)
-    if kind == Temperature.kind:
-        return Temperature(temperature)
+    return Temperature(temperature) if kind == Temperature.kind else _affine(temperature, mean_score)
+
+
+def _affine(temperature: float, mean_score: float) -> Affine:
     return Affine(1 / temperature, -mean_score / temperature)
+
+
+def probabilities(fitted: calibration_file.Calibration, margins: Floats) -> Floats:
+    """`fitted.probability` of each [num_pairs]; of millions it would be minutes, one by one."""
+    match fitted:
+        case Temperature(temperature):
+            return expit(margins / temperature)
+        case Affine(scale, _):
+            return expit(margins * scale)
+        case Isotonic():
+            at, level = np.array(fitted.margins), np.array(fitted.probabilities)
+            right = np.searchsorted(at, margins, side="right")
+            before, after = np.maximum(right - 1, 0), np.minimum(right, len(at) - 1)
+            width = np.where(before == after, 1.0, at[after] - at[before])  # level outside of them
+            return level[before] + (level[after] - level[before]) * ((margins - at[before]) / width)
 
 
 def _fit_temperature(margins: Floats) -> float:
@@ -137,15 +154,13 @@ def _fitted(pairs: Pairs, mean_score: float, seed: int) -> dict[str, Errors]:
     folds = _folds(pairs.prompt, seed)
     if folds.max() == 0:
         return {}
-    found = {}
-    for kind in calibration_file.KINDS:
-        probabilities = np.empty(len(pairs))
-        for fold in range(folds.max() + 1):
-            fitted = fit(kind, pairs.margin[folds != fold], mean_score)
-            here = np.flatnonzero(folds == fold)
-            probabilities[here] = [fitted.probability(margin) for margin in pairs.margin[here].tolist()]
-        found[kind] = errors(probabilities)
-    return found
+    found = {kind: np.empty(len(pairs)) for kind in calibration_file.KINDS}
+    for fold in range(folds.max() + 1):
+        here, others = folds == fold, pairs.margin[folds != fold]
+        temperature = _fit_temperature(others)
+        for fitted in (Temperature(temperature), _affine(temperature, mean_score), _fit_isotonic(others)):
+            found[fitted.kind][here] = probabilities(fitted, pairs.margin[here])
+    return {kind: errors(values) for kind, values in found.items()}
 
 
 def _folds(prompts: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
@@ -158,27 +173,29 @@ def _bins_of(confidence: Floats) -> NDArray[np.int64]:
     return np.minimum(((confidence - 0.5) * 2 * NUM_BINS).astype(np.int64), NUM_BINS - 1)
 
 
-def _ece(confidence: Floats, right: Floats) -> float:
-    """Means over bins of |how sure - how often right|, weighted by the bins' pairs."""
-    places = _bins_of(confidence)
-    gaps = np.bincount(places, confidence - right, minlength=NUM_BINS)
-    return float(np.abs(gaps).sum() / len(confidence))
+def _ece(places: NDArray[np.int64], gaps: Floats) -> float:
+    """Means over bins of |how sure - how often right|, weighted by the bins' pairs.
+
+    Of each pair [num_pairs] its bin, and how sure the model is of it less 1 where it is right.
+    """
+    return float(np.abs(np.bincount(places, gaps, minlength=NUM_BINS)).sum() / len(gaps))
 
 
 def _ece_estimate(pairs: Pairs, seed: int) -> Estimate:
     confidence = expit(np.abs(pairs.margin))
-    value = _ece(confidence, wins(pairs.margin))
+    bins, apart = _bins_of(confidence), confidence - wins(pairs.margin)
+    value = _ece(bins, apart)
     known, places = np.unique(pairs.prompt, return_inverse=True)
     if len(known) == 1:
         return Estimate(value, None, None, 1)
     gaps = np.zeros((len(known), NUM_BINS))
-    np.add.at(gaps, (places, _bins_of(confidence)), confidence - wins(pairs.margin))
+    np.add.at(gaps, (places, bins), apart)
     counts = np.bincount(places)
     low, high = ends(np.array([np.abs(times @ gaps).sum() / (times @ counts) for times in resamples(len(known), seed)]))
     return Estimate(value, float(low), float(high), len(known))
 
 
 def _ece_by_chance(confidence: Floats, seed: int) -> float:
-    rng = np.random.default_rng(seed)
-    drawn = ((rng.random(len(confidence)) < confidence).astype(float) for _ in range(NUM_DRAWS))
-    return float(np.mean([_ece(confidence, right) for right in drawn]))
+    rng, places = np.random.default_rng(seed), _bins_of(confidence)
+    drawn = (rng.random(len(confidence)) < confidence for _ in range(NUM_DRAWS))
+    return float(np.mean([_ece(places, confidence - right) for right in drawn]))

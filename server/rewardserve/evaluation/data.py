@@ -1,7 +1,7 @@
 """The nouns of an evaluation: prompts with judged responses, then the same with scores, and the pairs in them."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
+Indices: TypeAlias = NDArray[np.int64]
 Prompt: TypeAlias = str | Sequence[Mapping[str, str]]  # one user turn, or a conversation of roles and contents
 
 NO_DOMAIN = "unnamed"  # of rows that name none
@@ -82,17 +83,14 @@ class ScoredPrompt:
         """Of a rated prompt."""
         return np.array([response.rating for response in self.responses], dtype=float)
 
-    def preferences(self, min_gap: float) -> Iterator[tuple[Scored, Scored]]:
-        """(preferred, other), for every two responses that are judged to differ by more than `min_gap`."""
+    def preferences(self, min_gap: float) -> tuple[Indices, Indices]:
+        """Indices of the preferred and of the other, for every two that are judged to differ by more than `min_gap`."""
         if not self.is_rated:
-            if len(self.responses) == 2 and (self.gap is None or self.gap > min_gap):
-                yield self.responses[0], self.responses[1]
-            return
-        gap = min_gap * ROUNDING
-        for preferred in self.responses:
-            for other in self.responses:
-                if preferred.rating - other.rating > gap:  # type: ignore[operator]
-                    yield preferred, other
+            is_pair = len(self.responses) == 2 and (self.gap is None or self.gap > min_gap)
+            return np.arange(int(is_pair)), np.arange(int(is_pair)) + 1
+        ratings = self.ratings
+        preferred, other = np.nonzero(ratings[:, None] - ratings > min_gap * ROUNDING)
+        return preferred, other
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,21 +109,27 @@ class Pairs:
 
 
 def pairs_of(prompts: Sequence[ScoredPrompt], min_gap: float = 0.0) -> Pairs:
-    """Responses judged to differ by at most `min_gap` make no pair."""
-    numbers = number_prompts(prompts)
-    found = [
-        (number, prompt.domain, preferred, other)
-        for number, prompt in zip(numbers, prompts, strict=True)
-        for preferred, other in prompt.preferences(min_gap)
-    ]
-    members = [_margins(preferred, other) for _, _, preferred, other in found]
+    """Responses judged to differ by at most `min_gap` make no pair.
+
+    Of thousands of responses to one prompt there are millions, so no pair is an object of its own.
+    """
+    responses = [response for prompt in prompts for response in prompt.responses]
+    found, first = [(np.arange(0), np.arange(0))], 0
+    for prompt in prompts:
+        preferred, other = prompt.preferences(min_gap)
+        found.append((first + preferred, first + other))
+        first += len(prompt.responses)
+    preferred, other = (np.concatenate(side) for side in zip(*found, strict=True))
+    rows = np.repeat(np.arange(len(prompts)), [len(side) for side, _ in found[1:]])
+    scores = np.array([response.score for response in responses], dtype=float)
+    characters = np.array([response.num_characters for response in responses], dtype=float)
     return Pairs(
-        np.array([number for number, *_ in found], dtype=np.int64),
-        np.array([domain for _, domain, *_ in found], dtype=np.str_),
-        np.array([preferred.score - other.score for *_, preferred, other in found], dtype=float),
-        np.array([preferred.num_characters for *_, preferred, _ in found], dtype=float),
-        np.array([other.num_characters for *_, other in found], dtype=float),
-        None if None in members or not members else np.array(members, dtype=float),
+        np.array(number_prompts(prompts), dtype=np.int64)[rows],
+        np.array([prompt.domain for prompt in prompts], dtype=np.str_)[rows],
+        scores[preferred] - scores[other],
+        characters[preferred],
+        characters[other],
+        _member_margins(responses, preferred, other),
     )
 
 
@@ -135,8 +139,14 @@ def number_prompts(prompts: Sequence[ScoredPrompt]) -> list[int]:
     return [known.setdefault(prompt.prompt, len(known)) for prompt in prompts]
 
 
-def _margins(a: Scored, b: Scored) -> list[float] | None:
-    """Each member's: an offset of one member's own scale is no disagreement."""
-    if a.members is None or b.members is None:
+def _member_margins(responses: Sequence[Scored], preferred: Indices, other: Indices) -> Floats | None:
+    """Each member's: an offset of one member's own scale is no disagreement. None where a pair has none."""
+    if not any(response.members for response in responses):
         return None
-    return [one - other for one, other in zip(a.members, b.members, strict=True)]
+    used = np.zeros(len(responses), dtype=bool)
+    used[preferred] = used[other] = True
+    members = [responses[index].members for index in np.flatnonzero(used)]
+    if None in members or not members:
+        return None
+    values, places = np.array(members, dtype=float), np.cumsum(used) - 1
+    return values[places[preferred]] - values[places[other]]
