@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from rewardserve.metrics import ModelMetrics
-from rewardserve.types import ItemScore, ScoreResult
+from rewardserve.types import ScoreResult
 
 
 def observe_traffic(metrics: ModelMetrics, result: ScoreResult) -> None:
@@ -19,30 +19,35 @@ def observe_traffic(metrics: ModelMetrics, result: ScoreResult) -> None:
     if truncated := sum([item.truncated for item in items]):
         metrics.truncated.inc(truncated)
     score_squares = length_squares = products = 0.0
+    spreads = []
     for group in result.groups:
-        scored = [item for item in group.items if item.score is not None]
-        if len(scored) < 2:
+        scores = [item.score for item in group.items if item.score is not None]
+        if len(scores) < 2:
             continue
-        of_scores, of_lengths, of_both = _deviations(scored)
-        metrics.group_std.observe(math.sqrt(of_scores / len(scored)))
+        lengths = [item.num_response_tokens for item in group.items if item.score is not None]
+        of_scores, of_lengths, of_both = _deviations(scores, lengths)
+        spreads.append(math.sqrt(of_scores / len(scores)))
         score_squares += of_scores
         length_squares += of_lengths
         products += of_both
+    metrics.group_std.observe_all(spreads)
     metrics.score_squares.inc(score_squares)
     metrics.length_squares.inc(length_squares)
     metrics.products.inc(products)
 
 
-def _deviations(items: Sequence[ItemScore]) -> tuple[float, float, float]:
-    """Sums over the items: squared deviations of scores and of lengths from their means, and both's products."""
-    scores = [item.score for item in items if item.score is not None]
-    lengths = [item.num_response_tokens for item in items]
+def _deviations(scores: Sequence[float], lengths: Sequence[int]) -> tuple[float, float, float]:
+    """Sums of squared deviations of scores and of lengths from their means, and of both's products.
+
+    In one loop: the event loop waits for it, and of groups of a few a list for each sum took half as long again.
+    """
     # Of equal scores there is no spread at all, whatever their mean is rounded to.
     mean = scores[0] if scores.count(scores[0]) == len(scores) else sum(scores) / len(scores)
     mean_length = sum(lengths) / len(lengths)
-    of_scores, of_lengths = [score - mean for score in scores], [length - mean_length for length in lengths]
-    return (
-        sum([x * x for x in of_scores]),
-        sum([y * y for y in of_lengths]),
-        sum([x * y for x, y in zip(of_scores, of_lengths, strict=True)]),
-    )
+    of_scores = of_lengths = of_both = 0.0
+    for score, length in zip(scores, lengths, strict=True):
+        of_score, of_length = score - mean, length - mean_length
+        of_scores += of_score * of_score
+        of_lengths += of_length * of_length
+        of_both += of_score * of_length
+    return of_scores, of_lengths, of_both
