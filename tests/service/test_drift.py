@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from prometheus_client import CollectorRegistry
 from rewardserve.errors import LoadFailed
+from rewardserve.metrics import Metrics, ModelMetrics
 from rewardserve.service.drift import MIN_SEEN, WINDOW, Drift, Reference, read_reference
+from rewardserve.service.ensemble import Ensemble
+from rewardserve.types import Aggregate, How
 
 
 def written(path: Path, scores: Sequence[float | None], version: str = "v1") -> Path:
@@ -98,6 +102,24 @@ def test_how_an_adapter_is_applied_is_no_other_version(tmp_path: Path, of: str, 
     drift = Drift("m", read_reference(written(tmp_path / "scores.jsonl", [1.0, 2.0] * 200, of)))
     drift.observe(served, [1.0, 2.0] * 200)
     assert drift.value() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 20])
+def test_nor_is_how_members_of_an_ensemble_apply_theirs(tmp_path: Path, num_others: int) -> None:
+    ensemble = Ensemble("e", (), Aggregate(How.MEAN), ModelMetrics(Metrics(CollectorRegistry()), "e"))
+    merged, shared, another = [
+        [*[(f"m{n}", f"v{n}") for n in range(num_others)], ("a", f"v1{how}"), ("b", f"{b}{how}-finished-ab")]
+        for how, b in (("", "v2"), ("-adapted", "v2"), ("", "v3"))
+    ]
+    assert ensemble.version(merged) != ensemble.version(shared)
+    for of, served, is_told in (
+        *[(merged, shared, True), (another, merged, False)],
+        (shared, merged, num_others < 20),  # of many members not every combination is tried
+    ):
+        reference = written(tmp_path / "scores.jsonl", [1.0, 2.0] * 200, ensemble.version(of))
+        drift = Drift("e", read_reference(reference))
+        drift.observe(ensemble.version(served), [1.0, 2.0] * 200, ensemble.alike(served))
+        assert math.isnan(drift.value()) != is_told
 
 
 @pytest.mark.parametrize(

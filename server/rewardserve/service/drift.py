@@ -5,7 +5,7 @@ import logging
 import math
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,9 +111,14 @@ class Drift:
         self._counts = [0] * len(reference.shares)
         self._others: set[str] = set()  # versions that were told of
 
-    def observe(self, version: str, scores: Iterable[float]) -> None:
-        """Scores of another version than the reference's say nothing of the traffic."""
-        if applied(version) != applied(self._reference.version):  # how adapters are applied changes roundings only
+    def observe(self, version: str, scores: Iterable[float], alike: Set[str] = frozenset()) -> None:
+        """Scores of another version than the reference's say nothing of the traffic.
+
+        How adapters are applied changes roundings only. `alike` are versions that differ in this, of an ensemble, whose
+        own does not show it.
+        """
+        of = self._reference.version
+        if applied(version) != applied(of) and of not in alike:
             self._forget(version)
             return
         for score in scores:

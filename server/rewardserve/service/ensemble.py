@@ -5,8 +5,9 @@ What they come to may be calibrated once more, and pays its own length penalty.
 
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
+from itertools import cycle, product
 
 from rewardserve.engine.base import ADAPTED
 from rewardserve.metrics import ModelMetrics
@@ -26,6 +27,8 @@ from rewardserve.types import (
     Timings,
 )
 
+MAX_APART = 6  # members, each of which may apply its adapter in either way: 64 versions
+
 
 @dataclass(slots=True)
 class Ensemble:
@@ -37,17 +40,21 @@ class Ensemble:
     metrics: ModelMetrics
     configured: Finishing = field(default_factory=Finishing)
     _of_version: tuple[str, Finishing] = field(default_factory=lambda: ("", Finishing()), init=False)
+    _alike: frozenset[str] = field(default=frozenset(), init=False)
 
     def finishing(self, members: Sequence[tuple[str, str]]) -> tuple[str, Finishing]:
         """Its version, and what of what is configured is for it; `members` are names and versions, in their order."""
         version = version_of(self, members)
         if version != self._of_version[0]:
-            alike = [
-                version_of(self, [(name, applied(version, adapted)) for name, version in members])
-                for adapted in ("", ADAPTED)  # as if all of them applied it so: no calibration depends on how
-            ]
-            self._of_version = version, self.configured.of(self.name, version, alike)
+            alike = _alike(self, members)  # no calibration depends on how adapters are applied
+            finishing = self.configured.of(self.name, version, alike)
+            self._of_version, self._alike = (version, finishing), frozenset(map(finishing.version_of, alike))
         return self._of_version
+
+    def alike(self, members: Sequence[tuple[str, str]]) -> Set[str]:
+        """What it would be with the same weights, however adapters are applied: scores differ in roundings only."""
+        self.finishing(members)
+        return self._alike
 
     def version(self, members: Sequence[tuple[str, str]]) -> str:
         """What its scores say they are of."""
@@ -78,6 +85,15 @@ def version_of(ensemble: Ensemble, members: Sequence[tuple[str, str]]) -> str:
     """Before it is finished. Changes with any member's; `members` are their names and versions, in their order."""
     told = "".join(f"{name} {version}\n" for name, version in members) + str(ensemble.aggregate)
     return "ensemble-" + hashlib.blake2b(told.encode(), digest_size=6).hexdigest()
+
+
+def _alike(ensemble: Ensemble, members: Sequence[tuple[str, str]]) -> list[str]:
+    """As if each of its members applied an adapter in either way, or of many members all of them in one."""
+    repeat = len(members) if len(members) <= MAX_APART else 1
+    return [
+        version_of(ensemble, [(name, applied(version, way)) for (name, version), way in zip(members, cycle(ways))])
+        for ways in product(("", ADAPTED), repeat=repeat)
+    ]
 
 
 def _group(parts: Sequence[GroupScore], ensemble: Ensemble, finishing: Finishing, by_step: bool) -> GroupScore:

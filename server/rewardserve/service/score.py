@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from concurrent.futures import Executor
 from dataclasses import replace
 
@@ -64,15 +64,15 @@ class ScoringService:
             for part in parts:
                 part.cancel()
         result = combine(ensemble, request, results)
-        self._observe(ensemble.metrics, result)
+        self._observe(ensemble.metrics, result, ensemble.alike(result.members))
         return result
 
-    def _observe(self, metrics: ModelMetrics, result: ScoreResult) -> None:
+    def _observe(self, metrics: ModelMetrics, result: ScoreResult, alike: Set[str] = frozenset()) -> None:
         observe(metrics, result)
         observe_traffic(metrics, result)
         if result.model in self._drifts:
             scores = [item.score for group in result.groups for item in group.items if item.score is not None]
-            self._drifts[result.model].observe(result.version, scores)
+            self._drifts[result.model].observe(result.version, scores, alike)
 
     async def _score(self, model: LiveModel, request: ScoreRequest) -> ScoreResult:
         admitted = time.monotonic()
