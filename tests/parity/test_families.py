@@ -21,7 +21,7 @@ BUDGETS = {"one forward": 4096, "several forwards": 100}
 @pytest.fixture(scope="module")
 def id_groups() -> list[IdGroup]:
     """Ragged groups of real text; two prompts begin alike, past a block's border."""
-    real = groups(4, 4)
+    real = groups(4, 4, max_characters=400)
     tokenizer = make_tokenizer(all_texts(real))
     encoded = [(tokenizer.encode(prompt), [tokenizer.encode(r) for r in responses]) for prompt, responses in real]
     long = tokenizer.encode(" ".join(all_texts(real)))[:300]
