@@ -48,17 +48,21 @@ constexpr int64_t LINE = 64;                // bytes of a line of the caches
 constexpr int64_t AHEAD = 16;               // inner dimensions that a weight is fetched before it is needed
 constexpr int64_t STREAMED_BYTES = 4 << 20; // results from this size on go past the caches: who reads them comes later
 
-enum Kind : int32_t { FP32, SILU, GELU_TANH };
+enum Kind : int32_t { FP32, SILU, GELU_TANH, ADD };
 
 // As in avx512.py.
 struct Product {
     const bf16* x;        // [rows, inner], rows x_row apart
     const bf16* weight;   // in panels
     const float* bias;    // [columns] or null
-    void* out;            // [rows, columns], fp32 sums; or, for all other kinds, products in bf16
+    void* out;            // [rows, columns], fp32 sums; or, of gated kinds, products in bf16
     int64_t rows, inner, columns, x_row;
+    const int64_t* to;    // [rows], for ADD: the rows of `out` that sums are added to, no two the same
+    const float* scale;   // [rows], for ADD: what they are multiplied by before
     Kind kind;
 };
+
+inline bool is_gated(Kind kind) { return kind == SILU || kind == GELU_TANH; }
 
 constexpr __mmask16 ALL_LANES = 0xffff;
 
@@ -84,14 +88,16 @@ inline __m512 gelu_tanh(__m512 x) {
 // What becomes of the finished sums of R rows from `row` on.
 template <int R>
 inline void finish(const Product& p, const __m512 (&sums)[R][VECTORS], int64_t row, int64_t panel, bool streamed) {
-    if (p.kind == FP32) {
+    if (!is_gated(p.kind)) {
         for (int n = 0; n < VECTORS; n++) {
             const int64_t column = panel * PANEL + n * LANES;
             const __mmask16 mask = first_lanes(p.columns - column);
             const __m512 bias = p.bias ? _mm512_maskz_loadu_ps(mask, p.bias + column) : _mm512_setzero_ps();
             for (int r = 0; r < R; r++) {
-                float* out = (float*)p.out + (row + r) * p.columns + column;
-                const __m512 sum = _mm512_add_ps(sums[r][n], bias);
+                const bool adds = p.kind == ADD;
+                float* out = (float*)p.out + (adds ? p.to[row + r] : row + r) * p.columns + column;
+                __m512 sum = _mm512_add_ps(sums[r][n], bias);
+                if (adds) sum = _mm512_fmadd_ps(sum, _mm512_set1_ps(p.scale[row + r]), _mm512_maskz_loadu_ps(mask, out));
                 if (streamed && mask == ALL_LANES)
                     _mm512_stream_ps(out, sum);
                 else
@@ -274,7 +280,7 @@ struct Cut {
     int64_t rows, panels, part;
 };
 
-int64_t panels_of(const Product& p) { return divide_up(p.columns, p.kind == FP32 ? PANEL : FACTORS); }
+int64_t panels_of(const Product& p) { return divide_up(p.columns, is_gated(p.kind) ? FACTORS : PANEL); }
 
 Cut cut(const Product& p, bool on_tiles, int64_t num_threads) {
     const int64_t parts = on_tiles ? divide_up(p.inner, MAX_PART) : 1, pieces = PIECES_PER_THREAD * num_threads;
@@ -298,9 +304,9 @@ extern "C" int32_t uses_tiles(int64_t inner) { return inner % TILE_INNER == 0 &&
 
 extern "C" void linear(const Product* product, int32_t num_threads) {
     const Product& p = *product;
-    const int64_t out_row_bytes = p.columns * (p.kind == FP32 ? sizeof(float) : sizeof(bf16));
+    const int64_t out_row_bytes = p.columns * (is_gated(p.kind) ? sizeof(bf16) : sizeof(float));
     const bool aligned = (uintptr_t)p.out % LINE == 0 && out_row_bytes % LINE == 0;
-    const bool streamed = aligned && p.rows * out_row_bytes >= STREAMED_BYTES;
+    const bool streamed = aligned && p.kind != ADD && p.rows * out_row_bytes >= STREAMED_BYTES;
     const bool on_tiles = uses_tiles(p.inner);
     const Cut piece = cut(p, on_tiles, num_threads);
     const int64_t blocks = divide_up(p.rows, piece.rows), groups = divide_up(panels_of(p), piece.panels);

@@ -23,7 +23,7 @@ from rewardserve_kernels import cpu_code
 NEEDED = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_bf16"})
 PANEL = 64  # columns; as in avx512.cpp
 HALF = PANEL // 2
-FP32, SILU, GELU_TANH = range(3)  # `Kind` of avx512.cpp
+FP32, SILU, GELU_TANH, ADD = range(4)  # `Kind` of avx512.cpp
 TRIED_SIZES = (1.0, 1e2, 1e4)
 ACTIVATIONS = {SILU: F.silu, GELU_TANH: functools.partial(F.gelu, approximate="tanh")}
 
@@ -34,6 +34,7 @@ class _Product(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "bias", "out")),
         *((name, ctypes.c_int64) for name in ("rows", "inner", "columns", "x_row")),
+        *((name, ctypes.c_void_p) for name in ("to", "scale")),
         ("kind", ctypes.c_int32),
     )
 
@@ -56,14 +57,29 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, co
     if x.dtype != torch.bfloat16 or x.shape[-1] != 2 * weight.shape[1]:
         raise ValueError(f"it takes {2 * weight.shape[1]} inputs in bfloat16, not {x.shape[-1]} in {x.dtype}")
     x = x if x.stride(-1) == 1 else x.contiguous()
-    rows = x.flatten(0, -2)
     out = x.new_empty(*x.shape[:-1], columns, dtype=torch.float32 if kind == FP32 else torch.bfloat16)
-    product = _Product(
-        *(rows.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()),
-        *(*rows.shape, columns, rows.stride(0), kind),
-    )
-    _library().linear(ctypes.byref(product), torch.get_num_threads())
+    multiply(x.flatten(0, -2), weight, bias, out, kind)
     return out
+
+
+def multiply(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    kind: int,
+    to: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """x [rows, inner] in bf16 times a weight that is laid out, into `out` [rows, columns].
+
+    ADD instead adds sums to the rows `to` [rows] of out, which are in fp32, each times its `scale` [rows] in fp32. It
+    names no row twice. Nothing of this is checked.
+    """
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, weight, bias, out))
+    others = (None if tensor is None else tensor.data_ptr() for tensor in (to, scale))
+    product = _Product(*pointers, *x.shape, out.shape[-1], x.stride(0), *others, kind)
+    _library().linear(ctypes.byref(product), torch.get_num_threads())
 
 
 _operators = torch.library.Library("rewardserve", "FRAGMENT")
@@ -97,12 +113,12 @@ class Avx512Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.register_buffer("weight", _lay_out(linear.weight.detach()))
+        self.register_buffer("weight", lay_out(linear.weight.detach()))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
-    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Another weight [out_features, in_features] and bias, of the same shapes, from here on."""
-        self.weight.copy_(_lay_out(weight))
+        self.weight.copy_(lay_out(weight))
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
@@ -124,7 +140,7 @@ class Avx512GatedMLP(nn.Module):
         """`kind` is SILU or GELU_TANH."""
         super().__init__()
         self.intermediate_size, self._kind = gate.out_features, kind
-        self.register_buffer("weight", _lay_out_both(gate.weight.detach(), up.weight.detach()))
+        self.register_buffer("weight", lay_out_both(gate.weight.detach(), up.weight.detach()))
         self.gate_proj, self.up_proj = _Half(self, 0), _Half(self, 1)
         self.down_proj = Avx512Linear(down)
 
@@ -142,7 +158,7 @@ class _Half(nn.Module):
         self._mlp = (mlp,)  # in a tuple: it is no child of its child
         self._number = number
 
-    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """As Avx512Linear's; there is no bias."""
         _halves(self._mlp[0].weight, weight.shape[1])[self._number].copy_(_panels(weight, HALF))
 
@@ -174,20 +190,20 @@ def _computes(
     return torch.equal(module(x), down(act(gate(x)) * up(x)))
 
 
-def _lay_out(weight: torch.Tensor) -> torch.Tensor:
+def lay_out(weight: torch.Tensor) -> torch.Tensor:
     """[columns, inner] as linear wants it: in panels, or on matrix units in pairs of halves."""
     weight = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
     return _panels(weight, HALF if _library().uses_tiles(weight.shape[1]) else PANEL)
 
 
-def _lay_out_both(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def lay_out_both(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """[columns, inner] each, one as the first and one as the second halves of panels."""
     parts = _panels(gate, HALF), _panels(up, HALF)
     return torch.stack(parts, 1).flatten(0, 1) if _library().uses_tiles(gate.shape[1]) else torch.cat(parts, dim=2)
 
 
 def _halves(weight: torch.Tensor, inner: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each of the two lies in what _lay_out_both gives."""
+    """Where each of the two lies in what lay_out_both gives."""
     if _library().uses_tiles(inner):
         return weight[0::2], weight[1::2]
     return weight[:, :, :HALF], weight[:, :, HALF:]

@@ -26,7 +26,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", scale[:, 0])  # [out_features] fp32
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float())
 
-    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Another weight [out_features, in_features] and bias, of the same shapes, from here on."""
         quantized, scale = _quantize(weight.to(self.weight.device))
         self.weight.copy_(quantized.t())

@@ -60,7 +60,7 @@ class PrepackedLinear(nn.Module):
         self.refill(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
         weakref.finalize(self, _weights.pop, int(self.number))
 
-    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         """Another weight [out_features, in_features] and bias, of the same shapes, from here on."""
         num_rows = ROWS_AT_ONCE if _has_matrix_units() else self._num_rows
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(torch.bfloat16), num_rows)

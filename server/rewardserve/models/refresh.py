@@ -18,9 +18,10 @@ UNIMPORTANT = {"_name_or_path", "torch_dtype", "dtype", "transformers_version", 
 
 @runtime_checkable
 class Refillable(Protocol):
-    """A layer that took the place of an nn.Linear, and keeps its weight in another form."""
+    """A layer that took the place of another, and keeps its weights in another form."""
 
-    def refill(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None: ...
+    def refill(self, **tensors: torch.Tensor) -> None:
+        """The other's parameters, by their names."""
 
 
 def check_refresh(model: RewardModel, spec: ModelSpec, loaded: ModelSpec) -> None:
@@ -73,7 +74,7 @@ def refresh(model: RewardModel, spec: ModelSpec) -> None:
             # Rounded as at load: who holds it now may hold it in a higher precision.
             tensors[leaf] = spec.checkpoint.tensor(names[name]).to(backbone.loaded_as[name])
         if isinstance(holder, Refillable):
-            holder.refill(tensors["weight"], tensors.get("bias"))
+            holder.refill(**tensors)
             continue
         for leaf, tensor in tensors.items():
             getattr(holder, leaf).data.copy_(tensor)

@@ -10,7 +10,7 @@ import copy
 import ctypes
 import logging
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from rewardserve_kernels.attention import avx512, chunked
 from rewardserve_kernels.cpu_code import CannotBuild
 from rewardserve_kernels.kv_cache import paged
 from rewardserve_kernels.linear import avx512 as products
+from rewardserve_kernels.linear import experts
 from rewardserve_kernels.linear.fp8 import Fp8Linear, can_be_fp8
 from rewardserve_kernels.linear.int8 import Int8Linear
 from rewardserve_kernels.linear.prepacked import PrepackedLinear, can_prepack
@@ -182,7 +183,27 @@ def _use_built(subject: Subject) -> str | None:
 def _built(module: nn.Module) -> nn.Module | None:
     if products.can_replace(module):
         return products.Avx512Linear(module)
-    return products.gated_mlp(module) or _norm_in_fp32(module)
+    return products.gated_mlp(module) or experts.experts(module) or _mixture_in_bf16(module) or _norm_in_fp32(module)
+
+
+def _is_of_mixture(module: nn.Module, *names: str) -> bool:
+    """Whether it is a router or experts, in bf16, told by the names that transformers gives them."""
+    own = list(module.parameters(recurse=False))
+    return type(module).__name__.endswith(names) and bool(own) and all(each.dtype == torch.bfloat16 for each in own)
+
+
+def _mixture_in_bf16(module: nn.Module) -> nn.Module | None:
+    """A router, or experts that are not built, as they are but for what they get in fp32."""
+    if not _is_of_mixture(module, "Router", "Experts"):
+        return None
+    same = copy.copy(module)  # of the same parameters, under the same names
+    same._forward_pre_hooks = OrderedDict()
+    same.register_forward_pre_hook(_inputs_in_bf16)
+    return same
+
+
+def _inputs_in_bf16(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return inputs[0].to(torch.bfloat16), *inputs[1:]
 
 
 def _prepacked(module: nn.Module, num_rows: int) -> nn.Module | None:
@@ -224,7 +245,13 @@ def _parts(layer: nn.Module) -> Counter[type[nn.Module]]:
 
 
 def _keep_residual_in_fp32(subject: Subject) -> None:
-    """Costs nothing that can be measured; layers with products of other kinds (experts) do not take it."""
+    """Costs nothing that can be measured.
+
+    Not where a router chooses experts by what it gets in bf16: whether roundings send the canary's tokens elsewhere is
+    chance, and weights that are copied over these are to run as if they had been loaded.
+    """
+    if any(_is_of_mixture(module, "Router") for module in subject.model.backbone.module.modules()):
+        return
     subject.model.backbone.residual_in_fp32 = True
     if flaw := subject.flaw():
         log.info("hidden states stay in bf16 between layers: %s", flaw)
