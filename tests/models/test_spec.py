@@ -1,5 +1,6 @@
 """A checkpoint is understood, or refused by name of what is wrong with it; never anything else."""
 
+import io
 import json
 import re
 import shutil
@@ -125,6 +126,23 @@ def test_a_shard_cut_short_is_named(shards) -> None:
     short = sorted(shards.path.glob("model-*.safetensors"))[-1]
     short.write_bytes(short.read_bytes()[:-10])
     assert short.name in refusal(shards.path)
+
+
+def test_files_of_json_are_utf_8_whatever_the_locale_is(folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a token that is told by its text is not found, and another one is read in its place."""
+    config = json.loads(folder.config.read_text()) | {"note": "▁+"}
+    for name, saved in (("config", config), ("tokenizer", {"model": {"vocab": {"▁+": 5}}})):
+        (folder.path / f"{name}.json").write_text(json.dumps(saved, ensure_ascii=False), encoding="utf-8")
+    opened = io.open
+    monkeypatch.setattr(
+        io,
+        "open",
+        lambda file, mode="r", buffering=-1, encoding=None, *rest: opened(
+            file, mode, buffering, "ascii" if encoding in (None, "locale") and "b" not in mode else encoding, *rest
+        ),
+    )
+    checkpoint = read_spec(str(folder.path)).checkpoint
+    assert checkpoint.raw_config["note"] == "▁+" and checkpoint.token_id("▁+", 648) == 5
 
 
 def test_no_config_is_named(folder) -> None:

@@ -268,7 +268,7 @@ def _ends(spec: ModelSpec, tokenizer: tokenizers.Tokenizer) -> list[int]:
     found = getattr(spec.config.get_text_config(), "eos_token_id", None)
     ends = {*found} if isinstance(found, list) else {found}
     with contextlib.suppress(OSError, ValueError):
-        named = json.loads((spec.checkpoint.text_folder / "tokenizer_config.json").read_text()).get("eos_token")
+        named = json.loads((spec.checkpoint.text_folder / "tokenizer_config.json").read_bytes()).get("eos_token")
         named = named["content"] if isinstance(named, dict) else named
         if named is not None:
             ends.add(tokenizer.token_to_id(str(named)))

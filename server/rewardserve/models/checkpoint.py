@@ -168,7 +168,7 @@ class Checkpoint:
         """The id of a token of its own, by the tokenizer's files; `otherwise` where they do not say."""
         for name in ("tokenizer.json", "tokenizer_config.json"):
             try:
-                saved = json.loads((self.text_folder / name).read_text())
+                saved = json.loads((self.text_folder / name).read_bytes())
             except (OSError, ValueError):
                 continue
             added = saved.get("added_tokens") or []

@@ -10,7 +10,7 @@ from rewardserve.errors import LoadFailed
 def read_object(path: Path) -> dict[str, Any]:
     """Raises LoadFailed naming a file that cannot be read, or holds anything else."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_bytes())  # by its own encoding, whatever the locale is
     except OSError as error:
         raise LoadFailed(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -62,7 +62,7 @@ def _around(made: Tokenizer, config: dict[str, Any]) -> TemplateProcessing:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return json.loads(file.read_bytes()) if file.is_file() else {}
 
 
 def _content(token: Any) -> Any:

@@ -38,7 +38,7 @@ def _processors_template(file: Path) -> str | None:
     """Where transformers 4 left the template of a model that sees images too; its tokenizer class looks elsewhere."""
     if not file.is_file():
         return None
-    saved = json.loads(file.read_text())
+    saved = json.loads(file.read_bytes())
     template = saved.get("chat_template") if isinstance(saved, dict) else None
     if not isinstance(template, str):
         raise ValueError(f"{file.name} holds no chat_template")
