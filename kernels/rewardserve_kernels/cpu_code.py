@@ -1,6 +1,5 @@
 """C++ for the very CPU it runs on: compiled once, kept beside the user's other caches."""
 
-import atexit
 import contextlib
 import ctypes
 import functools
@@ -45,19 +44,25 @@ def load(source: Path, needed: frozenset[str] = frozenset()) -> ctypes.CDLL:
     version = _run([*compiler, "--version"])
     texts = [file.read_text() for file in (source, *sorted(HEADERS.glob("*.h")))]
     key = hashlib.sha256("\0".join([*texts, version, *FLAGS, *sorted(cpu_flags())]).encode())
-    library = _folder() / f"{source.stem}-{key.hexdigest()[:16]}.so"
-    if library.exists():
-        with contextlib.suppress(OSError):  # a damaged one is built anew
-            return ctypes.CDLL(str(library))
+    name = f"{source.stem}-{key.hexdigest()[:16]}.so"
+    command = [*compiler, *FLAGS, str(source), "-o"]
     try:
+        if (cache := _cache()) is None:
+            with _temporary_folder() as folder:
+                _run([*command, f"{folder}/{name}"])
+                return ctypes.CDLL(f"{folder}/{name}")
+        library = cache / name
+        if library.exists():
+            with contextlib.suppress(OSError):  # a damaged one is built anew
+                return ctypes.CDLL(str(library))
         # Another process may be building it too: each its own file, the last one stays.
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
             built = Path(scratch) / "library.so"
-            _run([*compiler, *FLAGS, "-o", str(built), str(source)])
+            _run([*command, str(built)])
             built.replace(library)
         return _opened(library)
     except OSError as error:  # a full disk, folders from which nothing may be run
-        raise CannotBuild(f"{library}: {error}") from error
+        raise CannotBuild(f"{name}: {error}") from error
 
 
 def _opened(library: Path) -> ctypes.CDLL:
@@ -65,24 +70,23 @@ def _opened(library: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(library))
     except OSError:
-        return ctypes.CDLL(shutil.copy(library, tempfile.mkdtemp(dir=_temporary_folder())))
+        with _temporary_folder() as folder:
+            return ctypes.CDLL(shutil.copy(library, folder))
 
 
-def _folder() -> Path:
-    """$XDG_CACHE_HOME/rewardserve, in ~/.cache by default; a new folder where that cannot be written."""
+def _cache() -> Path | None:
+    """$XDG_CACHE_HOME/rewardserve, in ~/.cache by default; None where that cannot be written."""
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rewardserve"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    return _temporary_folder()
+    return None
 
 
-@functools.cache
-def _temporary_folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="rewardserve-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Gone once the library is open, which needs its file no more: a forked engine ends without a tidying up."""
+    return tempfile.TemporaryDirectory(prefix="rewardserve-")
 
 
 def _run(command: list[str]) -> str:

@@ -3,6 +3,7 @@
 import ctypes
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,14 @@ def test_what_was_built_once_is_kept_until_its_source_changes(source: Path, monk
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing is left in its stead: an engine is forked, and no exit handler of it runs."""
     (source.parent / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(source.parent / "file"))
+    temporary = source.parent / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     assert cpu_code.load(source).answer() == 42
+    assert not list(temporary.iterdir())
 
 
 def test_a_user_without_a_home_has_no_cache_and_needs_none(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
