@@ -95,11 +95,11 @@ def load_splits(data_dir: Path) -> dict[str, Split]:
     """Read both sources and return the parts "train", "validation" and "test".
 
     Raises:
-        FileNotFoundError: when the data is not there, saying how to point to it.
+        SystemExit: when the data is not there, saying how to point to it.
     """
     for name in (CANDIDATES_FILE, HARMLESS_FILE):
         if not (data_dir / name).is_file():
-            raise FileNotFoundError(
+            raise SystemExit(
                 f"{name} not found in {data_dir}. The training data is not part of this repository; "
                 f"pass the folder that holds {CANDIDATES_FILE} and {HARMLESS_FILE} with --data-dir."
             )

@@ -171,6 +171,13 @@ def test_the_held_out_prompts_of_the_example_are_rows_of_ours(tmp_path):
     assert found == [("helpful", (0.9, 0.1), 0), ("harmless", None, 0)]
 
 
+def test_sources_that_the_repository_does_not_hold_are_asked_for(tmp_path) -> None:
+    import demo_data
+
+    with pytest.raises(SystemExit, match="not part of this repository"):
+        demo_data.load_splits(tmp_path)
+
+
 def test_a_label_below_one_half_turns_a_pair_round_and_one_half_is_no_pair(tmp_path) -> None:
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "label": label} for label in (1.0, 0.7, 0.5, 0.2)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
