@@ -101,10 +101,13 @@ def test_the_plain_install_is_a_client_without_torch_and_numpy(client_python: Pa
     assert "torch" not in installed and "numpy" not in installed
 
 
-def test_a_verb_that_needs_more_than_the_client_says_what_to_install(client_python: Path) -> None:
-    done = subprocess.run([client_python, "-m", "rewardserve", "serve"], capture_output=True, text=True)
+@pytest.mark.parametrize(("verb", "extra"), [("serve", "server"), ("eval", "eval"), ("train", "train")])
+def test_a_verb_that_needs_more_than_the_client_says_all_there_is_to_install(
+    client_python: Path, verb: str, extra: str
+) -> None:
+    done = subprocess.run([client_python, "-m", "rewardserve", verb], capture_output=True, text=True)
     assert done.returncode == 1
-    assert "pip install 'rewardserve[server]'" in done.stderr and "Traceback" not in done.stderr
+    assert f"pip install 'rewardserve[{extra}]'" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_steps_of_the_cpu_image_succeed_in_a_clean_environment(

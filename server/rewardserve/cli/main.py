@@ -15,7 +15,7 @@ VERBS = {
     "train": "train a reward model, or an ensemble, on pairs or ratings",
     "health": "exit code 0 if a server is ready to score; for container probes",
 }
-EXTRAS = {"train": "train"}  # of verbs that need more than the server
+EXTRAS = {"train": "train", "eval": "eval"}  # of verbs that need more than the server
 USAGE = "usage: rewardserve VERB [OPTIONS]\n\n" + "".join(f"  {verb:8} {text}\n" for verb, text in VERBS.items())
 
 
