@@ -7,6 +7,9 @@
 FROM python:3.12-slim AS wheel
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
+# What the server stands on has a layer of its own below: gigabytes, which a change of the server does not fetch anew.
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+        print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > /requirements.txt
 COPY server server
 COPY kernels kernels
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
@@ -15,10 +18,13 @@ FROM python:3.12-slim AS cuda
 # torch.compile writes C++, and on a GPU Triton C, which is compiled as the server starts.
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 rewardserve
-COPY --from=wheel /wheels /wheels
+COPY --from=wheel /requirements.txt /tmp/requirements.txt
 # The default torch wheel for Linux carries CUDA.
-RUN pip install --no-cache-dir "$(ls /wheels/*.whl)[server]" && rm -rf /wheels
-USER rewardserve
+RUN pip install --no-cache-dir --requirement /tmp/requirements.txt
+COPY --from=wheel /wheels /tmp/wheels
+RUN pip install --no-cache-dir --no-deps /tmp/wheels/*.whl && pip check
+# By number: Kubernetes' runAsNonRoot cannot tell who a name is.
+USER 10001
 ENV REWARDSERVE_HOST=0.0.0.0 REWARDSERVE_LOG_FORMAT=json
 EXPOSE 50051 9090
 HEALTHCHECK --interval=15s --timeout=10s --start-period=300s CMD ["rewardserve", "health"]
@@ -29,11 +35,13 @@ ENTRYPOINT ["rewardserve", "serve"]
 FROM python:3.12-slim AS cpu
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN useradd --create-home --uid 10001 rewardserve
-COPY --from=wheel /wheels /wheels
+COPY --from=wheel /requirements.txt /tmp/requirements.txt
 COPY constraints-cpu.txt /tmp/constraints-cpu.txt
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
-        --constraint /tmp/constraints-cpu.txt "$(ls /wheels/*.whl)[server]" && rm -rf /wheels /tmp/constraints-cpu.txt
-USER rewardserve
+        --constraint /tmp/constraints-cpu.txt --requirement /tmp/requirements.txt
+COPY --from=wheel /wheels /tmp/wheels
+RUN pip install --no-cache-dir --no-deps /tmp/wheels/*.whl && pip check
+USER 10001
 ENV REWARDSERVE_HOST=0.0.0.0 REWARDSERVE_LOG_FORMAT=json
 EXPOSE 50051 9090
 HEALTHCHECK --interval=15s --timeout=10s --start-period=300s CMD ["rewardserve", "health"]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+IN_THIS = {"python": sys.executable, "pip": f"{sys.executable} -m pip"}
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -33,18 +36,24 @@ def stage_steps(stage: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the wheel stage leaves behind, from a copy of what it copies."""
-    source, out = tmp_path_factory.mktemp("src"), tmp_path_factory.mktemp("wheels")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the wheel stage leaves in its root, from a copy of what it copies."""
+    source, root = tmp_path_factory.mktemp("src"), tmp_path_factory.mktemp("root")
     for step in stage_steps("wheel"):
         if step.startswith("COPY"):
             *sources, target = step.split()[1:]
             for name in sources:
                 run("cp", "-r", ROOT / name, source / target)
-    (command,) = [step for step in stage_steps("wheel") if step.startswith("RUN")]
-    command = command.removeprefix("RUN pip").replace("/wheels", str(out))
-    run("bash", "-c", f"{sys.executable} -m pip {command}", cwd=source)
-    return out
+        elif step.startswith("RUN"):
+            command = re.sub(r"(?<=\s)/(?=wheels|requirements)", f"{root}/", step.removeprefix("RUN "))
+            command = re.sub(r"^(pip|python)\b", lambda found: IN_THIS[found[1]], command)
+            run("sh", "-c", command, cwd=source)
+    return root
+
+
+@pytest.fixture(scope="module")
+def wheels(built: Path) -> Path:
+    return built / "wheels"
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +85,19 @@ def test_every_extra_the_dockerfile_and_the_readme_name_exists() -> None:
 def test_both_images_run_as_an_unprivileged_user_and_ask_the_health_service() -> None:
     for stage in ("cpu", "cuda"):
         steps = stage_steps(stage)
-        assert steps.index("USER rewardserve") < next(i for i, s in enumerate(steps) if s.startswith("ENTRYPOINT"))
+        (user,) = [index for index, step in enumerate(steps) if step.startswith("USER")]
+        assert int(steps[user].split()[1]) > 0, "Kubernetes' runAsNonRoot does not take a name"
+        assert user < next(i for i, s in enumerate(steps) if s.startswith("ENTRYPOINT"))
         assert any(step.startswith("HEALTHCHECK") and '["rewardserve", "health"]' in step for step in steps)
+
+
+def test_a_change_of_the_server_fetches_nothing_it_stands_on_anew() -> None:
+    """A layer is made again when what was copied before it changes."""
+    for stage in ("cpu", "cuda"):
+        steps = stage_steps(stage)
+        first = next(index for index, step in enumerate(steps) if step.startswith("RUN pip"))
+        assert "requirements.txt" in steps[first]
+        assert not any("/wheels" in step for step in steps[:first])
 
 
 def test_the_torch_version_for_machines_without_a_gpu_is_named_in_one_place() -> None:
@@ -86,6 +106,13 @@ def test_the_torch_version_for_machines_without_a_gpu_is_named_in_one_place() ->
     named = [name for name in tracked if Path(ROOT / name).suffix in {".toml", ".txt", "", ".sh", ".yml"}]
     holders = [name for name in named if version in (ROOT / name).read_text(errors="ignore")]
     assert holders == ["constraints-cpu.txt"]
+
+
+def test_the_wheel_holds_every_file_of_both_packages_and_nothing_else(wheels: Path) -> None:
+    (wheel,) = wheels.glob("*.whl")
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    tracked = run("git", "-C", ROOT, "ls-files", "server", "kernels").split()
+    assert held == {name.partition("/")[2] for name in tracked}
 
 
 def test_the_plain_install_is_a_client_without_torch_and_numpy(client_python: Path) -> None:
@@ -111,17 +138,20 @@ def test_a_verb_that_needs_more_than_the_client_says_all_there_is_to_install(
 
 
 def test_the_steps_of_the_cpu_image_succeed_in_a_clean_environment(
-    wheels: Path, tmp_path_factory: pytest.TempPathFactory
+    built: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("server")
     venv.create(folder, with_pip=True)
-    install = next(step for step in stage_steps("cpu") if step.startswith("RUN pip install"))
-    command = install.removeprefix("RUN pip").partition(" && rm ")[0].replace("/wheels", str(wheels))
-    command = command.replace("/tmp/constraints-cpu.txt", str(ROOT / "constraints-cpu.txt"))
-    # The index for CPU wheels of torch is the image's own affair: here pip's own configuration says where from.
-    command = re.sub(r"--extra-index-url \S+", "", command)
-    # Compiling all of torch takes a minute, and next to nothing of it is run here.
-    run("bash", "-c", f"{folder}/bin/python -m pip {command} -q --no-compile")
+    for step in stage_steps("cpu"):
+        if not step.startswith("RUN pip"):
+            continue
+        command = step.removeprefix("RUN ").replace("/tmp/", f"{built}/")
+        command = command.replace("pip ", f"{folder}/bin/python -m pip ")
+        command = command.replace(f"{built}/constraints-cpu.txt", str(ROOT / "constraints-cpu.txt"))
+        # The index for CPU wheels of torch is the image's own affair: here pip's own configuration says where from.
+        command = re.sub(r"--extra-index-url \S+", "", command)
+        # Compiling all of torch takes a minute, and next to nothing of it is run here.
+        run("sh", "-c", command.replace("install", "install -q --no-compile"))
     assert "Serves reward models" in run(folder / "bin" / "rewardserve", "serve", "--help")
     version = run(folder / "bin" / "python", "-c", "import torch; print(torch.__version__)")
     assert f"torch=={version.partition(chr(43))[0].strip()}" in (ROOT / "constraints-cpu.txt").read_text()
