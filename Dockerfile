@@ -12,6 +12,8 @@ RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['p
         print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > /requirements.txt
 COPY server server
 COPY kernels kernels
+COPY docs docs
+COPY protos protos
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.12-slim AS cuda
