@@ -78,7 +78,7 @@ class Avx512Experts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Tokens [tokens, hidden] in any precision, the experts of each and their weights [tokens, chosen] -> in fp32."""
+        """Hidden states in any precision, their experts and their weights [tokens, chosen] -> the same in fp32."""
         x = hidden_states.to(torch.bfloat16)
         return torch.ops.rewardserve.experts(x, top_k_index, top_k_weights, self.gate_up, self.down, self._kind)
 
