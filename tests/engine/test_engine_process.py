@@ -12,18 +12,20 @@ from pathlib import Path
 import psutil
 import pytest
 from rewardserve.engine.base import EngineListener, EngineRequest
+from rewardserve.engine.child_process import ChildProcess
 from rewardserve.engine.environment import engine_environment
 from rewardserve.engine.launch import Program
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.process import EngineProcess
-from rewardserve.errors import EngineDied, Unavailable
+from rewardserve.errors import EngineDied, LoadFailed, Unavailable
 from rewardserve.types import EncodedGroup
 
 CHILD = """
 import sys, time
 import msgspec, zmq
 from rewardserve.engine.base import BatchReport, EngineGroup, EngineInfo, EngineItem, EngineResult
-from rewardserve.engine.messages import Batch, Cancel, Done, Loading, Ping, Pong, Ready, Score, Stop, ToChild
+from rewardserve.engine.messages import Batch, Cancel, CannotLoad, Done, Loading, Ping, Pong
+from rewardserve.engine.messages import Ready, Score, Stop, ToChild
 
 folder, mode = sys.argv[1], {mode!r}
 context, encode = zmq.Context(), msgspec.msgpack.Encoder().encode
@@ -36,6 +38,11 @@ if mode == "loads long":
     for _ in range(10):
         time.sleep(0.3)
         outbox.send(encode(Loading()))
+if mode == "refuses":
+    outbox.send(encode(CannotLoad("nothing is there", False)))
+    outbox.close(linger=1000)
+    context.term()
+    sys.exit(0)
 info = EngineInfo("v", "A", "packed", "", "float32", "cpu", 1, 100, 1000, 0.0, 0)
 outbox.send(encode(Ready(info)))
 if mode == "late":
@@ -129,6 +136,19 @@ async def scored(engine: EngineProcess, numbers: range) -> list[float]:
     async with asyncio.timeout(60):
         results = await asyncio.gather(*(engine.score(request(number)) for number in numbers))
     return [result.groups[0].items[0].score for result in results]
+
+
+async def test_why_it_cannot_load_is_heard_though_it_has_ended_by_then(make_engine, monkeypatch) -> None:
+    hear = ChildProcess.next_message
+
+    async def hear_late(child: ChildProcess) -> bytes:
+        await child.process.wait()
+        await asyncio.sleep(0.05)  # as on busy cores: its last word is still under way
+        return await hear(child)
+
+    monkeypatch.setattr(ChildProcess, "next_message", hear_late)
+    with pytest.raises(LoadFailed, match="nothing is there"):
+        await make_engine("refuses").start(EngineListener())
 
 
 async def test_bursts_of_answers_each_find_their_caller_and_every_report_is_heard(make_engine) -> None:

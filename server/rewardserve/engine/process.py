@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 
 RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0)
 RESTART_WINDOW_S = 300.0
+LAST_WORD_S = 2.0  # from the end of a process that ends well until what it said is given up
 
 
 @dataclass(slots=True, eq=False)
@@ -205,6 +206,8 @@ class EngineProcess:
         message = asyncio.ensure_future(child.next_message())
         try:
             await asyncio.wait((message, death), return_when=asyncio.FIRST_COMPLETED, timeout=self._stall_timeout_s)
+            if death.done() and death.result() == 0:  # it went by itself, having said why: that may be under way still
+                await asyncio.wait((message,), timeout=LAST_WORD_S)
             if message.done():
                 return self._decoder.decode(message.result())
             if death.done():
