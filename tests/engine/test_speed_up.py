@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from built import why_not
 from checkpoints import padded_scores, save_checkpoint
 from rewardserve.engine.native import speed_up
 from rewardserve.engine.native.load import load_runner
@@ -15,7 +16,6 @@ from rewardserve.engine.native.options import NativeOptions
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone
 from rewardserve_kernels.attention import chunked
-from rewardserve_kernels.cpu_code import CannotBuild
 from rewardserve_kernels.linear import avx512
 from rewardserve_kernels.linear.avx512 import Avx512GatedMLP, Avx512Linear
 from rewardserve_kernels.linear.fp8 import Fp8Linear
@@ -24,11 +24,7 @@ from safetensors.torch import load_file, save_file
 from scoring import IdGroup, joined, native
 from torch import nn
 
-try:
-    avx512.load()
-    not_built = ""
-except CannotBuild as failure:
-    not_built = str(failure)
+not_built = why_not(avx512.load)
 
 SUPPORT = Path(__file__).parents[1] / "support"
 GROUPS: list[IdGroup] = [(list(range(5, 155)), [list(range(10, 10 + n)) for n in (7, 40, 1, 90)])]

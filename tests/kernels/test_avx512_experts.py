@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from rewardserve_kernels.cpu_code import CannotBuild
+from built import why_not
 from rewardserve_kernels.linear import avx512
 from rewardserve_kernels.linear.experts import Avx512Experts, experts
 from torch import nn
@@ -14,11 +14,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-try:
-    avx512.load()
-    missing = ""
-except CannotBuild as failure:
-    missing = str(failure)
+missing = why_not(avx512.load)
 
 pytestmark = pytest.mark.skipif(bool(missing), reason=missing)
 

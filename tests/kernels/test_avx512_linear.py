@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from rewardserve_kernels.cpu_code import CannotBuild
+from built import why_not
 from rewardserve_kernels.linear import avx512
 from rewardserve_kernels.linear.avx512 import Avx512GatedMLP, Avx512Linear, can_replace, gated_mlp
 from torch import nn
@@ -12,11 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaMLP
 from transformers.models.granite.modeling_granite import GraniteMLP
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-try:
-    avx512.load()
-    missing = ""
-except CannotBuild as failure:
-    missing = str(failure)
+missing = why_not(avx512.load)
 
 pytestmark = pytest.mark.skipif(bool(missing), reason=missing)
 

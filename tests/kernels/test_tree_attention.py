@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from built import why_not
 from rewardserve_kernels.attention import avx512, chunked, reference
-from rewardserve_kernels.cpu_code import CannotBuild
 from rewardserve_kernels.kv_cache.paged import gather_prefix, store_segment
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from rewardserve_kernels.workspace import Workspace
@@ -20,11 +20,7 @@ OPTIONS = {
 }
 
 
-try:
-    avx512.load()
-    missing = ""
-except CannotBuild as failure:
-    missing = str(failure)
+missing = why_not(avx512.load)
 built = pytest.param(avx512, marks=pytest.mark.skipif(bool(missing), reason=missing), id="avx512")
 both = pytest.mark.parametrize("kernel", [pytest.param(chunked, id="chunked"), built])
 # Of keys and of values: matrix units, where a CPU has them, take whole 32 inner dimensions.
