@@ -64,7 +64,7 @@ class Avx512Experts(nn.Module):
     def __init__(self, gate_up_proj: torch.Tensor, down_proj: torch.Tensor, kind: int) -> None:
         """[experts, 2 x intermediate, hidden] and [experts, hidden, intermediate]; `kind` is SILU or GELU_TANH."""
         super().__init__()
-        self._kind = kind
+        self._kind, self.num_experts = kind, len(down_proj)
         self.register_buffer("gate_up", torch.stack([lay_out_both(*both.chunk(2)) for both in gate_up_proj]))
         self.register_buffer("down", torch.stack([lay_out(weight) for weight in down_proj]))
 

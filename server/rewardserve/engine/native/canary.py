@@ -7,6 +7,7 @@ import torch
 from rewardserve_kernels.kv_cache.paged import StoreIndex, store_index
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment, ceil_block
 
+from rewardserve.engine.native.mixture import fixed_routing, is_mixture
 from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.packed_attention import Pack
 from rewardserve.models.reward_model import RewardModel
@@ -21,7 +22,13 @@ class Canary:
     def __init__(self, model: RewardModel, spec: ModelSpec) -> None:
         """`model` must be on its padded path."""
         self._prompt, self._responses = _tokens(spec)
-        self._wanted = _padded_reference(model, [self._prompt + response for response in self._responses])
+        rows = [self._prompt + response for response in self._responses]
+        self._wanted = _padded_reference(model, rows)
+        self._wanted_fixed: torch.Tensor | None = None
+        module = model.backbone.module
+        if module.dtype != torch.float32 and is_mixture(module):
+            with fixed_routing(module):
+                self._wanted_fixed = _padded_reference(model, rows)
 
     def run(self, model: RewardModel) -> tuple[KVPool, float]:
         """Relative difference to the padded states, the larger of the cold prompt's and of the prompt read from blocks.
@@ -29,11 +36,25 @@ class Canary:
         The median over the responses: a mistake of ours shows in all of them, while in low precision a mixture of
         experts may send a single token elsewhere for a difference of one rounding.
         """
+        return self._run(model, self._wanted)
+
+    def differs_by(self, model: RewardModel, tolerance: float) -> float:
+        """The same difference; where it is above the tolerance, of a mixture in low precision, that of fixed routings.
+
+        Roundings took 32 random layers with 4 of 32 experts 0.26 away, and 0.02 with the routing fixed. The layers
+        must not be compiled.
+        """
+        _, error = self.run(model)
+        if error > tolerance and self._wanted_fixed is not None:
+            with fixed_routing(model.backbone.module):
+                _, error = self._run(model, self._wanted_fixed)
+        return error
+
+    def _run(self, model: RewardModel, wanted: torch.Tensor) -> tuple[KVPool, float]:
         num_blocks = ceil_block(len(self._prompt)) // BLOCK_TOKENS
         pool, blocks = KVPool(num_blocks), tuple(range(num_blocks))
         packs = [self._pack(model.backbone.device, blocks, with_prompt) for with_prompt in (True, False)]
         states = [model.states_packed(pack, pool) for pack in packs]
-        wanted = self._wanted
         errors = [((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).median().item() for got in states]
         return pool, max(float("inf") if math.isnan(error) else error for error in errors)
 

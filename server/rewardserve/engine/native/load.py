@@ -325,7 +325,7 @@ def _find_packing(model: RewardModel, canary: Canary, max_length: int, tolerance
     for prune in (False,) if model.takes_mean else (True, False):
         model.backbone.prepare_packed(prune, max_length)
         try:
-            _, error = canary.run(model)
+            error = canary.differs_by(model, tolerance)
         except torch.OutOfMemoryError:  # says nothing of the backbone
             raise
         except Exception as failure:  # a backbone that cannot be packed may fail anywhere in itself

@@ -10,9 +10,10 @@ import copy
 import ctypes
 import logging
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from rewardserve_kernels.linear.replace import put_back, replace_linears, replac
 from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from torch import nn
 
+from rewardserve.engine.native import mixture
 from rewardserve.engine.native.canary import Canary
 from rewardserve.errors import LoadFailed, OptionsDoNotFit
 from rewardserve.models.kv_pool import KVPool
@@ -84,16 +86,23 @@ class Subject:
     def in_bf16_on_cpu(self) -> bool:
         return self.on_cpu and self.model.backbone.module.dtype == torch.bfloat16
 
-    def flaw(self) -> str | None:
-        """What the canary says against the model as it is now, or None."""
+    def flaw(self, compiled_to: float | None = None) -> str | None:
+        """What the canary says against the model as it is now, or None.
+
+        `compiled_to`: its layers are compiled, and may differ that much where this is more than the tolerance.
+        """
+        tolerance = max(self.tolerance, compiled_to or 0)
         try:
-            _, error = self.canary.run(self.model)
+            if compiled_to is None:
+                error = self.canary.differs_by(self.model, tolerance)
+            else:
+                _, error = self.canary.run(self.model)
         except torch.OutOfMemoryError:  # nothing is wrong with it, and what is left out would be left out for good
             raise
         except Exception as failure:  # no C++ compiler, a layer that cannot be traced, a weight that is looked for
             failure = getattr(failure, "inner_exception", failure)  # what torch.compile wraps
             return " ".join([type(failure).__name__ + ":", *str(failure).split()])[:MAX_REASON]
-        return None if error <= self.tolerance else f"{DIFFERS} by {error:.1e} from the padded forward"
+        return None if error <= tolerance else f"{DIFFERS} by {error:.1e} from the padded forward"
 
 
 def speed_up(subject: Subject, compile_option: str, quantize: str, own_kernels: bool = True) -> None:
@@ -183,27 +192,7 @@ def _use_built(subject: Subject) -> str | None:
 def _built(module: nn.Module) -> nn.Module | None:
     if products.can_replace(module):
         return products.Avx512Linear(module)
-    return products.gated_mlp(module) or experts.experts(module) or _mixture_in_bf16(module) or _norm_in_fp32(module)
-
-
-def _is_of_mixture(module: nn.Module, *names: str) -> bool:
-    """Whether it is a router or experts, in bf16, told by the names that transformers gives them."""
-    own = list(module.parameters(recurse=False))
-    return type(module).__name__.endswith(names) and bool(own) and all(each.dtype == torch.bfloat16 for each in own)
-
-
-def _mixture_in_bf16(module: nn.Module) -> nn.Module | None:
-    """A router, or experts that are not built, as they are but for what they get in fp32."""
-    if not _is_of_mixture(module, "Router", "Experts"):
-        return None
-    same = copy.copy(module)  # of the same parameters, under the same names
-    same._forward_pre_hooks = OrderedDict()
-    same.register_forward_pre_hook(_inputs_in_bf16)
-    return same
-
-
-def _inputs_in_bf16(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return inputs[0].to(torch.bfloat16), *inputs[1:]
+    return products.gated_mlp(module) or experts.experts(module) or mixture.in_bf16(module) or _norm_in_fp32(module)
 
 
 def _prepacked(module: nn.Module, num_rows: int) -> nn.Module | None:
@@ -218,25 +207,32 @@ def _norm_in_fp32(module: nn.Module) -> nn.Module | None:
 
 
 def _replace(subject: Subject, make: Callable[[nn.Module], nn.Module | None]) -> str | None:
-    """In the last two layers on trial, then in the others if they are of the same kind; why that failed, or None.
-
-    What comes from a layer may be more precise than before: the first of the two gives it to the second, and that one
-    to the final norm. Layers of several kinds (dense ones before experts) are all on trial, with their weights twice in
-    memory meanwhile.
+    """In some layers on trial, with their weights twice in memory meanwhile, then in the others; why that failed, or
+    None.
     """
     layers = subject.model.backbone.decoder_layers
-    alike = len({frozenset(_parts(layer).items()) for layer in layers}) == 1
-    first = max(0, len(layers) - 2) if alike else 0
-    replaced = [each for layer in layers[first:] for each in replace_modules(layer, make)]
+    on_trial = _of_every_kind([frozenset(_parts(layer).items()) for layer in layers])
+    replaced = [each for number in on_trial for each in replace_modules(layers[number], make)]
     if all(isinstance(module, nn.LayerNorm) for _, _, module in replaced):
         put_back(replaced)
         return NOTHING_TO_REPLACE
     if flaw := subject.flaw():
         put_back(replaced)
         return flaw
-    for layer in layers[:first]:
-        replace_modules(layer, make)
+    for number, layer in enumerate(layers):
+        if number not in on_trial:
+            replace_modules(layer, make)
     return None
+
+
+def _of_every_kind(kinds: Sequence[Hashable]) -> list[int]:
+    """The last two layers, and likewise the last two neighbours of every other two kinds (dense ones before experts).
+
+    Two, since what comes from a layer may be more precise than before: the first gives it to the second, and the last
+    layer to the final norm.
+    """
+    last = {pair: number for number, pair in enumerate(pairwise(kinds))}
+    return sorted({*range(len(kinds))[-1:], *(each for first in last.values() for each in (first, first + 1))})
 
 
 def _parts(layer: nn.Module) -> Counter[type[nn.Module]]:
@@ -247,10 +243,10 @@ def _parts(layer: nn.Module) -> Counter[type[nn.Module]]:
 def _keep_residual_in_fp32(subject: Subject) -> None:
     """Costs nothing that can be measured.
 
-    Not where a router chooses experts by what it gets in bf16: whether roundings send the canary's tokens elsewhere is
-    chance, and weights that are copied over these are to run as if they had been loaded.
+    Not where a router chooses experts by what it gets: whether roundings send the canary's tokens elsewhere is chance,
+    and weights that are copied over these are to run as if they had been loaded.
     """
-    if any(_is_of_mixture(module, "Router") for module in subject.model.backbone.module.modules()):
+    if mixture.is_mixture(subject.model.backbone.module):
         return
     subject.model.backbone.residual_in_fp32 = True
     if flaw := subject.flaw():
@@ -302,9 +298,12 @@ def _compile(subject: Subject) -> str | None:
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1  # one graph: a pool of compiler processes would only stay behind
+    may_differ_by = 0.0
+    if mixture.is_mixture(subject.model.backbone.module):  # its routing cannot be fixed in what is compiled
+        may_differ_by = 2 * subject.canary.run(subject.model)[1]
     started = time.perf_counter()
     subject.model.backbone.set_compiled(True)
-    if flaw := subject.flaw():
+    if flaw := subject.flaw(compiled_to=may_differ_by):
         return f"compiling failed: {flaw}"
     log.info("layers compiled in %.1f s", time.perf_counter() - started)
     return None

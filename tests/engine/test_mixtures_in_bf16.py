@@ -1,0 +1,83 @@
+"""Which experts a token is sent to hangs on roundings, and does not decide how a mixture is served."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from built import why_not
+from checkpoints import save_checkpoint
+from rewardserve.engine.native import load
+from rewardserve.engine.native.options import NativeOptions
+from rewardserve.engine.native.speed_up import Subject, _of_every_kind
+from rewardserve_kernels.attention import avx512 as attention
+from rewardserve_kernels.linear import avx512
+from rewardserve_kernels.linear.avx512 import Avx512Linear
+from torch import nn
+
+not_built = why_not(attention.load) or why_not(avx512.load)
+
+
+@pytest.fixture
+def subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """A mixture on its packed path, none of whose parts has been exchanged."""
+    subjects: list[Subject] = []
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(load, "speed_up", lambda subject, *_: subjects.append(subject))
+        load.load_runner(NativeOptions(str(checkpoint(tmp_path)), num_threads=2, prefix_cache_bytes=16 << 20))
+    return subjects[0]
+
+
+def checkpoint(folder: Path) -> Path:
+    """Whose many small weights of experts lie near one another."""
+    save_checkpoint(folder, "gpt_oss", torch.bfloat16, num_hidden_layers=4, num_local_experts=32, num_experts_per_tok=4)
+    return folder
+
+
+def test_roundings_alone_are_more_than_the_canary_bears_and_are_told_from_a_mistake(subject: Subject) -> None:
+    assert subject.canary.run(subject.model)[1] > subject.tolerance
+    assert subject.flaw() is None
+    sinks = [module.sinks for module in subject.model.backbone.module.modules() if hasattr(module, "sinks")]
+    for each in sinks:
+        each.data.zero_()
+    flaw = subject.flaw()
+    assert flaw is not None and flaw.startswith("it differs by")
+
+
+def test_the_canary_leaves_no_hook_behind(subject: Subject) -> None:
+    subject.flaw()
+    assert not any(module._forward_pre_hooks for module in subject.model.backbone.module.modules())
+
+
+@pytest.mark.skipif(bool(not_built), reason=not_built)
+def test_it_runs_on_what_is_built_for_this_cpu(tmp_path: Path) -> None:
+    loaded = load.load_runner(
+        NativeOptions(str(checkpoint(tmp_path)), num_threads=2, prefix_cache_bytes=16 << 20, compile="auto")
+    )
+    assert loaded.info.path == "packed"
+    assert loaded.model.backbone.attention is attention
+    for layer in loaded.model.backbone.decoder_layers:
+        kinds = {type(module) for module in layer.modules()}
+        assert Avx512Linear in kinds and nn.Linear not in kinds
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])  # with routers in bf16, and in fp32
+def test_its_routers_get_what_layers_hand_on_in_bf16(tmp_path: Path, family: str) -> None:
+    save_checkpoint(tmp_path, family, torch.bfloat16)
+    loaded = load.load_runner(NativeOptions(str(tmp_path), num_threads=2, prefix_cache_bytes=16 << 20))
+    assert loaded.info.path == "packed" and not loaded.model.backbone.residual_in_fp32
+
+
+@pytest.mark.parametrize(
+    ("kinds", "on_trial"),
+    [
+        ("", []),
+        ("a", [0]),
+        ("aaaa", [2, 3]),
+        ("dmmmmm", [0, 1, 4, 5]),  # dense, then a mixture
+        ("ddmmmm", [0, 1, 2, 4, 5]),
+        ("abababab", [5, 6, 7]),
+        ("ab", [0, 1]),
+    ],
+)
+def test_layers_on_trial_are_the_last_neighbours_of_every_two_kinds(kinds: str, on_trial: list[int]) -> None:
+    assert _of_every_kind(kinds) == on_trial
