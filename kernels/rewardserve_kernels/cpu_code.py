@@ -86,7 +86,7 @@ def _cache() -> Path | None:
 
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """Gone once the library is open, which needs its file no more: a forked engine ends without a tidying up."""
-    return tempfile.TemporaryDirectory(prefix="rewardserve-")
+    return tempfile.TemporaryDirectory(prefix="rewardserve-", ignore_cleanup_errors=True)  # NFS keeps what is open
 
 
 def _run(command: list[str]) -> str:
