@@ -69,6 +69,17 @@ def test_a_token_has_the_same_bits_alone_and_among_others(hidden: int, intermedi
     assert torch.equal(other_way.flip(0), together), "the order in which a token names its experts"
 
 
+def test_an_expert_that_a_token_names_twice_counts_twice() -> None:
+    layer = Avx512Experts(*weights(64, 32), avx512.SILU)
+    x, (index, scale) = torch.randn(40, 64), routed(40)
+    index[::3, 1] = index[::3, 0]
+    once = scale.clone()
+    once[::3, 0], once[::3, 1] = scale[::3, 0] + scale[::3, 1], 0
+    other = index.where(once > 0, NUM_EXPERTS - 1)  # which nobody names but the last token
+    got, wanted = layer(x, index, scale), layer(x, other, once)
+    assert (got - wanted).abs().max() < 1e-5
+
+
 def test_refilled_experts_are_those_of_the_new_weights() -> None:
     old, new = weights(64, 32), weights(64, 32)
     layer, wanted = (Avx512Experts(*each, avx512.SILU) for each in (old, new))

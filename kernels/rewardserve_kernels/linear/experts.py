@@ -28,8 +28,13 @@ def _experts(
 ) -> torch.Tensor:
     num_experts, num_chosen = len(down), index.shape[1]
     chosen, order = torch.sort(index.flatten(), stable=True)
-    ends = torch.searchsorted(chosen, torch.arange(num_experts), right=True).tolist()
     tokens, scale = order // num_chosen, weights.flatten()[order].float()
+    again = (tokens[1:] == tokens[:-1]) & (chosen[1:] == chosen[:-1])
+    if again.any():  # a token names an expert twice, as routers that look it up in a table may: ADD takes a row once
+        first = torch.cat([again.new_ones(1), ~again])
+        scale = scale.new_zeros(int(first.sum())).index_add_(0, first.cumsum(0) - 1, scale)
+        tokens, chosen = tokens[first], chosen[first]
+    ends = torch.searchsorted(chosen, torch.arange(num_experts), right=True).tolist()
     out = x.new_zeros(x.shape, dtype=torch.float32)
     begin, inner = 0, 2 * down.shape[2]
     for expert, end in enumerate(ends):
