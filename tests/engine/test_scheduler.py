@@ -243,6 +243,18 @@ def test_a_client_does_not_pay_for_failed_forwards_of_requests_it_cancelled_mean
     assert abs(served["leaves"] - served["other"]) <= 1
 
 
+def test_nobody_has_credit_for_a_failed_forward_since_which_nobody_waited() -> None:
+    queue = scheduler(num_blocks=0, tokens=500)
+    queue.add(request("gone", group(0, 500), client="fails"))
+    assert queue.schedule()
+    keep_waiting(queue, "fails", 10)
+    keep_waiting(queue, "other", 10)
+    queue.cancel("gone")
+    queue.rollback()
+    served = Counter(chunk.group.request_id.split(" ")[0] for chunk in queue.schedule().chunks)
+    assert served == {"fails": 5, "other": 5}
+
+
 def test_a_client_whose_requests_expire_while_they_wait_is_served_its_share() -> None:
     clock = Clock()
     queue = scheduler(num_blocks=0, tokens=100, clock=clock)  # two requests each second

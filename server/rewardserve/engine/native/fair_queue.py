@@ -46,6 +46,7 @@ class FairQueue(Generic[Work]):
 
     def __init__(self, quantum: int) -> None:
         self._quantum = quantum
+        self.period = 0  # a new one begins when nobody waits; what was charged in one is nothing to the next
         self._entries: dict[int, _Entry[Work]] = {}
         self._flows: dict[tuple[int, str], _Flow[Work]] = {}
         self._heap: list[Rank] = []  # of every flow, among ranks that flows had before
@@ -123,6 +124,7 @@ class FairQueue(Generic[Work]):
         else:  # an idle queue owes nobody anything
             for everything in (self._flows, self._heap, self._finish, self._now):
                 everything.clear()
+            self.period += 1
 
     def _forget_clients(self) -> None:
         """Every connection is a client; those that were served least are forgotten, which costs nobody much."""

@@ -154,6 +154,7 @@ class Scheduler:
             tokens_before = filling.tokens_left
             done = self._filler.serve(group, filling)
             lane.queue.charge(group, tokens_before - filling.tokens_left)
+            group.charged_in = lane.queue.period
             if not done:
                 break  # it did not fit: the next forward begins with what is fair then
             lane.queue.remove(group)
@@ -234,8 +235,9 @@ class Scheduler:
         for group in reversed(touched.values()):  # each goes before those of its client
             self._filler.leave(group)
             queue = self._lanes[group.variant].queue
+            owed = charged[id(group)] if group.charged_in == queue.period else 0
             if not _in_flight(group):
-                queue.refund(group.client, group.priority, charged[id(group)])
+                queue.refund(group.client, group.priority, owed)
                 continue
             for sequence in group.sequences:
                 if sequence.status is Status.RUNNING:
@@ -243,7 +245,7 @@ class Scheduler:
             group.num_cached = 0
             if group not in queue:
                 self._enqueue(group)
-            queue.give_back(group, charged[id(group)], group.num_tokens_left)
+            queue.give_back(group, owed, group.num_tokens_left)
 
     def split(self, plan: BatchPlan, out_of_memory: bool = False) -> bool:
         """After a rollback: the groups in `plan` go in smaller forwards from now on. What was computed of them

@@ -61,6 +61,7 @@ class Group:
     started: bool = False
     max_tokens: int = sys.maxsize  # of a forward that it is part of: smaller after one that failed
     max_chunks: int = sys.maxsize
+    charged_in: int = 0  # the period of its queue in which its client was charged for it
     dropped: bool = False  # its request expired or was cancelled; forwards under way may still hold its chunks
 
     @property
