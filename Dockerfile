@@ -9,7 +9,8 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 # What the server stands on has a layer of its own below: gigabytes, which a change of the server does not fetch anew.
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
-        print(*p['dependencies'], *p['optional-dependencies']['server'], sep='\n')" > /requirements.txt
+        extras = p['optional-dependencies']; names = p['dependencies'] + extras['cli'] + extras['server']; \
+        print(*(name for name in names if not name.startswith('rewardserve[')), sep='\n')" > /requirements.txt
 COPY server server
 COPY kernels kernels
 COPY docs docs

@@ -130,13 +130,35 @@ def test_the_plain_install_is_a_client_without_torch_and_numpy(client_python: Pa
     assert "torch" not in installed and "numpy" not in installed
 
 
-@pytest.mark.parametrize(("verb", "extra"), [("serve", "server"), ("eval", "eval"), ("train", "train")])
+@pytest.mark.parametrize(
+    ("verb", "extra"), [("serve", "server"), ("rank", "cli"), ("eval", "eval"), ("train", "train")]
+)
 def test_a_verb_that_needs_more_than_the_client_says_all_there_is_to_install(
     client_python: Path, verb: str, extra: str
 ) -> None:
     done = subprocess.run([client_python, "-m", "rewardserve", verb], capture_output=True, text=True)
     assert done.returncode == 1
     assert f"pip install 'rewardserve[{extra}]'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_with_the_extra_cli_every_verb_turns_to_a_server_elsewhere_and_none_needs_torch(
+    client_python: Path, wheels: Path, tmp_path: Path
+) -> None:
+    """Last of the tests of this environment, which it adds to."""
+    (wheel,) = wheels.glob("*.whl")
+    run(client_python, "-m", "pip", "install", "-q", "--no-compile", f"{wheel}[cli]")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    score, rank = ("score", rows, tmp_path / "scores.jsonl"), ("rank", "--prompt=p", "--response=a", "--response=b")
+    for verb, *arguments in (("health",), ("models",), score, rank, ("bench", "--workload=short_items")):
+        command = [client_python, "-m", "rewardserve", verb, *arguments, "--endpoint=127.0.0.1:1", "--timeout=1"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert "127.0.0.1:1" in done.stderr and "pip install" not in done.stderr
+    offline = subprocess.run(
+        [client_python, "-m", "rewardserve", *score, "--model", tmp_path], capture_output=True, text=True
+    )
+    assert offline.returncode == 1 and "pip install 'rewardserve[server]'" in offline.stderr
 
 
 def test_the_steps_of_the_cpu_image_succeed_in_a_clean_environment(

@@ -15,7 +15,8 @@ VERBS = {
     "train": "train a reward model, or an ensemble, on pairs or ratings",
     "health": "exit code 0 if a server is ready to score; for container probes",
 }
-EXTRAS = {"train": "train", "eval": "eval"}  # of verbs that need more than the server
+EXTRAS = {"train": "train", "eval": "eval", "serve": "server"}  # of verbs that need one whatever they are to do
+OF_CLI = {"pydantic", "pydantic_settings", "rich", "tqdm"}  # what the others need for a server elsewhere
 USAGE = "usage: rewardserve VERB [OPTIONS]\n\n" + "".join(f"  {verb:8} {text}\n" for verb, text in VERBS.items())
 
 
@@ -86,4 +87,5 @@ def _run(arguments: list[str]) -> int:
 
 def advice(verb: str, error: ModuleNotFoundError) -> str:
     """What to install."""
-    return f"needs '{error.name}': pip install 'rewardserve[{EXTRAS.get(verb, 'server')}]'"
+    extra = EXTRAS.get(verb, "cli" if error.name in OF_CLI else "server")
+    return f"needs '{error.name}': pip install 'rewardserve[{extra}]'"
