@@ -33,6 +33,7 @@ MODELS = "rewardserve.v1.Models"
 CLIENT_ID = "x-client-id"
 GRPC_LOG = "grpc._cython.cygrpc"
 CAUGHT_UP, CAUGHT_UP_S = 10, 0.1  # fewer calls in that time are not read from a backlog
+QUIET_TIMES = 2  # in a row: on busy cores, gRPC's own thread may stand still for one
 LONGEST_S = 1e9  # 30 years; the largest double, for some the word for no limit, cannot be counted in ticks
 
 T = TypeVar("T")
@@ -94,10 +95,11 @@ class GrpcDoor:
         """Returns when calls are read as they come. gRPC would cancel those that are unread when its server stops, and
         nobody would know that a retry is safe."""
         ends_at = time.monotonic() + within_s
-        before = -CAUGHT_UP
-        while self._num_read - before >= CAUGHT_UP and time.monotonic() < ends_at:
+        quiet = 0
+        while quiet < QUIET_TIMES and time.monotonic() < ends_at:
             before = self._num_read
             await asyncio.sleep(CAUGHT_UP_S)
+            quiet = quiet + 1 if self._num_read - before < CAUGHT_UP else 0
 
     def handlers(self) -> list[grpc.GenericRpcHandler]:
         scoring = {
