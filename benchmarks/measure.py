@@ -68,16 +68,25 @@ class WorkloadResult:
 class Result:
     versions: dict[str, dict[str, str]]
     workloads: list[WorkloadResult]
+    interrupted: bool = False
 
 
 def measure(plan: Plan, progress: Progress) -> Result:
-    """Raises RedGate if a score of ours is wrong, and NotMade if a peer's environment is missing."""
+    """Raises RedGate if a score of ours is wrong, and NotMade if a peer's environment is missing.
+
+    KeyboardInterrupt ends it with the workloads that were measured by then, if there are any.
+    """
     require(plan.providers)
     with ExitStack() as stack:
         fleet = _Fleet(plan, stack, progress)
         results = [fleet.check(work) for work in plan.works]
-        for result in results:
-            fleet.run_rounds(result)
+        for number, result in enumerate(results):
+            try:
+                fleet.run_rounds(result)
+            except KeyboardInterrupt:
+                if not number:
+                    raise
+                return Result(fleet.versions, results[:number], interrupted=True)
         return Result(fleet.versions, results)
 
 

@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 CACHE = HERE / ".cache"
 DATA = HERE.parents[1] / "shared" / "data"
 MAX_LENGTH = 8192
+INTERRUPTED = 130  # exit code
 CACHE_BYTES = 2 << 30  # of keys and values, for whoever has such a cache
 
 # Groups of each workload: full and quick, on a CPU; a GPU does GPU_TIMES as many. In all, about 45 and 6 minutes on two
@@ -64,10 +65,13 @@ def main() -> int:
     except (NotMade, workloads.NoData) as error:
         console.print(str(error), markup=False)
         return 2
+    except KeyboardInterrupt:
+        console.print("interrupted before a workload was measured")
+        return INTERRUPTED
     report.print_tables(result, console)
-    stem = report.file_stem(options.device) + ("-quick" if options.quick else "")
+    stem = report.file_stem(options.device) + "-quick" * options.quick + "-interrupted" * result.interrupted
     console.print(f"written to {report.write(plan, result, options.output, stem)}", markup=False)
-    return 0
+    return INTERRUPTED if result.interrupted else 0
 
 
 def _begin(bar: tqdm, what: str, number: int) -> None:

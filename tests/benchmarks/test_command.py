@@ -79,6 +79,29 @@ def test_a_peer_that_cannot_is_shown_with_its_reason(command, capsys: pytest.Cap
     assert broken["failed"].startswith("its process ended with 1")
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_who_interrupts_it_keeps_the_workloads_that_were_measured(
+    command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, first: bool
+) -> None:
+    run_rounds = measure._Fleet.run_rounds
+
+    def interrupted(fleet, result) -> None:
+        if first or result.work.workload.name == "ppo":
+            raise KeyboardInterrupt
+        run_rounds(fleet, result)
+
+    monkeypatch.setattr(measure._Fleet, "run_rounds", interrupted)
+    status, folder = command(
+        {"rewardserve_engine": pretend(0.0, ours=True)}, "--workloads", "short_items", "ppo", "--groups", "1"
+    )
+    assert status == 130
+    if first:
+        assert "before a workload was measured" in capsys.readouterr().out and not folder.exists()
+    else:
+        (file,) = folder.glob("*-interrupted.json")
+        assert list(json.loads(file.read_text())["workloads"]) == ["short_items"]
+
+
 def test_a_missing_environment_names_make_peers(
     command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
