@@ -82,6 +82,55 @@ async def test_the_files_in_which_texts_differ_are_named(folders) -> None:
         assert str(new) in str(refused.value)
 
 
+def mixtures(folder: Path, family: str) -> tuple[Path, Path]:
+    """Two checkpoints, with experts saved one by one."""
+    old, new = folder / "old", folder / "new"
+    save_checkpoint(old, family)
+    shutil.copytree(old, new)
+    torch.manual_seed(1)
+    weights = load_file(old / "model.safetensors")
+    assert sum("experts.3." in name for name in weights) >= 6
+    weights = {name: 1.25 * tensor + 0.01 * torch.randn(tensor.shape) for name, tensor in weights.items()}
+    save_file(weights, new / "model.safetensors", {"format": "pt"})
+    return old, new
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("options", [{"path": "padded"}, {"dtype": "bfloat16"}])
+async def test_a_mixture_whose_experts_are_saved_one_by_one_is_taken_over(
+    tmp_path: Path, family: str, options: dict[str, str]
+) -> None:
+    old, new = mixtures(tmp_path, family)
+    async with native(new, **options) as scorer:
+        wanted = await scorer.scores(IDS)
+    async with native(old, **options) as scorer:
+        assert not torch.allclose(await scorer.scores(IDS), wanted)
+        await scorer.engine.update_weights(str(new))
+        assert torch.equal(await scorer.scores(IDS), wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weights, key: weights.pop(key), r"has no 'layers\.1\.mlp\.experts\.gate_up_proj' under a name"),
+        (
+            lambda weights, key: weights.update({key: weights[key][1:].clone()}),
+            r"the experts that make 'layers\.1\.mlp\.experts\.gate_up_proj' do not have one shape",
+        ),
+    ],
+)
+async def test_experts_that_make_no_stack_are_named_and_nothing_is_taken_over(tmp_path: Path, change, reason) -> None:
+    old, new = mixtures(tmp_path, "qwen3_moe")
+    weights = load_file(new / "model.safetensors")
+    change(weights, "model.layers.1.mlp.experts.2.up_proj.weight")
+    save_file(weights, new / "model.safetensors", {"format": "pt"})
+    async with native(old, path="padded") as scorer:
+        wanted = await scorer.scores(IDS)
+        with pytest.raises(LoadFailed, match=reason):
+            await scorer.engine.update_weights(str(new))
+        assert torch.equal(await scorer.scores(IDS), wanted)
+
+
 def test_of_quantized_weights_which_have_scales_beside_them_nothing_is_taken_over(folders) -> None:
     for folder in folders:
         config = json.loads((folder / "config.json").read_text())

@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +74,7 @@ class Checkpoint:
     where: dict[str, Path]  # file of each weight
     base: "Checkpoint | None" = None  # what an adapter adapts
     changes: Changes = field(default_factory=Changes)  # of the base, by the adapter
+    _kept: dict[Path, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # files that are open
 
     @property
     def text_folder(self) -> Path:
@@ -127,7 +130,7 @@ class Checkpoint:
         if file.suffix != ".safetensors":
             tensor = self._pickled[file][key]
         else:
-            with safe_open(file, framework="pt") as tensors:
+            with self._opened(file) as tensors:
                 tensor = tensors.get_tensor(key)
         if key.endswith("weight") and tensor.dtype.itemsize == 1:
             raise LoadFailed(
@@ -144,8 +147,23 @@ class Checkpoint:
         file = self.where[key]
         if file.suffix != ".safetensors":
             return tuple(self._pickled[file][key].shape)
-        with safe_open(file, framework="pt") as tensors:
+        with self._opened(file) as tensors:
             return tuple(tensors.get_slice(key).get_shape())
+
+    @contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Within it a file is opened once, not for every tensor: a mixture has tens of thousands."""
+        with nullcontext() if self.base is None else self.base.kept_open(), ExitStack() as files:
+            for file in self.weight_files:
+                if file.suffix == ".safetensors":
+                    self._kept[file] = files.enter_context(safe_open(file, framework="pt"))
+            try:
+                yield
+            finally:
+                self._kept.clear()
+
+    def _opened(self, file: Path) -> AbstractContextManager[Any]:
+        return nullcontext(self._kept[file]) if file in self._kept else safe_open(file, framework="pt")
 
     def tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """Those below `prefix`, without it."""

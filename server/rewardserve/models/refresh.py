@@ -7,13 +7,16 @@ import torch
 from transformers import AutoModel, PreTrainedModel
 
 from rewardserve.errors import LoadFailed
-from rewardserve.models.backbone import bare_module
+from rewardserve.models.backbone import Backbone, bare_module
+from rewardserve.models.checkpoint import Checkpoint
+from rewardserve.models.experts import Stack, stacks
 from rewardserve.models.loader import bare_name
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec
 
 # Of a config: what changes no score
 UNIMPORTANT = {"_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache"}
+MIXTURE_BEFORE, MIXTURE = ".block_sparse_moe.", ".mlp."  # in names of Mixtral's, as saved and as transformers has them
 
 
 @runtime_checkable
@@ -32,19 +35,27 @@ def check_refresh(model: RewardModel, spec: ModelSpec, loaded: ModelSpec) -> Non
     own, new = loaded.recipe, spec.recipe
     if (own.family, own.reads, own.appended, own.attributes) != (new.family, new.reads, new.appended, new.attributes):
         raise LoadFailed(f"{spec.folder}: is scored as {new.family}, not as {own.family}; use Swap")
-    names = _names(spec)
-    for name, parameter in _wanted(spec).items():
-        key = names.get(name)
-        if key is None:
-            raise LoadFailed(f"{spec.folder}: has no '{name}' under a name that can be taken over in place; use Swap")
-        if spec.checkpoint.shape(key) != tuple(parameter.shape):
-            shapes = f"{spec.checkpoint.shape(key)}, not {tuple(parameter.shape)}"
-            raise LoadFailed(f"{spec.folder}: '{key}' has shape {shapes}; use Swap")
+    with spec.checkpoint.kept_open():
+        _check_weights(spec)
     if _shapes(loaded) != _shapes(spec):
         raise LoadFailed(f"{spec.folder}: is another architecture than the one that is loaded; use Swap")
     assert own.head is not None and new.head is not None  # a judge that writes is of another family
     if own.head.shapes() != new.head.shapes():
         raise LoadFailed(f"{spec.folder}: its head has other shapes than the one that is loaded; use Swap")
+
+
+def _check_weights(spec: ModelSpec) -> None:
+    names = _names(spec)
+    for name, parameter in _wanted(spec).items():
+        key = names.get(name)
+        if key is None:
+            raise LoadFailed(f"{spec.folder}: has no '{name}' under a name that can be taken over in place; use Swap")
+        shape = _shape(spec.checkpoint, key)
+        if not isinstance(key, str) and not shape:
+            raise LoadFailed(f"{spec.folder}: the experts that make '{name}' do not have one shape; use Swap")
+        if shape != tuple(parameter.shape):
+            told = key if isinstance(key, str) else name
+            raise LoadFailed(f"{spec.folder}: '{told}' has shape {shape}, not {tuple(parameter.shape)}; use Swap")
 
 
 def _check_settings(spec: ModelSpec, loaded: ModelSpec) -> None:
@@ -65,21 +76,26 @@ def _check_settings(spec: ModelSpec, loaded: ModelSpec) -> None:
 
 def refresh(model: RewardModel, spec: ModelSpec) -> None:
     """After `check_refresh`. What fails from here on leaves a mixture behind: the model must not be used any more."""
-    names, backbone = _names(spec), model.backbone
+    with spec.checkpoint.kept_open():
+        _take_over(model.backbone, spec)
+    assert spec.recipe.head is not None  # of a judge that writes, which is not served here
+    model.head.copy_from(spec.recipe.head)
+
+
+def _take_over(backbone: Backbone, spec: ModelSpec) -> None:
+    names = _names(spec)
     for path, leaves in _by_module(sorted(_wanted(spec))):
         holder = bare_module(backbone.module, path)
         tensors = {}
         for leaf in leaves:
             name = f"{path}.{leaf}"
             # Rounded as at load: who holds it now may hold it in a higher precision.
-            tensors[leaf] = spec.checkpoint.tensor(names[name]).to(backbone.loaded_as[name])
+            tensors[leaf] = _tensor(spec.checkpoint, names[name]).to(backbone.loaded_as[name])
         if isinstance(holder, Refillable):
             holder.refill(**tensors)
             continue
         for leaf, tensor in tensors.items():
             getattr(holder, leaf).data.copy_(tensor)
-    assert spec.recipe.head is not None  # of a judge that writes, which is not served here
-    model.head.copy_from(spec.recipe.head)
 
 
 def _wanted(spec: ModelSpec) -> dict[str, torch.Tensor]:
@@ -92,10 +108,30 @@ def _wanted(spec: ModelSpec) -> dict[str, torch.Tensor]:
     return dict(module.named_parameters()) | buffers
 
 
-def _names(spec: ModelSpec) -> dict[str, str]:
-    """The checkpoint's key of each of the class's names."""
+def _names(spec: ModelSpec) -> dict[str, str | Stack]:
+    """The checkpoint's key of each of the class's names, or those of its experts that make it."""
     module = _empty(spec)
-    return {bare_name(key, module): key for key in spec.checkpoint.where if key not in spec.recipe.head_keys}
+    keys = {bare_name(key, module): key for key in spec.checkpoint.where if key not in spec.recipe.head_keys}
+    if not any(MIXTURE_BEFORE in name for name, _ in module.named_parameters()):
+        keys = {name.replace(MIXTURE_BEFORE, MIXTURE): key for name, key in keys.items()}
+    return stacks(keys) | keys
+
+
+def _shape(checkpoint: Checkpoint, key: str | Stack) -> tuple[int, ...]:
+    """Of a stack, () where its experts do not fit one another."""
+    if isinstance(key, str):
+        return checkpoint.shape(key)
+    shapes = [tuple(map(checkpoint.shape, parts)) for parts in key]
+    (rows, *columns), *others = shapes[0]
+    if any(each != shapes[0] for each in shapes) or any(other[1:] != tuple(columns) for other in others):
+        return ()
+    return (len(key), rows + sum(other[0] for other in others), *columns)
+
+
+def _tensor(checkpoint: Checkpoint, key: str | Stack) -> torch.Tensor:
+    if isinstance(key, str):
+        return checkpoint.tensor(key)
+    return torch.stack([torch.cat(list(map(checkpoint.tensor, parts))) for parts in key])
 
 
 def _empty(spec: ModelSpec) -> PreTrainedModel:
