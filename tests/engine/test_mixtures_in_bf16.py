@@ -6,7 +6,7 @@ import pytest
 import torch
 from built import why_not
 from checkpoints import save_checkpoint
-from rewardserve.engine.native import load
+from rewardserve.engine.native import load, speed_up
 from rewardserve.engine.native.options import NativeOptions
 from rewardserve.engine.native.speed_up import Subject, _of_every_kind
 from rewardserve_kernels.attention import avx512 as attention
@@ -41,6 +41,25 @@ def test_roundings_alone_are_more_than_the_canary_bears_and_are_told_from_a_mist
         each.data.zero_()
     flaw = subject.flaw()
     assert flaw is not None and flaw.startswith("it differs by")
+
+
+def test_experts_that_give_no_number_are_a_mistake_though_a_fixed_routing_passes_them_by(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for experts in subject.model.backbone.module.modules():
+        if type(experts).__name__.endswith("Experts"):
+            experts.down_proj.data[8:] = float("nan")
+    assert subject.flaw() is not None
+    monkeypatch.setattr(subject.model.backbone, "set_compiled", lambda compiled: None)
+    assert speed_up._compile(subject) is not None
+
+
+def test_routers_that_choose_the_wrong_experts_are_a_mistake_though_a_fixed_routing_hides_it(subject: Subject) -> None:
+    for router in subject.model.backbone.module.modules():
+        if type(router).__name__.endswith("Router"):
+            for parameter in router.parameters():
+                parameter.data = parameter.data.roll(1, 0)
+    assert subject.flaw() is not None
 
 
 def test_the_canary_leaves_no_hook_behind(subject: Subject) -> None:

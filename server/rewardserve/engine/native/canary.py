@@ -14,6 +14,7 @@ from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec
 
 LONGEST = 1500  # tokens; a window longer than that is not crossed by the canary
+MOST_BY_ROUNDINGS = 0.5  # of a mixture that chooses freely; seen: 0.29, and 0.7 to 1.3 where it chooses wrong experts
 
 
 class Canary:
@@ -41,11 +42,12 @@ class Canary:
     def differs_by(self, model: RewardModel, tolerance: float) -> float:
         """The same difference; where it is above the tolerance, of a mixture in low precision, that of fixed routings.
 
-        Roundings took 32 random layers with 4 of 32 experts 0.26 away, and 0.02 with the routing fixed. The layers
-        must not be compiled.
+        Roundings took 32 random layers with 4 of 32 experts 0.26 away, and 0.02 with the routing fixed. That does not
+        see which experts are chosen: what is farther away than roundings take it is wrong. The layers must not be
+        compiled.
         """
         _, error = self.run(model)
-        if error > tolerance and self._wanted_fixed is not None:
+        if tolerance < error <= MOST_BY_ROUNDINGS and self._wanted_fixed is not None:
             with fixed_routing(model.backbone.module):
                 _, error = self._run(model, self._wanted_fixed)
         return error

@@ -30,7 +30,7 @@ from rewardserve_kernels.ragged import BLOCK_TOKENS, Segment
 from torch import nn
 
 from rewardserve.engine.native import mixture
-from rewardserve.engine.native.canary import Canary
+from rewardserve.engine.native.canary import MOST_BY_ROUNDINGS, Canary
 from rewardserve.errors import LoadFailed, OptionsDoNotFit
 from rewardserve.models.kv_pool import KVPool
 from rewardserve.models.packed_attention import Pack
@@ -300,7 +300,7 @@ def _compile(subject: Subject) -> str | None:
     torch._inductor.config.compile_threads = 1  # one graph: a pool of compiler processes would only stay behind
     may_differ_by = 0.0
     if mixture.is_mixture(subject.model.backbone.module):  # its routing cannot be fixed in what is compiled
-        may_differ_by = 2 * subject.canary.run(subject.model)[1]
+        may_differ_by = min(2 * subject.canary.run(subject.model)[1], MOST_BY_ROUNDINGS)
     started = time.perf_counter()
     subject.model.backbone.set_compiled(True)
     if flaw := subject.flaw(compiled_to=may_differ_by):
