@@ -1,9 +1,11 @@
 """Which experts a token is sent to hangs on roundings, and does not decide how a mixture is served."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from adapters import adapter_of, save_adapter
 from built import why_not
 from checkpoints import save_checkpoint
 from rewardserve.engine.native import load, speed_up
@@ -12,6 +14,7 @@ from rewardserve.engine.native.speed_up import Subject, _of_every_kind
 from rewardserve_kernels.attention import avx512 as attention
 from rewardserve_kernels.linear import avx512
 from rewardserve_kernels.linear.avx512 import Avx512Linear
+from safetensors.torch import load_file
 from torch import nn
 
 not_built = why_not(attention.load) or why_not(avx512.load)
@@ -65,6 +68,38 @@ def test_routers_that_choose_the_wrong_experts_are_a_mistake_though_a_fixed_rout
 def test_the_canary_leaves_no_hook_behind(subject: Subject) -> None:
     subject.flaw()
     assert not any(module._forward_pre_hooks for module in subject.model.backbone.module.modules())
+
+
+def test_adapters_of_a_mixture_share_it_whatever_roundings_do_to_their_routing(tmp_path: Path) -> None:
+    base = checkpoint(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    for name in ("x", "y"):
+        tensors = adapter_of(weights, targets=("layers.0.self_attn.q_proj", "layers.1.self_attn.o_proj"), seed=name)
+        save_adapter(tmp_path / name, base, tensors)
+    loaded = load.load_runner(
+        NativeOptions(str(tmp_path / "x"), beside=(str(tmp_path / "y"),), num_threads=2, prefix_cache_bytes=16 << 20)
+    )
+    assert loaded.info.path == "packed" and len(loaded.model.heads) == 2
+
+
+def test_layers_that_are_compiled_never_run_with_a_fixed_routing(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, compiled, seen = subject.model.backbone, [], []
+    for layer in backbone.decoder_layers:
+        monkeypatch.setattr(getattr(layer, "layer", layer), "compile", lambda **_: compiled.append(True))
+    backbone.set_compiled(True)
+    run_packed = backbone.run_packed
+
+    def looking(*arguments: Any) -> torch.Tensor:
+        fixed = any(module._forward_pre_hooks for module in backbone.module.modules())
+        seen.append((fixed, backbone._compiled))
+        return run_packed(*arguments)
+
+    monkeypatch.setattr(backbone, "run_packed", looking)
+    subject.canary.differs_by(subject.model, subject.tolerance)
+    assert set(seen) == {(False, True), (True, False)}
+    assert backbone._compiled and len(compiled) == 2 * len(backbone.decoder_layers)
 
 
 @pytest.mark.skipif(bool(not_built), reason=not_built)

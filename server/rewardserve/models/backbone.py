@@ -1,7 +1,8 @@
 """An unmodified Hugging Face decoder run on packs: its attention is routed to ours, its last layer is cut short."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Backbone:
         self.loaded_as = {name: tensor.dtype for name, tensor in module.state_dict().items()}
         self._padded_attention = module.config._attn_implementation
         self._layers = _decoder_layers(module, self.config.num_hidden_layers)
-        self._pruned = False
+        self._pruned = self._compiled = False
         self.attention: TreeAttention = chunked
         self.compile_options: dict[str, Any] = {}  # torch.compile's
         self.store_rows: StoreRows = store_rows
@@ -100,6 +101,7 @@ class Backbone:
 
         One graph serves all layers, the last one too where it is pruned: our attention ends its first forward half-way.
         """
+        self._compiled = compiled
         for layer in self.decoder_layers:
             if isinstance(layer, PrunedLayer):
                 layer = layer.layer
@@ -107,6 +109,16 @@ class Backbone:
                 layer.compile(dynamic=True, fullgraph=True, options=self.compile_options or None)
             else:
                 layer._compiled_call_impl = None  # torch has no public way back
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """With layers as they are, for what must not become part of those that are compiled."""
+        compiled = self._compiled
+        self.set_compiled(False)
+        try:
+            yield
+        finally:
+            self.set_compiled(compiled)
 
     def run_packed(self, pack: Pack, pool: KVPool) -> torch.Tensor:
         """Final hidden states of the rows that are read and asked for, [pack.num_reads, hidden_size].

@@ -278,12 +278,13 @@ def _pack(padded: Loaded, options: NativeOptions, device: torch.device, dtype: t
     small_pool, error = canary.run(padded.model)  # as it will be served
     for variant, other in enumerate(others, start=1):
         padded.model.use(variant)
-        error = max(error, other.run(padded.model)[1])
-        if error > subject.tolerance:
+        differs_by = other.differs_by(padded.model, subject.tolerance)
+        if differs_by > subject.tolerance:
             raise LoadFailed(
-                f"{padded.specs[variant].folder}: over a shared backbone its hidden states differ by {error:.1e} from "
-                "the padded forward; --no-share-backbone loads each model by itself"
+                f"{padded.specs[variant].folder}: over a shared backbone its hidden states differ by {differs_by:.1e} "
+                "from the padded forward; --no-share-backbone loads each model by itself"
             )
+        error = max(error, differs_by)
     padded.model.use(0)
     largest = (padded.max_batch_tokens, padded.info.max_length)
     captures = device.type == "cuda" and options.cuda_graphs and padded.info.num_parameters <= MAX_PARAMETERS_FOR_GRAPHS
