@@ -144,10 +144,10 @@ def test_a_signal_while_loading_ends_cleanly(start, bf16_checkpoint, kit, number
 def start_with_hangups(start):
     """A server to which SIGHUP is what it is to its parent: `nohup` ignores it, a shell does not."""
 
-    def start_one(handler):
+    def start_one(handler, *arguments):
         before = signal.signal(signal.SIGHUP, handler)
         try:
-            return start("--allow-model-control").ready()
+            return start(*(arguments or ("--allow-model-control",))).ready()
         finally:
             signal.signal(signal.SIGHUP, before)
 
@@ -164,9 +164,9 @@ def test_a_terminal_that_is_closed_drains_the_server(start_with_hangups):
 
 
 def test_a_session_that_ends_sends_sigterm_behind_sighup_and_the_server_drains_all_the_same(
-    start, bf16_checkpoint, kit
+    start_with_hangups, bf16_checkpoint, kit
 ):
-    server = start("--model", f"tiny={bf16_checkpoint}").ready()
+    server = start_with_hangups(signal.SIG_DFL, "--model", f"tiny={bf16_checkpoint}")
     engine = server.engine()
     engine.suspend()
     with ThreadPoolExecutor(1) as pool:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-ROUTERS, EXPERTS = ("Router", "Gate"), "Experts"
+ROUTER, EXPERTS = "Router", "Experts"
 
 
 def is_mixture(module: nn.Module) -> bool:
@@ -21,7 +21,7 @@ def in_bf16(module: nn.Module) -> nn.Module | None:
     A router in fp32 is one that casts what it gets.
     """
     own = list(module.parameters(recurse=False))
-    if not own or not type(module).__name__.endswith((*ROUTERS, EXPERTS)):
+    if not own or not type(module).__name__.endswith((ROUTER, EXPERTS)):
         return None
     if any(parameter.dtype != torch.bfloat16 for parameter in own):
         return None
