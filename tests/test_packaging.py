@@ -3,6 +3,7 @@
 No Docker engine is needed: the Dockerfile's own install commands are run in clean environments.
 """
 
+import os
 import re
 import subprocess
 import sys
@@ -144,19 +145,22 @@ def test_a_verb_that_needs_more_than_the_client_says_all_there_is_to_install(
 def test_with_the_extra_cli_every_verb_turns_to_a_server_elsewhere_and_none_needs_torch(
     client_python: Path, wheels: Path, tmp_path: Path
 ) -> None:
-    """Last of the tests of this environment, which it adds to."""
     (wheel,) = wheels.glob("*.whl")
-    run(client_python, "-m", "pip", "install", "-q", "--no-compile", f"{wheel}[cli]")
+    run(client_python, "-m", "pip", "install", "-q", "--no-compile", "--target", tmp_path / "cli", f"{wheel}[cli]")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "cli")}
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
     score, rank = ("score", rows, tmp_path / "scores.jsonl"), ("rank", "--prompt=p", "--response=a", "--response=b")
     for verb, *arguments in (("health",), ("models",), score, rank, ("bench", "--workload=short_items")):
         command = [client_python, "-m", "rewardserve", verb, *arguments, "--endpoint=127.0.0.1:1", "--timeout=1"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 1
         assert "127.0.0.1:1" in done.stderr and "pip install" not in done.stderr
     offline = subprocess.run(
-        [client_python, "-m", "rewardserve", *score, "--model", tmp_path], capture_output=True, text=True
+        [client_python, "-m", "rewardserve", *score, "--model", tmp_path],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert offline.returncode == 1 and "pip install 'rewardserve[server]'" in offline.stderr
 

@@ -153,7 +153,11 @@ class Checkpoint:
     @contextmanager
     def kept_open(self) -> Iterator[None]:
         """Within it a file is opened once, not for every tensor: a mixture has tens of thousands."""
-        with nullcontext() if self.base is None else self.base.kept_open(), ExitStack() as files:
+        if self.base is not None:  # whose files they are; what an adapter brings is in memory
+            with self.base.kept_open():
+                yield
+            return
+        with ExitStack() as files:
             for file in self.weight_files:
                 if file.suffix == ".safetensors":
                     self._kept[file] = files.enter_context(safe_open(file, framework="pt"))

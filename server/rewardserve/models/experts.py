@@ -1,8 +1,8 @@
-"""A mixture's experts: saved one by one, held by transformers as stacks with the gate above the other factor."""
+"""A mixture's weights: experts saved one by one, held by transformers as stacks with the gate above its factor."""
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 Stack = tuple[tuple[str, ...], ...]  # of each expert, the keys whose rows follow one another
 
@@ -16,6 +16,14 @@ PLACES = {
     "w2": ("down_proj", 0),
 }
 PARTS = {"gate_up_proj": 2, "down_proj": 1}
+SAVED, HELD = ".block_sparse_moe.", ".mlp."  # in names of Mixtral's
+
+
+def as_held(keys: Mapping[str, str], held: Iterable[str]) -> dict[str, str]:
+    """`keys` of a checkpoint by names within the backbone, where mixtures are called as they are in those of `held`."""
+    if any(SAVED in name for name in held):
+        return dict(keys)
+    return {name.replace(SAVED, HELD): key for name, key in keys.items()}
 
 
 def stacks(keys: Mapping[str, str]) -> dict[str, Stack]:

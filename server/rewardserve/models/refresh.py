@@ -9,14 +9,13 @@ from transformers import AutoModel, PreTrainedModel
 from rewardserve.errors import LoadFailed
 from rewardserve.models.backbone import Backbone, bare_module
 from rewardserve.models.checkpoint import Checkpoint
-from rewardserve.models.experts import Stack, stacks
+from rewardserve.models.experts import Stack, as_held, stacks
 from rewardserve.models.loader import bare_name
 from rewardserve.models.reward_model import RewardModel
 from rewardserve.models.spec import ModelSpec
 
 # Of a config: what changes no score
 UNIMPORTANT = {"_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache"}
-MIXTURE_BEFORE, MIXTURE = ".block_sparse_moe.", ".mlp."  # in names of Mixtral's, as saved and as transformers has them
 
 
 @runtime_checkable
@@ -51,7 +50,7 @@ def _check_weights(spec: ModelSpec) -> None:
         if key is None:
             raise LoadFailed(f"{spec.folder}: has no '{name}' under a name that can be taken over in place; use Swap")
         shape = _shape(spec.checkpoint, key)
-        if not isinstance(key, str) and not shape:
+        if shape is None:
             raise LoadFailed(f"{spec.folder}: the experts that make '{name}' do not have one shape; use Swap")
         if shape != tuple(parameter.shape):
             told = key if isinstance(key, str) else name
@@ -75,7 +74,7 @@ def _check_settings(spec: ModelSpec, loaded: ModelSpec) -> None:
 
 
 def refresh(model: RewardModel, spec: ModelSpec) -> None:
-    """After `check_refresh`. What fails from here on leaves a mixture behind: the model must not be used any more."""
+    """After `check_refresh`. What fails from here on leaves old weights among new: the model must not be used then."""
     with spec.checkpoint.kept_open():
         _take_over(model.backbone, spec)
     assert spec.recipe.head is not None  # of a judge that writes, which is not served here
@@ -112,19 +111,18 @@ def _names(spec: ModelSpec) -> dict[str, str | Stack]:
     """The checkpoint's key of each of the class's names, or those of its experts that make it."""
     module = _empty(spec)
     keys = {bare_name(key, module): key for key in spec.checkpoint.where if key not in spec.recipe.head_keys}
-    if not any(MIXTURE_BEFORE in name for name, _ in module.named_parameters()):
-        keys = {name.replace(MIXTURE_BEFORE, MIXTURE): key for name, key in keys.items()}
+    keys = as_held(keys, [name for name, _ in module.named_parameters()])
     return stacks(keys) | keys
 
 
-def _shape(checkpoint: Checkpoint, key: str | Stack) -> tuple[int, ...]:
-    """Of a stack, () where its experts do not fit one another."""
+def _shape(checkpoint: Checkpoint, key: str | Stack) -> tuple[int, ...] | None:
+    """None of a stack whose experts do not fit one another."""
     if isinstance(key, str):
         return checkpoint.shape(key)
     shapes = [tuple(map(checkpoint.shape, parts)) for parts in key]
     (rows, *columns), *others = shapes[0]
     if any(each != shapes[0] for each in shapes) or any(other[1:] != tuple(columns) for other in others):
-        return ()
+        return None
     return (len(key), rows + sum(other[0] for other in others), *columns)
 
 
